@@ -1,0 +1,59 @@
+# Everything runs from here; `make` alone prints the targets.
+# MODEL, DATA, HOST, PORT and URL are yours to set: make serve MODEL=model.tar.gz PORT=9000
+
+MODEL ?= artifacts/model
+DATA ?= data
+HOST ?= 127.0.0.1
+PORT ?= 8080
+URL ?= http://127.0.0.1:$(PORT)
+PYTEST_ARGS ?=
+
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help serve evaluate test test-slow check fix clean
+
+help: ## print the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(UV) ## set up, fine-tune a starter model if MODEL is not there, and serve it on PORT
+	$(UV) sync --frozen --inexact --group training
+	@if [ ! -e "$(MODEL)" ] && [ "$(MODEL)" = artifacts/model ]; then \
+	  $(PYTHON) -m training.starter --data "$(DATA)" --output "$(MODEL)"; fi
+	@exec $(PYTHON) -m service --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
+
+evaluate: $(UV) ## send DATA's validation images to URL and compare the accuracy with MODEL's manifest
+	$(UV) sync --frozen --inexact --group training
+	@exec $(PYTHON) -m training.evaluate_endpoint --data "$(DATA)" --model "$(MODEL)" --url "$(URL)"
+
+test: $(UV) ## set up and run the tests (minutes)
+	$(UV) sync --frozen --inexact --group training --group dev
+	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
+	$(UV) sync --frozen --inexact --group training --group dev
+	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(UV) ## lint, formatting, types, lock file; edits nothing
+	$(UV) sync --frozen --inexact --group training --group dev
+	$(UV) lock --check
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+fix: $(UV) ## mend what lint and formatting can mend
+	$(UV) sync --frozen --inexact --group training --group dev
+	$(PYTHON) -m ruff check --fix
+	$(PYTHON) -m ruff format
+
+clean: ## remove the environment and caches; artifacts and data stay
+	rm -rf .venv .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv from PyPI into a folder of ours; its own installer where Python has no venv module.
+.uv/bin/uv:
+	@echo "uv is not installed: putting it into .uv/"
+	@(python3 -m venv .uv && .uv/bin/python -m pip install --quiet --disable-pip-version-check uv) || \
+	  curl -LsSf https://astral.sh/uv/install.sh | env UV_INSTALL_DIR="$(CURDIR)/.uv/bin" UV_NO_MODIFY_PATH=1 sh
+	@test -x .uv/bin/uv || { echo "uv could not be installed; see https://docs.astral.sh/uv/" >&2; exit 1; }

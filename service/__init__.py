@@ -1,0 +1,1 @@
+"""Image bytes in, class probabilities out: the HTTP service (see ARCHITECTURE.md)."""

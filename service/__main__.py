@@ -1,0 +1,91 @@
+"""`python -m service`: one foreground process that serves a model until it is told to stop.
+
+Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model or the port cannot be served, 2 for wrong settings.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import uvicorn
+
+from service.app import create_app
+from service.settings import Settings
+from service.telemetry import configure_logging
+
+log = logging.getLogger("service")
+
+GRACE_S = 25
+"""How long requests under way may take after SIGTERM; SageMaker kills 30 s after it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the service; returns the exit status."""
+    settings = Settings.load(arguments)
+    configure_logging(settings.log_level)
+    log.info("settings: %s", " ".join(f"{name}={value}" for name, value in settings.model_dump().items()))
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as exc:
+        log.error(
+            "Cannot listen on %s port %d: %s; stop what uses it or choose another with --port.",
+            settings.host, settings.port, exc.strerror or exc,
+        )  # fmt: skip
+        return 1
+
+    failed = threading.Event()
+
+    def stop() -> None:
+        server.should_exit = True
+
+    def fail() -> None:
+        failed.set()
+        stop()
+
+    app = create_app(settings, on_failure=fail)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False,
+            timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=75,
+        )
+    )  # fmt: skip
+    if settings.exit_with_parent and os.getppid() > 1:  # in a container we are process 1 and have no parent
+        threading.Thread(target=_watch_parent, args=(os.getppid(), stop), daemon=True, name="parent").start()
+    log.info("listening on http://%s:%d, loading the model", settings.host, settings.port)
+    # uvicorn raises the signal that stopped it once more when all is closed: ours then ends nothing, so we exit 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop())
+    server.run(sockets=[listener])
+    log.info("stopped")
+    return 1 if failed.is_set() else 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; backlog as uvicorn's default."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _watch_parent(parent: int, stop: Callable[[], None]) -> None:
+    """Stop the service once its parent is gone: the kernel then gives it another (getppid(2))."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    log.info("the process that started the service has ended; stopping")
+    stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

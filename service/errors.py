@@ -1,0 +1,80 @@
+"""What can go wrong with a request, and how each is told to the client.
+
+    ServiceError
+    ├── RequestError             the client's to mend
+    │   ├── MalformedRequest     400  a multipart body that is none, no image in it, several images
+    │   ├── NotAcceptable        406  Accept excludes application/json
+    │   ├── PayloadTooLarge      413  more bytes than the limit
+    │   └── UnsupportedMediaType 415  neither an image nor multipart/form-data
+    └── Unavailable              ours; trying again helps, but for EngineFailure
+        ├── EngineFailure        500  the engine raised or answered wrongly
+        ├── NotReady             503  loading, warming up, failed or stopping
+        ├── Overloaded           503  as many requests under way as are allowed
+        └── DeadlineExceeded     504  the answer would come after the platform has hung up
+
+Errors of images (`service.model.errors.ImageError`) join the table as 400 and 413.
+"""
+
+from service.model.errors import ImageTooLarge, UnreadableImage
+
+
+class ServiceError(Exception):
+    """Root of the errors a request can end with."""
+
+
+class RequestError(ServiceError):
+    """The request cannot be answered as it is."""
+
+
+class MalformedRequest(RequestError):
+    """The body is not what its content type says."""
+
+
+class NotAcceptable(RequestError):
+    """The client accepts none of the types that can be given."""
+
+
+class PayloadTooLarge(RequestError):
+    """The body has more bytes than are accepted."""
+
+
+class UnsupportedMediaType(RequestError):
+    """The content type is neither an image nor a form."""
+
+
+class Unavailable(ServiceError):
+    """The service cannot answer now."""
+
+
+class EngineFailure(Unavailable):
+    """The engine failed on the batch the request was in."""
+
+
+class NotReady(Unavailable):
+    """The model is not loaded yet, could not be loaded, or the service is stopping."""
+
+
+class Overloaded(Unavailable):
+    """The bound on requests under way is reached."""
+
+
+class DeadlineExceeded(Unavailable):
+    """The request was not answered in time."""
+
+
+HTTP_ERRORS: dict[type[Exception], tuple[int, str]] = {
+    MalformedRequest: (400, "malformed_request"),
+    UnreadableImage: (400, "unreadable_image"),
+    NotAcceptable: (406, "not_acceptable"),
+    PayloadTooLarge: (413, "payload_too_large"),
+    ImageTooLarge: (413, "image_too_large"),
+    UnsupportedMediaType: (415, "unsupported_media_type"),
+    EngineFailure: (500, "engine_failure"),
+    NotReady: (503, "not_ready"),
+    Overloaded: (503, "overloaded"),
+    DeadlineExceeded: (504, "deadline_exceeded"),
+}
+"""Exception -> HTTP status and the `code` in the body. `tests/service/test_errors.py` keeps it complete."""
+
+RETRY_AFTER_S = 1
+"""What `Retry-After` says with a 503: the queue turns over within a second at the loads it is bounded for."""

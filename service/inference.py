@@ -1,0 +1,81 @@
+"""The endpoint's entry point, in the four words SageMaker users know.
+
+`model_fn` loads, `input_fn` decodes, `predict_fn` predicts, `output_fn` writes the answer. The routes call
+exactly these; AWS's inference toolkit calls them too, given `SAGEMAKER_PROGRAM=service.inference`
+(https://github.com/aws/sagemaker-inference-toolkit; it counts parameters, so none has more than these).
+"""
+
+import json
+from collections.abc import Sequence
+from email.message import Message
+from pathlib import Path
+
+from service.classifier import Classifier, Prediction
+from service.errors import MalformedRequest, NotAcceptable, UnsupportedMediaType
+from service.model.artifact import open_artifact
+from service.model.images import RgbImage, decode
+from service.multipart import files_of
+
+JSON = "application/json"
+TOP_K = 5
+"""How many classes an answer ranks."""
+
+RAW_MEDIA_TYPES = ("application/octet-stream", "application/x-image", "application/x-www-form-urlencoded", "")
+"""Types under which raw image bytes come besides image/*: unnamed, SageMaker's own, curl's `--data-binary` default."""
+
+
+def model_fn(model_dir: str | Path) -> Classifier:
+    """Load, verify and warm up the model in `model_dir`. Raises: ArtifactError."""
+    from service.engines.eager import EagerEngine  # torch takes seconds to import: not before it is needed
+
+    artifact = open_artifact(Path(model_dir))
+    classifier = Classifier.from_manifest(artifact.manifest, EagerEngine(artifact))
+    artifact.read("example")
+    classifier.check(artifact.self_check())
+    return classifier
+
+
+def input_fn(body: bytes, content_type: str | None) -> list[RgbImage]:
+    """Decode a request body: raw image bytes, or one file in multipart/form-data.
+
+    Returns: the images, uint8 `[H, W, 3]` each; today exactly one.
+    Raises: UnsupportedMediaType, MalformedRequest, ImageError.
+    """
+    header = Message()
+    header["Content-Type"] = content_type or ""
+    media_type = header.get_content_type() if content_type else ""
+    if media_type == "multipart/form-data":
+        files = files_of(body, content_type or "")
+        if len(files) != 1:
+            raise MalformedRequest(f"The form must hold exactly one file, given: {len(files)}; send one per request.")
+        return [decode(files[0])]
+    if media_type.startswith("image/") or media_type in RAW_MEDIA_TYPES:
+        return [decode(body)]
+    raise UnsupportedMediaType(
+        f"The content type must be image/*, application/octet-stream or multipart/form-data, given: {media_type}."
+    )
+
+
+def predict_fn(images: Sequence[RgbImage], model: Classifier) -> list[Prediction]:
+    """Predict the images, in order; this is what the batcher runs."""
+    return model.classify(images)
+
+
+def output_fn(predictions: Sequence[Prediction], accept: str | None) -> tuple[bytes, str]:
+    """Write the answer to one image as JSON. Returns: body and content type. Raises: NotAcceptable."""
+    if not _accepts_json(accept):
+        raise NotAcceptable(f"Answers are {JSON}, which the Accept header excludes: {accept}.")
+    (prediction,) = predictions
+    answer = {
+        "model": {"name": prediction.model.name, "version": prediction.model.version},
+        "predictions": [
+            {"label": label, "index": index, "probability": round(probability, 6)}
+            for label, index, probability in prediction.top(TOP_K)
+        ],
+    }
+    return json.dumps(answer, ensure_ascii=False).encode(), JSON
+
+
+def _accepts_json(accept: str | None) -> bool:
+    ranges = [part.split(";")[0].strip().lower() for part in (accept or "*/*").split(",")]
+    return any(media_range in (JSON, "application/*", "*/*", "") for media_range in ranges)

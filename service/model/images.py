@@ -1,0 +1,82 @@
+"""Decode: image bytes -> uint8 `[H, W, 3]`. First stage of the flow, shared by training and serving.
+
+Pillow is the decoder. The limits below hold for both sides: what training accepts, serving accepts.
+"""
+
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from service.model.errors import ImageTooLarge, UnreadableImage
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""Pillow's names of the formats that are decoded; nothing else is even tried."""
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+"""File name endings of those formats."""
+
+MAX_PIXELS = 89_478_485
+"""Width x height above which an image is refused before decoding.
+
+It is the size at which Pillow warns of a decompression bomb (`PIL.Image.MAX_IMAGE_PIXELS`, a quarter of
+a GiB of RGB); Pillow itself refuses only above twice that.
+"""
+
+RgbImage = npt.NDArray[np.uint8]
+"""uint8 `[H, W, 3]`, RGB."""
+
+
+def decode(payload: bytes) -> RgbImage:
+    """Decode one image, upright (EXIF orientation applied), transparency laid over white.
+
+    Animated images give their first frame; 16-bit grey is scaled to 8 bits.
+
+    Returns: uint8 `[H, W, 3]`, RGB.
+    Raises: UnreadableImage, ImageTooLarge.
+    """
+    if not payload:
+        raise UnreadableImage(f"The image is empty (0 bytes); send the bytes of a {allowed_formats()} file.")
+    try:
+        with Image.open(BytesIO(payload), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise _too_large(f"{width} x {height} = {width * height:,} pixels")
+            image.load()
+            return _to_rgb(image)
+    except (ImageTooLarge, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+        raise _too_large("more than that") from exc
+    except UnidentifiedImageError as exc:
+        start = payload[:8].hex(" ")
+        raise UnreadableImage(
+            f"The {len(payload):,} bytes given (starting {start}) are not a {allowed_formats()} image; "
+            "convert the image to one of these formats."
+        ) from exc
+    except Exception as exc:  # Pillow's plugins raise anything on damaged files: all of it is the file's fault
+        reason = str(exc).rstrip(".") or type(exc).__name__
+        raise UnreadableImage(
+            f"The image is damaged or incomplete ({reason}); send the whole file ({len(payload):,} bytes arrived)."
+        ) from exc
+
+
+def allowed_formats() -> str:
+    """The allowed formats as part of a sentence: "JPEG, PNG, WEBP, BMP or GIF"."""
+    return f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+
+
+def _too_large(given: str) -> ImageTooLarge:
+    return ImageTooLarge(f"The image may have at most {MAX_PIXELS:,} pixels, given: {given}; send a smaller one.")
+
+
+def _to_rgb(image: Image.Image) -> RgbImage:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey ("I;16") or its 32-bit form ("I"): keep the high byte
+        grey = np.clip(np.asarray(upright).astype(np.int64) >> 8, 0, 255).astype(np.uint8)  # [H, W]
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if upright.has_transparency_data:
+        rgba = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.asarray(upright.convert("RGB"))

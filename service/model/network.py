@@ -1,0 +1,60 @@
+"""The network: torchvision's ResNet-34 with an additional fully connected layer before the class layer.
+
+uint8 `[N, S, S, 3]` -> logits float32 `[N, K]`. Normalisation is part of the network, so that every engine
+that runs it gets the same numbers.
+"""
+
+from collections import OrderedDict
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from service.model.architecture import Architecture
+from service.model.preprocess import Preprocessing
+
+STEM = ("conv1", "bn1")
+
+
+class Network(ResNet):  # type: ignore[misc]  # torchvision has no types
+    """ResNet-34 (He et al. 2015, https://arxiv.org/abs/1512.03385) with a two-layer head and frozen blocks.
+
+    Frozen blocks get no gradient, and stay in eval mode whatever `train()` says: their batch norms use and
+    keep the running statistics they came with.
+    """
+
+    def __init__(self, architecture: Architecture, preprocessing: Preprocessing) -> None:
+        super().__init__(BasicBlock, [3, 4, 6, 3], num_classes=architecture.num_classes)
+        self.architecture = architecture
+        self.fc = nn.Sequential(  # ResNet.forward calls whatever `fc` is
+            OrderedDict(
+                hidden=nn.Linear(512 * BasicBlock.expansion, architecture.hidden_units),
+                activation=nn.ReLU(inplace=True),
+                classes=nn.Linear(architecture.hidden_units, architecture.num_classes),
+            )
+        )
+        # Not persistent: the numbers travel in the manifest, the weights hold what was learned.
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).mul(255).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).mul(255).view(1, 3, 1, 1), persistent=False)
+        for module in self.frozen_modules():
+            module.requires_grad_(False)
+        self.train()
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The modules of the frozen blocks, the stem's two among them."""
+        names = [name for block in self.architecture.frozen for name in (STEM if block == "stem" else (block,))]
+        return [self.get_submodule(name) for name in names]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, but for the frozen blocks, which stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.eval()
+        return self
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """uint8 (or float in 0..255) `[N, S, S, 3]` -> logits `[N, K]`."""
+        planes = batch.permute(0, 3, 1, 2).to(self.mean.dtype)  # [N, 3, S, S]
+        logits: Tensor = super().forward((planes - self.mean) / self.std)
+        return logits

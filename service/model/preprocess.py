@@ -1,0 +1,53 @@
+"""Preprocess: uint8 `[H, W, 3]` -> uint8 `[S, S, 3]`, and the numbers that normalise it.
+
+Second stage of the flow. Training's evaluation and serving both call `fit`; the network normalises
+(`service.model.network`), so what travels between the stages stays small uint8.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.model.images import RgbImage
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Per-channel mean of ImageNet in 0..1, as ResNet34_Weights.IMAGENET1K_V1 expects (torchvision, its `transforms`)."""
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Per-channel standard deviation of ImageNet in 0..1, from the same place."""
+
+FittedBatch = npt.NDArray[np.uint8]
+"""uint8 `[N, S, S, 3]`."""
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes the network's input; travels in the artifact's manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    side_px: int = Field(ge=1, le=1024)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+def fit(image: RgbImage, side_px: int) -> RgbImage:
+    """Cut the centre square out of `image` and resize it to `[side_px, side_px, 3]` (bilinear, antialiased).
+
+    Idempotent: an image of that size comes back unchanged, so serving may fit early, in its decoding threads.
+    """
+    height, width = image.shape[:2]
+    if height == width == side_px:
+        return image
+    short = min(height, width)
+    left, top = (width - short) / 2, (height - short) / 2
+    box = (left, top, left + short, top + short)
+    resized = Image.fromarray(image).resize((side_px, side_px), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized)
+
+
+def fit_all(images: Sequence[RgbImage], side_px: int) -> FittedBatch:
+    """Fit each image and stack them: uint8 `[N, S, S, 3]`."""
+    return np.stack([fit(image, side_px) for image in images])

@@ -1,0 +1,53 @@
+"""Take the files out of a multipart/form-data body that is already in memory."""
+
+from itertools import count
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field, File, FormParser, parse_options_header
+
+from service.errors import MalformedRequest
+
+MAX_PARTS = 100
+"""Files and fields in one form; a body of 25 MB could otherwise hold hundreds of thousands of them."""
+
+
+def files_of(body: bytes, content_type: str) -> list[bytes]:
+    """The contents of the form's files, in order; other fields are ignored.
+
+    Raises: MalformedRequest when the body is not the complete form that `content_type` announces.
+    """
+    files: list[bytes] = []
+    parts = count(1)
+    ended: list[bool] = []
+
+    def on_part() -> None:
+        if next(parts) > MAX_PARTS:
+            raise MalformedRequest(f"The form may hold at most {MAX_PARTS} parts; send fewer.")
+
+    def on_field(_: Field) -> None:
+        on_part()
+
+    def on_file(file: File) -> None:
+        on_part()
+        file.file_object.seek(0)
+        files.append(file.file_object.read())
+        file.close()
+
+    _, options = parse_options_header(content_type)
+    try:
+        parser = FormParser(
+            "multipart/form-data",
+            on_field,
+            on_file,
+            on_end=lambda: ended.append(True),
+            boundary=options.get(b"boundary"),
+            # The body is in memory and bounded: never a temporary file.
+            config={"MAX_MEMORY_FILE_SIZE": len(body) + 1, "MAX_BODY_SIZE": len(body) + 1},
+        )
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as exc:
+        raise MalformedRequest(f"The body is not valid multipart/form-data: {exc}.") from exc
+    if not ended:
+        raise MalformedRequest("The multipart/form-data body ends before its closing boundary; send it whole.")
+    return files

@@ -1,0 +1,77 @@
+"""HTTP in, HTTP out: /ping and /invocations, as SageMaker calls them.
+
+https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
+"""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from service import telemetry
+from service.errors import DeadlineExceeded, PayloadTooLarge
+from service.inference import output_fn
+from service.runtime import Runtime
+from service.schemas import ErrorResponse, PingResponse, PredictionResponse
+
+router = APIRouter()
+
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
+            },
+        },
+    }
+}
+
+
+@router.api_route("/ping", methods=["GET"], response_model=PingResponse, responses={503: {"model": PingResponse}})
+@router.api_route("/ping", methods=["POST"], include_in_schema=False)
+async def ping(request: Request) -> JSONResponse:
+    """200 when predictions are answered, else 503; the body tells the state either way."""
+    runtime: Runtime = request.app.state.runtime
+    return JSONResponse({"status": runtime.state}, 200 if runtime.state == "ready" else 503)
+
+
+@router.post(
+    "/invocations",
+    response_model=PredictionResponse,
+    openapi_extra=_BODY,
+    responses={code: {"model": ErrorResponse} for code in (400, 406, 413, 415, 500, 503, 504)},
+)
+async def invocations(request: Request) -> Response:
+    """Classify one JPEG, PNG, WebP, BMP or GIF image, sent raw or as the one file of a form."""
+    runtime: Runtime = request.app.state.runtime
+    record = telemetry.current()
+    with runtime.admitted():
+        try:
+            async with asyncio.timeout(runtime.settings.deadline_s):
+                payload = await _read_body(request, runtime.settings.max_payload_bytes)
+                record.bytes_in = len(payload)
+                result, record.decode_ms = await runtime.predict(payload, request.headers.get("content-type"))
+        except TimeoutError as exc:
+            raise DeadlineExceeded(
+                f"The request was not answered within {runtime.settings.deadline_s:g} s; try again, or send less."
+            ) from exc
+    record.queue_ms, record.infer_ms, record.batch_size = result.queue_ms, result.infer_ms, result.batch_size
+    body, media_type = output_fn([result.value], request.headers.get("accept"))
+    return Response(body, media_type=media_type)
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    too_large = f"The body may have at most {limit:,} bytes, given: {{}}; send a smaller image."
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise PayloadTooLarge(too_large.format(f"{int(declared):,}"))
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise PayloadTooLarge(too_large.format("more than that"))
+        chunks.append(chunk)
+    return b"".join(chunks)

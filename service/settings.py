@@ -1,0 +1,95 @@
+"""The service's settings: the only place of `service` that reads the environment or the command line.
+
+Flags override CLASSIFIER_* variables, these override the defaults. SageMaker's own SAGEMAKER_BIND_TO_PORT
+sets the port where nothing else does (https://docs.aws.amazon.com/sagemaker/latest/dg/multi-model-endpoints.html).
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "CLASSIFIER_"
+SAGEMAKER_MODEL = Path("/opt/ml/model")
+LOCAL_MODEL = Path("artifacts/model")
+
+
+def default_model() -> Path:
+    """Where SageMaker puts the model if that folder is there, else where `make serve` puts it."""
+    return SAGEMAKER_MODEL if SAGEMAKER_MODEL.is_dir() else LOCAL_MODEL
+
+
+class Settings(BaseSettings):
+    """Everything that can be set; each sentence tells the consequence."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    model: Path = Field(default_factory=default_model)
+    """Artifact folder or .tar.gz archive of one; loaded, verified and warmed up before /ping turns 200.
+    Default: /opt/ml/model where that folder is, else artifacts/model."""
+    host: str = "0.0.0.0"  # noqa: S104  # SageMaker connects from outside the container
+    """Address to listen on; 0.0.0.0, which SageMaker needs, is reachable from the network, 127.0.0.1 is not."""
+    port: int = Field(8080, ge=1, le=65535)
+    """TCP port; SageMaker calls 8080."""
+    max_payload_bytes: int = Field(25 * 2**20, ge=1)
+    """Larger request bodies are refused with 413; the default is the limit of SageMaker's real-time endpoints."""
+    deadline_s: float = Field(55.0, gt=0)
+    """A request not answered by then gets 504; below SageMaker's 60 s, so that the client reads the reason."""
+    max_requests: int = Field(256, ge=1)
+    """Requests under way at once, from reading the body to the answer; more are refused with 503 at once."""
+    max_batch: int = Field(32, ge=1)
+    """Images the engine gets at once; more raise throughput under load and the latency of each batch."""
+    max_wait_ms: float = Field(0.0, ge=0)
+    """How long a batch waits for company, counted from its first image; 0 takes what is there."""
+    decode_threads: int = Field(
+        default_factory=lambda: (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ),
+        ge=1,
+    )
+    """Threads that decode and resize images; default: the cores this process may use."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below this level are not written; "warning" silences the line per request."""
+    exit_with_parent: bool = True
+    """Stop when the process that started the service ends, so that no server is left behind; false for nohup."""
+
+    @classmethod
+    def load(cls, arguments: Sequence[str] | None = None) -> "Settings":
+        """Read environment and command line (default: this process's).
+
+        Raises: SystemExit with a sentence on stderr when something is unknown or not allowed.
+        """
+        parser = argparse.ArgumentParser(
+            prog="python -m service",
+            description="Serve an image classifier over HTTP: GET /ping, POST /invocations.",
+            epilog=f"Environment: {', '.join(names())}; README, section Settings. Flags override them.",
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        parser.add_argument(
+            "--model",
+            metavar="DIR_OR_TAR_GZ",
+            help="artifact folder or .tar.gz (default: /opt/ml/model if present, else artifacts/model)",
+        )
+        parser.add_argument("--host", help="address to listen on (default: 0.0.0.0)")
+        parser.add_argument("--port", help="TCP port (default: 8080)")
+        flags = vars(parser.parse_args(arguments))
+        if f"{PREFIX}PORT" not in os.environ and os.environ.get("SAGEMAKER_BIND_TO_PORT"):
+            flags.setdefault("port", os.environ["SAGEMAKER_BIND_TO_PORT"])
+        unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names())
+        if unknown:
+            parser.error(f"unknown setting {', '.join(unknown)}; known are: {', '.join(names())}")
+        try:
+            return cls(**flags)
+        except ValidationError as exc:
+            problems = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in exc.errors()]
+            parser.error("; ".join(problems))
+
+
+def names() -> list[str]:
+    """The environment variables that are read, by field."""
+    return [PREFIX + field.upper() for field in Settings.model_fields]

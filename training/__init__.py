@@ -1,0 +1,1 @@
+"""Images and classes in, artifact out: fine-tuning (see ARCHITECTURE.md)."""

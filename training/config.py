@@ -1,0 +1,139 @@
+"""A training run's settings: one frozen model whose fields are the hyperparameters.
+
+Defaults < SageMaker's hyperparameters < command line. Each field is a flag (`--learning-rate`, underscores
+accepted) and a SageMaker hyperparameter (`learning_rate`); an unknown name is refused and the known are listed.
+"""
+
+import argparse
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from service.model.architecture import BLOCKS, Block
+from training.data.folder import BrokenFiles
+from training.errors import ConfigError
+
+
+class TrainingConfig(BaseModel):
+    """What a run does. The defaults reproduce the reference recipe: 40.71 % validation accuracy, loss 1.5454."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path = Field(description="folder with cifar-100-python/, or with one folder of images per class")
+    output: Path = Field(description="folder to write the artifact into; one that is there is replaced at the end")
+    weights: str = Field("imagenet", description="pretrained weights: imagenet, none, or a .pth or .safetensors file")
+    freeze: tuple[Block, ...] = Field(
+        ("stem", "layer1", "layer2", "layer3"),
+        description=f"blocks that are not trained, comma-separated, of {', '.join(BLOCKS)}; or none",
+    )
+    learning_rate: float = Field(0.017483127170473314, gt=0, description="SGD's step size, its peak in a schedule")
+    batch_size: int = Field(128, ge=1, description="images per step")
+    epochs: int = Field(70, ge=1, description="passes over the training images")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty of SGD")
+    schedule: Literal["constant", "one-cycle"] = Field(
+        "constant",
+        description="learning rate over the run: constant, or one-cycle (up over the first fifth, then down)",
+    )
+    augment: Literal["none", "flip", "flip-crop"] = Field(
+        "flip", description="random changes to training images: flip left-right, crop shifts by up to an eighth"
+    )
+    side: int = Field(32, ge=8, le=1024, description="input side in pixels: smaller is faster, larger sees more")
+    hidden_units: int = Field(512, ge=1, le=65536, description="width of the additional fully connected layer")
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32", description="arithmetic of training steps; auto: bf16 where the hardware has it; results are fp32"
+    )
+    seed: int = Field(0, ge=0, description="of the initial head, the order of images, augmentation and split")
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="share of each class to validate on, where the data is not split yet"
+    )
+    broken_files: BrokenFiles = Field("refuse", description="image files that cannot be decoded: refuse or skip")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="auto: cuda where there is a GPU, else cpu"
+    )
+    loader_workers: int | None = Field(
+        None, ge=0, description="processes that decode when the images do not fit into memory; default: one per core"
+    )
+    model_name: str = Field(
+        "resnet34", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="the name that answers carry"
+    )
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return () if value == "none" else tuple(part.strip() for part in value.split(","))
+        return value
+
+    @classmethod
+    def create(cls, values: Mapping[str, object]) -> Self:
+        """Validate. Raises: ConfigError that names each value that is not allowed."""
+        for name in values:
+            if name not in cls.model_fields:
+                raise ConfigError(unknown_name(name))
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as exc:
+            raise ConfigError("; ".join(_problem(error) for error in exc.errors())) from exc
+
+
+def unknown_name(name: str) -> str:
+    """A sentence that refuses a name and lists the known ones."""
+    known = list(TrainingConfig.model_fields)
+    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"Unknown hyperparameter {name}.{hint} Known are: {', '.join(known)}."
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, object]:
+    """The values given on the command line, by field name. Raises: ConfigError."""
+    parser = _Parser(
+        prog="python -m training.train_model",
+        description="Fine-tune ResNet-34 and write an artifact that `python -m service` serves.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name, field in TrainingConfig.model_fields.items():
+        flags = [f"--{name.replace('_', '-')}"] + ([f"--{name}"] if "_" in name else [])
+        default = "" if field.is_required() or field.default is None else f" (default: {_shown(field.default)})"
+        parser.add_argument(*flags, dest=name, metavar="X", help=f"{field.description}{default}".replace("%", "%%"))
+    known, rest = parser.parse_known_args(list(arguments))
+    if rest:
+        raise ConfigError(unknown_name(rest[0].split("=")[0]))
+    return vars(known)
+
+
+def parse_hyperparameters(values: Mapping[str, str]) -> dict[str, object]:
+    """SageMaker's hyperparameters: strings, JSON-quoted by the SDK (`"\\"1\\""`) or not (`"1"`).
+
+    Names that SageMaker adds for itself (`sagemaker_*`, `_tuning_*`) are left out.
+    """
+    return {name: _unquoted(value) for name, value in values.items() if not name.startswith(("sagemaker_", "_tuning_"))}
+
+
+def _unquoted(value: str) -> object:
+    try:
+        decoded = json.loads(value)
+    except ValueError:
+        return value
+    return decoded if isinstance(decoded, str) else value
+
+
+def _problem(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"--{name} is missing: {TrainingConfig.model_fields[name].description}"
+    return f"--{name.replace('_', '-')} {error['input']}: {error['msg']}"
+
+
+def _shown(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists what there is")

@@ -1,0 +1,112 @@
+"""A data set: labelled images to train on, others to validate on, and the names of the classes.
+
+Every source gives decoded images (uint8 `[H, W, 3]`) and, for trying a served model, the bytes of a file.
+"""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from service.model.errors import ImageError
+from service.model.images import RgbImage, decode
+from training.errors import DataError
+
+Labels = npt.NDArray[np.int64]
+
+
+class LabelledImages(Protocol):
+    """N images and their classes."""
+
+    @property
+    def labels(self) -> Labels:
+        """int64 `[N]`, indices into the data set's classes."""
+        ...
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def image(self, index: int) -> RgbImage:
+        """The decoded image, uint8 `[H, W, 3]`. Raises: DataError."""
+        ...
+
+    def payload(self, index: int) -> bytes:
+        """The image as the bytes of a file, as a client would send it."""
+        ...
+
+    def file_name(self, index: int) -> str:
+        """A file name for the payload; its ending tells the format."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Train and validation images of the same classes."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: LabelledImages
+    validation: LabelledImages
+    facts: dict[str, object]
+    """What else the manifest should say: where it came from, how it was split."""
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images held as one array, as CIFAR's files hold them."""
+
+    pixels: npt.NDArray[np.uint8]
+    """uint8 `[N, H, W, 3]`."""
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def image(self, index: int) -> RgbImage:
+        """See `LabelledImages.image`."""
+        pixels: RgbImage = self.pixels[index]
+        return pixels
+
+    def payload(self, index: int) -> bytes:
+        """The image as PNG, which keeps every pixel."""
+        buffer = BytesIO()
+        Image.fromarray(self.pixels[index]).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def file_name(self, index: int) -> str:
+        """See `LabelledImages.file_name`."""
+        return f"{index}.png"
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images held as files."""
+
+    paths: tuple[Path, ...]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> RgbImage:
+        """See `LabelledImages.image`."""
+        try:
+            return decode(self.payload(index))
+        except ImageError as exc:
+            raise DataError(f"{self.paths[index]}: {exc}") from exc
+
+    def payload(self, index: int) -> bytes:
+        """The file as it is. Raises: DataError."""
+        try:
+            return self.paths[index].read_bytes()
+        except OSError as exc:
+            raise DataError(f"{self.paths[index]} cannot be read: {exc.strerror}.") from exc
+
+    def file_name(self, index: int) -> str:
+        """See `LabelledImages.file_name`."""
+        return self.paths[index].name

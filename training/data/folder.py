@@ -1,0 +1,140 @@
+"""A user's own images: a folder of class folders.
+
+    DIR/<class>/<image>                                      split by seed, class by class
+    DIR/train/<class>/<image>  DIR/validation/<class>/<image>    split as given ("val", "valid" and "test" will do)
+
+Every file is decoded once before training starts, so that a broken one is found now and not after an hour.
+"""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from service.model.errors import ImageError
+from service.model.images import EXTENSIONS, allowed_formats, decode
+from training.data.dataset import Dataset, FileImages
+from training.errors import DataError
+from training.progress import progress
+
+log = logging.getLogger(__name__)
+
+BrokenFiles = Literal["refuse", "skip"]
+VALIDATION_NAMES = ("validation", "val", "valid", "test")
+LISTED = 20
+"""How many broken files a message names."""
+
+ByClass = dict[str, list[Path]]
+
+
+def read(root: Path, validation_fraction: float, seed: int, broken_files: BrokenFiles) -> Dataset:
+    """Read the class folders below `root`.
+
+    Args:
+        validation_fraction: share of each class's images to validate on, where no split is given.
+        broken_files: "refuse" ends with the list of broken files, "skip" lists them and goes on without.
+
+    Raises: DataError.
+    """
+    train_root = root / "train"
+    given = [root / name for name in VALIDATION_NAMES if (root / name).is_dir()]
+    facts: dict[str, object] = {"folder": root.name, "broken_files": broken_files}
+    if train_root.is_dir() and given:
+        train, validation = (_whole(_scan(folder), broken_files) for folder in (train_root, given[0]))
+        facts |= {"split": f"the folders train and {given[0].name}"}
+    else:
+        images = _whole(_scan(train_root if train_root.is_dir() else root), broken_files)
+        train, validation = _split(images, validation_fraction, seed)
+        facts |= {"split": "by seed", "validation_fraction": validation_fraction, "seed": seed}
+    classes = tuple(sorted(train))
+    if len(classes) < 2:
+        raise DataError(f"{root} has {len(classes)} class, at least 2 are needed: one folder of images per class.")
+    unknown = sorted(set(validation) - set(classes))
+    if unknown:
+        raise DataError(f"{', '.join(unknown)}: classes to validate on that have no images to train on.")
+    return Dataset(root.name, classes, _labelled(train, classes), _labelled(validation, classes), facts)
+
+
+def has_classes(root: Path) -> bool:
+    """Whether `root` looks like a folder of class folders."""
+    return root.is_dir() and any(_visible_folders(root))
+
+
+def _scan(root: Path) -> ByClass:
+    """The image files of each class folder; refuses a class without any."""
+    found: ByClass = {}
+    for folder in _visible_folders(root):
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        found[folder.name] = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        others = len(files) - len(found[folder.name])
+        if others:
+            log.warning("%s: %d files are not %s by their name and are left out", folder, others, allowed_formats())
+    if not found:
+        raise DataError(f"{root} has no class folders: put the images of each class into a folder of its name.")
+    _refuse_empty(found)
+    return found
+
+
+def _whole(images: ByClass, broken_files: BrokenFiles) -> ByClass:
+    """Without the files that cannot be decoded, or DataError naming them."""
+    paths = [path for files in images.values() for path in files]
+    with ThreadPoolExecutor() as threads:
+        problems = list(progress(threads.map(_problem, paths), "checking the images", total=len(paths)))
+    broken = {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
+    if not broken:
+        return images
+    listed = "\n".join(f"  {path}: {problem}" for path, problem in list(broken.items())[:LISTED])
+    more = f"\n  and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
+    if broken_files == "refuse":
+        raise DataError(
+            f"{len(broken)} of {len(paths)} files are broken; mend or remove them, "
+            f"or go on without them with --broken-files skip:\n{listed}{more}"
+        )
+    log.warning("%d of %d files are broken and are skipped:\n%s%s", len(broken), len(paths), listed, more)
+    rest = {name: [path for path in files if path not in broken] for name, files in images.items()}
+    _refuse_empty(rest)
+    return rest
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        decode(path.read_bytes())
+    except ImageError as exc:
+        return str(exc)
+    except OSError as exc:
+        return f"cannot be read: {exc.strerror}"
+    return None
+
+
+def _split(images: ByClass, fraction: float, seed: int) -> tuple[ByClass, ByClass]:
+    """Class by class, at least one image on either side."""
+    rng = np.random.default_rng(seed)
+    train: ByClass = {}
+    validation: ByClass = {}
+    for name in sorted(images):
+        files = images[name]
+        if len(files) < 2:
+            raise DataError(f"Class {name} has 1 image; 2 are needed, one to train and one to validate on.")
+        shuffled = [files[i] for i in rng.permutation(len(files))]
+        count = min(len(files) - 1, max(1, round(fraction * len(files))))
+        validation[name], train[name] = sorted(shuffled[:count]), sorted(shuffled[count:])
+    return train, validation
+
+
+def _labelled(images: ByClass, classes: tuple[str, ...]) -> FileImages:
+    paths = [path for name in classes for path in images.get(name, [])]
+    labels = [label for label, name in enumerate(classes) for _ in images.get(name, [])]
+    return FileImages(tuple(paths), np.asarray(labels, np.int64))
+
+
+def _refuse_empty(images: ByClass) -> None:
+    empty = sorted(name for name, files in images.items() if not files)
+    if empty:
+        raise DataError(f"No {allowed_formats()} image in class {', '.join(empty)}: add some or remove the folder.")
+
+
+def _visible_folders(root: Path) -> Iterator[Path]:
+    return (entry for entry in sorted(root.iterdir()) if entry.is_dir() and not entry.name.startswith("."))

@@ -1,0 +1,28 @@
+"""What can stop a training run; every message is one sentence that says what to do.
+
+TrainingError
+├── ConfigError      a hyperparameter is unknown or not allowed
+├── DataError        no data there, damaged data, a class without images
+├── WeightsError     pretrained weights cannot be had or do not fit
+└── DivergedError    the loss is no longer a number
+"""
+
+
+class TrainingError(Exception):
+    """Root of the errors that end a run with a sentence instead of a trace."""
+
+
+class ConfigError(TrainingError):
+    """A hyperparameter is unknown or its value is not allowed."""
+
+
+class DataError(TrainingError):
+    """The images cannot be used."""
+
+
+class WeightsError(TrainingError):
+    """The pretrained weights cannot be used."""
+
+
+class DivergedError(TrainingError):
+    """The loss is not finite."""

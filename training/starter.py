@@ -1,0 +1,72 @@
+"""`python -m training.starter`: a first model for `make serve` on a machine that has none.
+
+CIFAR-100 with ImageNet weights where both can be had, else the generated sample; either within minutes on a
+laptop's CPU. A starter is to try the service with; real models come from `training.train_model`.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.config import TrainingConfig
+from training.data import cifar100, sample
+from training.errors import DataError, TrainingError, WeightsError
+from training.pretrained import imagenet_state
+from training.run import run
+from training.train_model import configure_logging
+
+log = logging.getLogger("training")
+
+QUICK_CIFAR100: dict[str, object] = {
+    "weights": "imagenet", "side": 64, "epochs": 2, "batch_size": 128, "learning_rate": 0.05,
+    "schedule": "one-cycle", "precision": "auto", "model_name": "resnet34-cifar100-quick",
+}  # fmt: skip
+
+QUICK_SAMPLE: dict[str, object] = {
+    "weights": "none", "freeze": "none", "side": 32, "epochs": 7, "batch_size": 64, "learning_rate": 0.05,
+    "weight_decay": 5e-4, "schedule": "one-cycle", "precision": "auto", "model_name": "resnet34-sample",
+}  # fmt: skip
+
+
+def choose(data: Path) -> dict[str, object]:
+    """The preset that this machine can run, its data in place; says plainly which and why."""
+    try:
+        imagenet_state()
+        cifar100.download(data)
+    except (WeightsError, DataError) as exc:
+        log.warning("%s", exc)
+        log.warning(
+            "So the starter model is trained on the GENERATED SAMPLE (100 classes of drawn shapes), from random "
+            "weights: enough to try the service, useless for real pictures."
+        )
+        sample.write(data / "sample")
+        return {**QUICK_SAMPLE, "data": data / "sample"}
+    log.info("The starter model is fine-tuned on CIFAR-100 from ImageNet weights: both are here.")
+    return {**QUICK_CIFAR100, "data": data}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train a starter model; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m training.starter", description="Fine-tune a first model to serve.")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
+    parser.add_argument("--output", type=Path, default=Path("artifacts/model"), help="default: artifacts/model")
+    options = parser.parse_args(arguments)
+    configure_logging()
+    started_s = time.monotonic()
+    try:
+        run(TrainingConfig.create({**choose(options.data), "output": options.output}))
+    except (TrainingError, OSError) as exc:
+        log.error("%s", exc)
+        return 1
+    except KeyboardInterrupt:
+        log.error("Stopped before the end: no model was written.")
+        return 130
+    log.info("the starter model took %.0f s", time.monotonic() - started_s)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
