@@ -30,11 +30,16 @@ class TrainingConfig(BaseModel):
         ("stem", "layer1", "layer2", "layer3"),
         description=f"blocks that are not trained, comma-separated, of {', '.join(BLOCKS)}; or none",
     )
-    learning_rate: float = Field(0.017483127170473314, gt=0, description="SGD's step size, its peak in a schedule")
-    batch_size: int = Field(128, ge=1, description="images per step")
+    learning_rate: float = Field(
+        0.017483127170473314, gt=0, description="step size of the optimizer, its peak in a schedule"
+    )
+    batch_size: int = Field(128, ge=2, description="images per step; at least 2, which batch norm needs")
     epochs: int = Field(70, ge=1, description="passes over the training images")
+    optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="sgd, or adamw, which learns sooner from random weights"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(0.0, ge=0, description="L2 penalty of SGD")
+    weight_decay: float = Field(0.0, ge=0, description="pull of the weights towards zero")
     schedule: Literal["constant", "one-cycle"] = Field(
         "constant",
         description="learning rate over the run: constant, or one-cycle (up over the first fifth, then down)",

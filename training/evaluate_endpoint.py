@@ -49,7 +49,9 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
             response = local.connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException) as exc:
-            raise TrainingError(f"{url} did not answer ({exc}); is the service running? Start it with 'make serve'.") from exc
+            raise TrainingError(
+                f"{url} did not answer ({exc}); is the service running? Start it with 'make serve'."
+            ) from exc
         if response.status != 200:
             raise TrainingError(f"{url} answered {response.status} to {images.file_name(index)}: {body.decode()}")
         return bool(json.loads(body)["predictions"][0]["label"] == classes[images.labels[index]])
@@ -73,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluate_endpoint", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the data set the model was trained on")
-    parser.add_argument("--model", type=Path, default=Path("artifacts/model"), help="its artifact (default: artifacts/model)")
+    parser.add_argument(
+        "--model", type=Path, default=Path("artifacts/model"), help="its artifact (default: artifacts/model)"
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the running service (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.2, help="points of accuracy (default: %(default)s)")
     options = parser.parse_args(arguments)

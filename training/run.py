@@ -94,9 +94,13 @@ def make_trainer(config: TrainingConfig, network: Network, device: torch.device,
         # without; fp32 299 with it, 341 without (n = 8 steps).
         network.to(memory_format=torch.channels_last)
     network.to(device)
-    optimizer = torch.optim.SGD(
-        trained, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":  # Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101
+        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            trained, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+        )
     scheduler = None
     if config.schedule == "one-cycle":  # Smith & Topin 2017, https://arxiv.org/abs/1708.07120
         scheduler = torch.optim.lr_scheduler.OneCycleLR(

@@ -25,7 +25,9 @@ class Network(ResNet):  # type: ignore[misc]  # torchvision has no types
     """
 
     def __init__(self, architecture: Architecture, preprocessing: Preprocessing) -> None:
-        super().__init__(BasicBlock, [3, 4, 6, 3], num_classes=architecture.num_classes)
+        # Each residual branch starts at zero (Goyal et al. 2017, https://arxiv.org/abs/1706.02677, 5.1), which makes
+        # training from random weights start sooner; pretrained weights overwrite it.
+        super().__init__(BasicBlock, [3, 4, 6, 3], num_classes=architecture.num_classes, zero_init_residual=True)
         self.architecture = architecture
         self.fc = nn.Sequential(  # ResNet.forward calls whatever `fc` is
             OrderedDict(

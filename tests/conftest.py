@@ -1,0 +1,131 @@
+"""What many tests share: small real data, a small real artifact, the service as a real process."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.data import sample
+from training.train_model import main as train_main
+
+ROOT = Path(__file__).parent.parent
+START_LIMIT_S = 120
+
+
+@pytest.fixture(scope="session")
+def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated sample in the genuine CIFAR-100 format: 200 training and 100 test images of 100 classes."""
+    root = tmp_path_factory.mktemp("sample")
+    sample.write(root, train_per_class=2, test_per_class=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def artifact(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real artifact, trained for one epoch on the small sample. Copy it before changing it."""
+    output = tmp_path_factory.mktemp("artifact") / "model"
+    flags = ["--weights", "none", "--freeze", "none", "--epochs", "1", "--batch-size", "50", "--model-name", "tiny"]
+    assert train_main(["--data", str(sample_root), "--output", str(output), *flags]) == 0
+    return output
+
+
+@dataclass
+class Answer:
+    """A response to a request over a real socket."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Server:
+    """A service that runs as a process of its own."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def ask(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def wait_until_ready(self) -> None:
+        deadline_s = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline_s:
+            assert self.process.poll() is None, f"the service ended:\n{self.log.read_text()}"
+            try:
+                if self.ask("GET", "/ping").status == 200:
+                    return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"the service was not ready in {START_LIMIT_S} s:\n{self.log.read_text()}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment without settings of the service, plus `extra`."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CLASSIFIER_", "SAGEMAKER_", "SM_"))}
+    return {**kept, **extra}
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """`with start_server(model, CLASSIFIER_X="...") as server:` runs `python -m service` until the block ends."""
+
+    @contextmanager
+    def start(model: Path, *flags: str, ready: bool = True, **env: str) -> Iterator[Server]:
+        port = free_port()
+        log = tmp_path_factory.mktemp("server") / "log"
+        command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [*command, *flags], cwd=ROOT, env=environment(**env), stdout=out, stderr=out, text=True
+            )
+        server = Server(process, port, log)
+        try:
+            if ready:
+                server.wait_until_ready()
+            yield server
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(artifact: Path, start_server: Start) -> Iterator[Server]:
+    """One service with the small artifact, for all tests that do not break it."""
+    with start_server(artifact) as running:
+        yield running

@@ -1,0 +1,269 @@
+"""The app over real sockets: uvicorn in a thread, a fake engine where the model does not matter."""
+
+import asyncio
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+from PIL import Image
+
+from service.app import create_app
+from service.classifier import Classifier, ModelCard
+from service.engines.fake import FakeEngine
+from service.errors import HTTP_ERRORS
+from service.schemas import ErrorResponse, PredictionResponse
+from service.settings import Settings
+
+
+def png(grey: int = 7) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (grey, grey, grey)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Served:
+    def __init__(self, port: int, app: Any) -> None:
+        self.port = port
+        self.app = app
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+            response = connection.getresponse()
+            return Reply(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(3000):
+            if condition():
+                return
+            time.sleep(0.01)
+        raise AssertionError("the condition did not come true in 30 s")
+
+
+@contextmanager
+def serve(engine: FakeEngine, ready: bool = True, **settings: Any) -> Iterator[Served]:
+    card = ModelCard("fake", "1", tuple(f"grey {k}" for k in range(engine.num_classes)))
+    app = create_app(Settings(**settings), Classifier(card, 32, engine))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        try:
+            served = Served(listener.getsockname()[1], app)
+            served.until(lambda: server.started)
+            if ready:
+                served.until(lambda: app.state.runtime.state == "ready")
+            yield served
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Served]:
+    with serve(FakeEngine(256)) as served:
+        yield served
+
+
+def assert_error(reply: Reply, status: int, code: str) -> str:
+    """Every error has the one shape, carries the id of the header, and shows no trace."""
+    assert (reply.status, reply.headers["content-type"]) == (status, "application/json")
+    error = ErrorResponse.model_validate_json(reply.body).error
+    assert error.code == code
+    assert error.request_id == reply.headers["x-request-id"]
+    assert error.message.endswith(".")
+    assert "Traceback" not in error.message
+    return error.message
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_ping_answers_200_with_the_state_when_ready(service: Served, method: str) -> None:
+    reply = service.ask(method, "/ping")
+    assert (reply.status, reply.json) == (200, {"status": "ready"})
+
+
+def test_ping_answers_503_with_the_state_and_invocations_a_sentence_until_ready() -> None:
+    with serve(FakeEngine(256, delay_s=1.5), ready=False) as served:
+        reply = served.ask("GET", "/ping")
+        assert (reply.status, reply.json["status"]) == (503, "warming_up")
+        refused = served.ask("POST", "/invocations", png())
+        assert "warming_up" in assert_error(refused, 503, "not_ready")
+        assert refused.headers["retry-after"] == "1"
+        served.until(lambda: served.ask("GET", "/ping").status == 200)
+        assert served.ask("POST", "/invocations", png()).status == 200
+
+
+def test_an_image_gets_its_label(service: Served) -> None:
+    reply = service.ask("POST", "/invocations", png(42), Content_Type="image/png")
+    assert reply.status == 200
+    answer = PredictionResponse.model_validate_json(reply.body)
+    assert answer.predictions[0].label == "grey 42"
+    assert answer.model.name == "fake"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status", "code"),
+    [
+        (b"", "image/png", 400, "unreadable_image"),
+        (b"hello", "image/png", 400, "unreadable_image"),
+        (png()[:60], "image/png", 400, "unreadable_image"),
+        (b"%PDF-1.7 ...", "application/octet-stream", 400, "unreadable_image"),
+        (png(), "multipart/form-data", 400, "malformed_request"),
+        (png(), "text/csv", 415, "unsupported_media_type"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_shape(
+    service: Served, body: bytes, content_type: str, status: int, code: str
+) -> None:
+    assert_error(service.ask("POST", "/invocations", body, Content_Type=content_type), status, code)
+
+
+@pytest.mark.parametrize("side_px", [9_460, 20_000])
+def test_too_many_pixels_are_refused_naming_the_limit(service: Served, side_px: int) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (side_px, side_px)).save(buffer, "PNG")
+    message = assert_error(service.ask("POST", "/invocations", buffer.getvalue()), 413, "image_too_large")
+    assert "89,478,485" in message
+
+
+def test_an_accept_without_json_is_refused(service: Served) -> None:
+    assert_error(service.ask("POST", "/invocations", png(), Accept="text/csv"), 406, "not_acceptable")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_body_is_refused_naming_the_limit(chunked: bool) -> None:
+    with serve(FakeEngine(2), max_payload_bytes=1000) as served:
+        body = iter([b"x" * 600] * 3) if chunked else b"x" * 1001
+        assert "1,000 bytes" in assert_error(
+            served.ask("POST", "/invocations", body), 413, "payload_too_large"
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [("GET", "/invocations", 405, "method_not_allowed"), ("GET", "/nothing", 404, "not_found")],
+)
+def test_other_paths_and_methods_are_refused_in_the_same_shape(
+    service: Served, method: str, path: str, status: int, code: str
+) -> None:
+    assert "/invocations" in assert_error(service.ask(method, path), status, code)
+
+
+def test_a_failing_engine_gives_500_and_a_sentence_and_the_next_request_is_served() -> None:
+    engine = FakeEngine(256)
+    with serve(engine) as served:
+        engine.failure = RuntimeError("secret detail")
+        assert "secret" not in assert_error(served.ask("POST", "/invocations", png()), 500, "engine_failure")
+        engine.failure = None
+        assert served.ask("POST", "/invocations", png()).status == 200
+
+
+def test_an_unexpected_error_gives_500_in_the_same_shape_and_its_trace_to_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with serve(FakeEngine(256)) as served:
+        served.app.state.runtime._classifier.side_px = "not a number"
+        assert_error(served.ask("POST", "/invocations", png()), 500, "internal_error")
+    assert "Traceback" in caplog.text
+
+
+def test_more_requests_than_allowed_are_refused_at_once_and_none_is_lost() -> None:
+    engine = FakeEngine(256)
+    with serve(engine, max_requests=4, max_batch=2) as served, ThreadPoolExecutor(24) as clients:
+        engine.delay_s = 0.5
+        replies = list(clients.map(lambda _: served.ask("POST", "/invocations", png()), range(24)))
+        for reply in replies:
+            if reply.status != 200:
+                assert_error(reply, 503, "overloaded")
+                assert reply.headers["retry-after"] == "1"
+        statuses = [reply.status for reply in replies]
+        assert statuses.count(200) >= 4
+        assert 503 in statuses
+        engine.delay_s = 0
+        assert served.ask("POST", "/invocations", png()).status == 200
+
+
+def test_a_request_past_its_deadline_gets_504() -> None:
+    engine = FakeEngine(256)
+    with serve(engine, deadline_s=0.2) as served:
+        engine.delay_s = 1
+        assert "0.2 s" in assert_error(served.ask("POST", "/invocations", png()), 504, "deadline_exceeded")
+
+
+def test_ping_is_answered_while_predictions_run() -> None:
+    engine = FakeEngine(256)
+    with serve(engine, max_batch=1) as served, ThreadPoolExecutor(4) as clients:
+        engine.delay_s = 1
+        busy = [clients.submit(served.ask, "POST", "/invocations", png()) for _ in range(4)]
+        served.until(lambda: len(engine.batch_sizes) > 2)
+        assert served.ask("GET", "/ping").status == 200
+        assert not all(request.done() for request in busy)
+        assert [request.result().status for request in busy] == [200] * 4
+
+
+def test_requests_under_load_are_batched_and_each_gets_its_own_answer() -> None:
+    engine = FakeEngine(256, delay_s=0.02)
+    with serve(engine) as served, ThreadPoolExecutor(32) as clients:
+        replies = list(clients.map(lambda grey: served.ask("POST", "/invocations", png(grey)), range(200)))
+    assert [reply.json["predictions"][0]["label"] for reply in replies] == [f"grey {grey}" for grey in range(200)]
+    assert max(engine.batch_sizes[2:]) > 1
+
+
+def test_a_harmless_request_id_is_kept_and_another_is_replaced(service: Served) -> None:
+    assert service.ask("GET", "/ping", X_Request_Id="abc-1").headers["x-request-id"] == "abc-1"
+    assert service.ask("GET", "/ping", X_Request_Id="a b").headers["x-request-id"] != "a b"
+
+
+def test_each_request_is_one_line_with_its_stage_times_and_probes_are_silent(
+    service: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "service.requests")
+    service.ask("GET", "/ping")
+    service.ask("POST", "/invocations", png(), X_Request_Id="good")
+    service.ask("POST", "/invocations", b"bad", X_Request_Id="bad")
+    service.until(lambda: len(caplog.messages) >= 2)
+    good, bad = caplog.messages
+    for name in ("decode_ms", "queue_ms", "infer_ms", "total_ms", "batch_size=1", "bytes_in", "status=200", "code=ok"):
+        assert name in good
+    assert "status=400 code=unreadable_image" in bad
+
+
+def test_a_client_that_hangs_up_while_sending_leaves_a_line_and_no_trace(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "service.requests")
+    with serve(FakeEngine(2)) as served:
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+        served.until(lambda: "client_gone" in caplog.text)
+        assert served.ask("GET", "/ping").status == 200
+    assert "Traceback" not in caplog.text
+
+
+def test_the_openapi_document_names_both_routes_and_every_error_status(service: Served) -> None:
+    paths = service.ask("GET", "/openapi.json").json["paths"]
+    assert set(paths) == {"/ping", "/invocations"}
+    documented = set(paths["/invocations"]["post"]["responses"])
+    assert {str(status) for status, _ in HTTP_ERRORS.values()} <= documented

@@ -1,0 +1,214 @@
+"""The four words: with the real artifact, and inside AWS's own inference toolkit."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sagemaker_inference.default_handler_service import DefaultHandlerService
+
+from service.classifier import Classifier, ModelCard, Prediction
+from service.engines.fake import FakeEngine
+from service.errors import MalformedRequest, NotAcceptable, UnsupportedMediaType
+from service.inference import TOP_K, input_fn, model_fn, output_fn, predict_fn
+from service.model.artifact import open_artifact
+from service.model.errors import ArtifactError, UnreadableImage
+
+
+def png(grey: int = 7, side_px: int = 40) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side_px, side_px), (grey, grey, grey)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def form(*files: bytes, boundary: str = "xYz") -> tuple[bytes, str]:
+    parts = [
+        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{i}.png"\r\n\r\n'.encode()
+        + file
+        + b"\r\n"
+        for i, file in enumerate(files)
+    ]
+    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
+@pytest.fixture
+def fake_model() -> Classifier:
+    return Classifier(ModelCard("fake", "1", tuple(f"grey {k}" for k in range(256))), 32, FakeEngine(256))
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "image/png",
+        "image/jpeg; charset=utf-8",
+        "IMAGE/PNG",
+        "application/x-image",
+        "application/octet-stream",
+        None,
+        "",
+    ],
+)
+def test_raw_bytes_are_decoded_whatever_image_type_they_come_as(content_type: str | None) -> None:
+    (image,) = input_fn(png(), content_type)
+    assert image.shape == (40, 40, 3)
+
+
+def test_one_file_of_a_form_is_decoded() -> None:
+    (image,) = input_fn(*form(png(99)))
+    assert (image == 99).all()
+
+
+def test_a_form_field_without_a_file_name_is_no_file() -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="note"\r\n\r\nhello\r\n--b--\r\n'
+    with pytest.raises(MalformedRequest, match="exactly one file, given: 0"):
+        input_fn(body, "multipart/form-data; boundary=b")
+
+
+def test_several_files_are_refused_with_their_number() -> None:
+    with pytest.raises(MalformedRequest, match="given: 3"):
+        input_fn(*form(png(), png(), png()))
+
+
+def test_a_form_of_thousands_of_parts_is_refused() -> None:
+    with pytest.raises(MalformedRequest, match="at most 100 parts"):
+        input_fn(*form(*[b""] * 5000))
+
+
+@pytest.mark.parametrize("cut", [3, 10, 60, 120])
+def test_a_form_that_ends_too_early_is_refused(cut: int) -> None:
+    body, content_type = form(png())
+    with pytest.raises((MalformedRequest, UnreadableImage)):
+        input_fn(body[:-cut], content_type)
+
+
+@pytest.mark.parametrize(
+    "content_type", ["multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=other"]
+)
+def test_a_form_with_a_wrong_boundary_is_refused(content_type: str) -> None:
+    with pytest.raises(MalformedRequest):
+        input_fn(form(png())[0], content_type)
+
+
+@pytest.mark.parametrize("content_type", ["text/csv", "application/json", "video/mp4"])
+def test_other_types_are_refused_naming_what_is_allowed(content_type: str) -> None:
+    with pytest.raises(UnsupportedMediaType, match=f"image/.*multipart/form-data.*{content_type}"):
+        input_fn(png(), content_type)
+
+
+def test_predictions_come_in_the_order_of_the_images(fake_model: Classifier) -> None:
+    images = [np.full((50, 60, 3), grey, np.uint8) for grey in (200, 3, 77)]
+    assert [p.top(1)[0][0] for p in predict_fn(images, fake_model)] == ["grey 200", "grey 3", "grey 77"]
+
+
+def test_the_answer_ranks_labels_and_names_the_model(fake_model: Classifier) -> None:
+    body, content_type = output_fn(predict_fn(input_fn(png(9), "image/png"), fake_model), "application/json")
+    answer = json.loads(body)
+    assert content_type == "application/json"
+    assert answer["model"] == {"name": "fake", "version": "1"}
+    assert len(answer["predictions"]) == TOP_K
+    assert answer["predictions"][0] | {"probability": 0} == {"label": "grey 9", "index": 9, "probability": 0}
+    probabilities = [ranked["probability"] for ranked in answer["predictions"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_fewer_classes_than_top_k_are_all_ranked() -> None:
+    prediction = Prediction(np.array([0.25, 0.75], np.float32), ModelCard("m", "1", ("a", "b")))
+    assert [ranked["label"] for ranked in json.loads(output_fn([prediction], None)[0])["predictions"]] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "accept", [None, "", "*/*", "text/html, application/*;q=0.8", "application/json; charset=utf-8"]
+)
+def test_any_accept_that_allows_json_gets_json(accept: str | None, fake_model: Classifier) -> None:
+    assert output_fn(predict_fn(input_fn(png(), None), fake_model), accept)[1] == "application/json"
+
+
+def test_an_accept_without_json_is_refused(fake_model: Classifier) -> None:
+    with pytest.raises(NotAcceptable, match="text/csv"):
+        output_fn(predict_fn(input_fn(png(), None), fake_model), "text/csv")
+
+
+@pytest.mark.parametrize("wrong", ["shape", "nan"])
+def test_an_engine_that_answers_wrongly_is_noticed(wrong: str) -> None:
+    class Wrong(FakeEngine):
+        def infer(self, batch: Any) -> Any:
+            logits = super().infer(batch)
+            return logits[:, :-1] if wrong == "shape" else logits * np.nan
+
+    model = Classifier(ModelCard("m", "1", ("a", "b")), 32, Wrong(2))
+    with pytest.raises(ValueError, match="engine fake answered"):
+        predict_fn([np.zeros((32, 32, 3), np.uint8)], model)
+
+
+def test_model_fn_loads_a_model_whose_logits_are_the_stored_ones(artifact: Path) -> None:
+    model = model_fn(artifact)
+    check = open_artifact(artifact).self_check()
+    assert model.check(check) <= model.engine.tolerance
+    assert np.allclose(model.engine.infer(check.inputs), check.logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_gives_what_its_single_images_give(artifact: Path) -> None:
+    model = model_fn(artifact)
+    images = list(np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), dtype=np.uint8))
+    together = np.stack([p.probs for p in predict_fn(images, model)])
+    alone = np.stack([predict_fn([image], model)[0].probs for image in images])
+    assert np.allclose(together, alone, atol=1e-5)
+
+
+def test_logits_that_are_not_the_stored_ones_stop_the_start(artifact: Path) -> None:
+    model = model_fn(artifact)
+    check = open_artifact(artifact).self_check()
+    with pytest.raises(ArtifactError, match="self-check failed"):
+        model.check(type(check)(check.inputs, check.logits + np.float32(1)))
+
+
+class ToolkitContext:
+    """What AWS's model server passes to a handler: the request's headers in, status and type of the answer out."""
+
+    def __init__(self, model_dir: Path, **headers: str) -> None:
+        self.system_properties = {"model_dir": str(model_dir)}
+        self.request_processor = [SimpleNamespace(get_request_properties=lambda: headers)]
+        self.status = 200
+        self.content_type = ""
+
+    def set_response_status(self, code: int, phrase: str) -> None:
+        self.status = code
+
+    def set_response_content_type(self, _: int, content_type: str) -> None:
+        self.content_type = content_type
+
+
+@pytest.fixture
+def toolkit(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> DefaultHandlerService:
+    monkeypatch.setenv("SAGEMAKER_PROGRAM", "service.inference")
+    monkeypatch.setenv("PYTHONPATH", "")  # the toolkit changes it
+    service = DefaultHandlerService()
+    service.initialize(ToolkitContext(artifact))
+    return service
+
+
+@pytest.mark.parametrize("as_form", [False, True])
+def test_awss_inference_toolkit_runs_the_module_unchanged(
+    toolkit: DefaultHandlerService, artifact: Path, as_form: bool
+) -> None:
+    opened = open_artifact(artifact)
+    payload = opened.read("example")
+    body, content_type = form(payload) if as_form else (payload, opened.manifest.example.media_type)
+    context = ToolkitContext(artifact, **{"Content-Type": content_type, "Accept": "*/*"})
+    (answer,) = toolkit.handle([{"body": body}], context)
+    assert (context.status, context.content_type) == (200, "application/json")
+    expected, _ = output_fn(predict_fn(input_fn(payload, None), model_fn(artifact)), None)
+    assert json.loads(answer)["predictions"][0]["label"] == json.loads(expected)["predictions"][0]["label"]
+
+
+def test_awss_inference_toolkit_tells_a_broken_image_by_our_sentence(
+    toolkit: DefaultHandlerService, artifact: Path
+) -> None:
+    context = ToolkitContext(artifact, **{"Content-Type": "image/png"})
+    (answer,) = toolkit.handle([{"body": b"not an image"}], context)
+    assert context.status >= 400
+    assert "are not a JPEG, PNG, WEBP, BMP or GIF image" in answer

@@ -1,0 +1,60 @@
+"""The import rules of ARCHITECTURE.md, each proved in a fresh interpreter."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def modules_of(package: str) -> list[str]:
+    paths = sorted((ROOT / package.replace(".", "/")).rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+
+
+def imported_by(modules: list[str]) -> set[str]:
+    code = f"import importlib, json, sys; [importlib.import_module(m) for m in {modules!r}]"
+    code += "; print(json.dumps([*sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout))
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_service_never_imports_training_nor_anything_of_aws() -> None:
+    assert not tops(imported_by(modules_of("service"))) & {"training", "boto3", "botocore", "sagemaker", "smdebug"}
+
+
+def test_service_model_imports_neither_fastapi_nor_aws() -> None:
+    assert not tops(imported_by(modules_of("service.model"))) & {
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "boto3",
+        "sagemaker",
+    }
+
+
+def test_training_imports_service_model_and_nothing_else_of_service() -> None:
+    ours = {name for name in imported_by(modules_of("training")) if name.startswith("service.")}
+    assert ours
+    assert {name for name in ours if not name.startswith("service.model")} == set()
+
+
+def test_the_http_side_imports_without_torch_and_starts_nothing() -> None:
+    names = imported_by(["service.app", "service.routes", "service.batcher", "service.inference", "service.runtime"])
+    assert "torch" not in names
+
+
+def test_only_settings_and_environment_read_the_environment() -> None:
+    readers = {
+        str(path.relative_to(ROOT))
+        for package in ("service", "training")
+        for path in (ROOT / package).rglob("*.py")
+        if "environ" in path.read_text().replace("training.environment", "").replace("the environment", "")
+    }
+    assert readers == {"service/settings.py", "training/environment.py"}

@@ -1,0 +1,86 @@
+"""README and ARCHITECTURE.md say what the code does: settings, error codes, targets, modules, defaults."""
+
+import re
+import subprocess
+from pathlib import Path
+
+from service.errors import HTTP_ERRORS
+from service.settings import Settings, names
+from training.config import TrainingConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+
+
+def rows(table_of: str) -> dict[str, list[str]]:
+    """The cells of each README row whose first cell matches, by that cell."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:1] == "|"]
+    return {row[0].strip("`"): row[1:] for row in cells if re.search(table_of, row[0])}
+
+
+def test_the_table_of_settings_is_the_settings_with_their_defaults() -> None:
+    table = rows("CLASSIFIER_")
+    assert list(table) == names()
+    for name, field in Settings.model_fields.items():
+        if field.default_factory is None:
+            default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+            stated = table[f"CLASSIFIER_{name.upper()}"][0]
+            assert f"`{default.lower()}`" in stated, (name, stated)
+
+
+def test_the_table_of_errors_has_every_code_with_its_status() -> None:
+    stated = {
+        (int(status), code)
+        for statuses, (codes, *_) in rows(r"^\d{3}").items()
+        for status in re.findall(r"\d{3}", statuses)
+        for code in re.findall(r"`(\w+)`", codes)
+    }
+    assert {(status, code) for status, code in HTTP_ERRORS.values()} <= stated
+
+
+def test_every_make_command_of_the_readme_is_a_target() -> None:
+    listed = subprocess.run(["make", "--silent"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = set(re.findall(r"^  make ([\w-]+)", listed, re.MULTILINE))
+    used = set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", README, re.MULTILINE))
+    assert {"serve", "test"} <= used <= targets
+
+
+def test_every_module_and_flag_the_readme_runs_exists() -> None:
+    modules = re.findall(r"python -m ([\w.]+)", README)
+    assert modules
+    for module in modules:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README)}
+    others = {"data_binary", "help", "model", "host", "port"}
+    assert flags - others <= set(TrainingConfig.model_fields)
+
+
+def test_every_file_the_documents_name_exists() -> None:
+    named = set(re.findall(r"`((?:service|training|tests)/[\w/]*(?:\.py)?)`", README + ARCHITECTURE))
+    assert named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_the_folder_table_names_every_module() -> None:
+    table = "\n".join(line for line in ARCHITECTURE.splitlines() if line.startswith("| `"))
+    folders = ("service/model", "service/engines", "training", "training/data")
+    modules = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    unnamed = [
+        path.stem for path in modules if path.stem not in ("__init__", "errors", "progress") and path.stem not in table
+    ]
+    assert unnamed == []
+
+
+def test_the_readme_states_the_reference_recipe_that_is_the_default() -> None:
+    for name in ("learning_rate", "batch_size", "epochs"):
+        assert f"`{name}` {TrainingConfig.model_fields[name].default}" in README
+
+
+def test_top_level_holds_the_agreed_names_and_nothing_else() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tops = {name.split("/")[0] for name in listed}
+    agreed = {"container", "service", "training", "tests", "docker-compose.yml", "Makefile", "README.md"}
+    usual = {"pyproject.toml", "uv.lock", "ARCHITECTURE.md", "CHANGELOG.md", "LICENSE"}
+    assert {name for name in tops if not name.startswith(".")} <= agreed | usual
