@@ -19,7 +19,7 @@ help: ## print the targets
 
 serve: $(UV) ## set up, fine-tune a starter model if MODEL is not there, and serve it on PORT
 	$(UV) sync --frozen --inexact --group training
-	@if [ ! -e "$(MODEL)" ] && [ "$(MODEL)" = artifacts/model ]; then \
+	@if [ "$(MODEL)" = artifacts/model ] && [ ! -e "$(MODEL)/manifest.json" ]; then \
 	  $(PYTHON) -m training.starter --data "$(DATA)" --output "$(MODEL)"; fi
 	@exec $(PYTHON) -m service --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
 

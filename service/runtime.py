@@ -5,7 +5,7 @@ Built by `create_app`, opened and closed in the app's lifespan. Routes ask it fo
 
 import asyncio
 import logging
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +45,7 @@ class Runtime:
         self._under_way = 0
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._batcher: Batcher[RgbImage, Prediction] | None = None
-        self._unpacked: Path | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._starting: asyncio.Task[None] | None = None
 
     def open(self) -> None:
@@ -62,8 +62,8 @@ class Runtime:
         if self._batcher is not None:
             await self._batcher.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        if self._unpacked is not None:
-            shutil.rmtree(self._unpacked, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -122,9 +122,11 @@ class Runtime:
     def _load(self) -> Classifier:
         started_s = time.perf_counter()
         source = self.settings.model
+        folder = source
         if source.is_file():
-            self._unpacked = unpack(source)
-        folder = self._unpacked or source
+            # Removed when the service closes, or at the latest when the interpreter ends.
+            self._scratch = tempfile.TemporaryDirectory(prefix="model-", ignore_cleanup_errors=True)
+            folder = unpack(source, Path(self._scratch.name))
         classifier = model_fn(folder)
         card = classifier.card
         log.info(

@@ -18,7 +18,7 @@ from training.data.loader import Loader
 from training.loop import EpochMetrics, Evaluation
 
 SELF_CHECK_INPUTS = 4
-EXAMPLE_CANDIDATES = 256
+EXAMPLE_CANDIDATES = 32
 PACKAGES = ("numpy", "pillow", "safetensors", "torch", "torchvision")
 
 

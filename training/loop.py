@@ -1,6 +1,7 @@
 """The training loop: one epoch of steps, and evaluation. Knows the network and batches, not where they come from."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -87,7 +88,7 @@ class Trainer:
             for images, labels in self._without_lone_image(loader.batches(order)):
                 loss, hits = self._step(self._augmented(images).to(self._device), labels.to(self._device))
                 total_loss, correct, seen = total_loss + loss * len(labels), correct + hits, seen + len(labels)
-                if not torch.isfinite(torch.tensor(loss)):
+                if not math.isfinite(loss):
                     raise DivergedError(
                         f"{title}: the loss is {loss} at learning rate {self.learning_rate:.3g}; "
                         "start again with a smaller --learning-rate."

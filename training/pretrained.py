@@ -56,8 +56,8 @@ def imagenet_state(imagenet: Weights = IMAGENET) -> dict[str, Tensor]:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)  # torchvision opens the connection without one
     try:
-        state: dict[str, Tensor] = imagenet.get_state_dict(
-            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(  # what torchvision's own loading calls
+            imagenet.url, progress=True, check_hash=True, map_location="cpu", weights_only=True
         )
     except (OSError, RuntimeError) as exc:
         raise WeightsError(f"The ImageNet weights cannot be downloaded ({exc}). {_by_hand(path, imagenet)}") from exc

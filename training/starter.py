@@ -26,8 +26,9 @@ QUICK_CIFAR100: dict[str, object] = {
 }  # fmt: skip
 
 QUICK_SAMPLE: dict[str, object] = {
-    "weights": "none", "freeze": "none", "side": 32, "epochs": 7, "batch_size": 64, "learning_rate": 0.05,
-    "weight_decay": 5e-4, "schedule": "one-cycle", "precision": "auto", "model_name": "resnet34-sample",
+    "weights": "none", "freeze": "none", "side": 32, "epochs": 6, "batch_size": 64, "optimizer": "adamw",
+    "learning_rate": 1e-3, "weight_decay": 0.01, "schedule": "one-cycle", "precision": "auto",
+    "model_name": "resnet34-sample",
 }  # fmt: skip
 
 

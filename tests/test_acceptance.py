@@ -1,0 +1,85 @@
+"""The README's promises from start to end, on real processes. Minutes long: `make test-slow`."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.model.artifact import Artifact, open_artifact
+from training.evaluate_endpoint import main as evaluate_endpoint
+
+ROOT = Path(__file__).parent.parent
+CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10-train-jpeg.tar.gz"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+
+def say(*lines: str) -> None:
+    """Write to the real stdout: these figures are read in CI's log."""
+    print(*lines, sep="\n", file=sys.__stdout__, flush=True)
+
+
+def post(port: int, artifact: Artifact) -> Any:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": artifact.manifest.example.media_type}
+    connection.request("POST", "/invocations", artifact.read("example"), headers)
+    return json.loads(connection.getresponse().read())
+
+
+def test_make_serve_from_a_fresh_clone_classifies_a_held_out_image(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    log = tmp_path / "log"
+    port = 18080
+    with log.open("w") as out:
+        make = subprocess.Popen(
+            ["make", "serve", f"PORT={port}"], cwd=clone, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        started_s = time.monotonic()
+        while "try: curl" not in log.read_text():
+            assert make.poll() is None, log.read_text()
+            assert time.monotonic() - started_s < 2000, log.read_text()
+            time.sleep(1)
+        time.sleep(5)
+        artifact = open_artifact(clone / "artifacts" / "model")
+        answer = post(port, artifact)
+        assert answer["predictions"][0]["label"] == artifact.manifest.example.label
+        accuracy = artifact.manifest.metrics["validation"]["accuracy"]
+        took = re.findall(r"the starter model took (\d+) s", log.read_text())
+        name = artifact.manifest.dataset["name"]
+        say(f"starter model on {name}: validation accuracy {accuracy:.4f} in {took[0]} s")
+        if name == "generated-sample":
+            assert accuracy >= 0.90
+    finally:
+        os.killpg(make.pid, signal.SIGTERM)
+        make.wait(60)
+
+
+@pytest.mark.skipif(not CIFAR10.is_file(), reason="needs ../shared/data (CIFAR-10 as JPEG files)")
+def test_real_pictures_reach_60_percent_and_http_gives_the_accuracy_of_the_manifest(
+    tmp_path: Path, start_server: Any
+) -> None:
+    subprocess.run(["tar", "xzf", str(CIFAR10), "-C", str(tmp_path)], check=True)
+    data = tmp_path / "pictures"
+    (tmp_path / "train").rename(data)  # ten class folders, no split given
+    flags = "--weights none --freeze none --side 32 --epochs 5 --batch-size 128 --optimizer adamw --learning-rate 0.001"
+    flags += " --weight-decay 0.01 --schedule one-cycle --augment flip-crop --precision auto --model-name cifar10"
+    output = tmp_path / "model"
+    started_s = time.monotonic()
+    command = [sys.executable, "-m", "training.train_model", "--data", str(data), "--output", str(output)]
+    subprocess.run([*command, *flags.split(" ")], cwd=ROOT, check=True, stdout=sys.__stdout__)
+    accuracy = open_artifact(output).manifest.metrics["validation"]["accuracy"]
+    say(f"CIFAR-10 JPEG files: validation accuracy {accuracy:.4f} in {time.monotonic() - started_s:.0f} s: {flags}")
+    assert accuracy >= 0.60
+    with start_server(output) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        assert evaluate_endpoint(["--data", str(data), "--model", str(output), "--url", url]) == 0
