@@ -1,12 +1,13 @@
 # Everything runs from here; `make` alone prints the targets.
 # MODEL, DATA, HOST, PORT and URL are yours to set: make serve MODEL=model.tar.gz PORT=9000
 
-MODEL ?= artifacts/model
-DATA ?= data
-HOST ?= 127.0.0.1
-PORT ?= 8080
-URL ?= http://127.0.0.1:$(PORT)
-PYTEST_ARGS ?=
+# (Only there: HOST and the like mean other things in many environments.)
+MODEL = artifacts/model
+DATA = data
+HOST = 127.0.0.1
+PORT = 8080
+URL = http://127.0.0.1:$(PORT)
+PYTEST_ARGS =
 
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
@@ -20,7 +21,7 @@ help: ## print the targets
 serve: $(UV) ## set up, fine-tune a starter model if MODEL is not there, and serve it on PORT
 	$(UV) sync --frozen --inexact --group training
 	@if [ "$(MODEL)" = artifacts/model ] && [ ! -e "$(MODEL)/manifest.json" ]; then \
-	  $(PYTHON) -m training.starter --data "$(DATA)" --output "$(MODEL)"; fi
+	  $(PYTHON) -m training.starter --data data --output "$(MODEL)"; fi
 	@exec $(PYTHON) -m service --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
 
 evaluate: $(UV) ## send DATA's validation images to URL and compare the accuracy with MODEL's manifest

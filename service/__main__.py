@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     if settings.exit_with_parent and os.getppid() > 1:  # in a container we are process 1 and have no parent
         threading.Thread(target=_watch_parent, args=(os.getppid(), stop), daemon=True, name="parent").start()
-    log.info("listening on http://%s:%d, loading the model", settings.host, settings.port)
+    log.info("listening on %s port %d, loading the model", settings.host, settings.port)
     # uvicorn raises the signal that stopped it once more when all is closed: ours then ends nothing, so we exit 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())

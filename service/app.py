@@ -41,19 +41,19 @@ def create_app(
     )
     app.include_router(router)
     for exception in HTTP_ERRORS:
-        app.add_exception_handler(exception, _tell)
-    app.add_exception_handler(HTTPException, _tell_http)
-    app.add_exception_handler(ClientDisconnect, _note_gone)
+        app.add_exception_handler(exception, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(ClientDisconnect, _note_client_gone)
     app.add_middleware(telemetry.Telemetry)
     return app
 
 
-async def _tell(request: Request, exc: Exception) -> Response:
+async def _answer_error(request: Request, exc: Exception) -> Response:
     status, code = HTTP_ERRORS[type(exc)]
     return _error(status, code, str(exc), {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {})
 
 
-async def _tell_http(request: Request, exc: Exception) -> Response:
+async def _answer_http_error(request: Request, exc: Exception) -> Response:
     """The framework's own refusals (no such path, method not allowed, client gone) in our shape."""
     if not isinstance(exc, HTTPException):
         raise exc
@@ -62,8 +62,8 @@ async def _tell_http(request: Request, exc: Exception) -> Response:
     return _error(exc.status_code, code, sentence, dict(exc.headers or {}))
 
 
-async def _note_gone(request: Request, exc: Exception) -> Response:
-    """The client hung up while it sent the body: nobody reads this answer, the log line tells of it."""
+async def _note_client_gone(request: Request, exc: Exception) -> Response:
+    """The client hung up before it was answered: nobody reads this answer, the log line tells of it."""
     telemetry.current().code = "client_gone"
     return Response(status_code=400)
 

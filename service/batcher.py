@@ -2,7 +2,7 @@
 
 It takes what is waiting whenever the engine is free, so that batches form by themselves under load and a
 lone request never waits for company (unless `max_wait_ms` asks for it). It knows neither HTTP nor torch:
-`run` is any function from a list to a list, called in one thread of its own, never on the event loop.
+`run` is any function from a list to a list, called in a thread, never on the event loop.
 
 No item is ever left waiting: it gets its result, the failure of its batch, or a refusal at once.
 """
@@ -34,7 +34,7 @@ class Batched(Generic[Out]):
     batch_size: int
 
 
-@dataclass
+@dataclass(eq=False)  # found again by identity: items such as images have no truth value of equality
 class _Waiting(Generic[In, Out]):
     item: In
     future: "asyncio.Future[Batched[Out]]"
@@ -45,9 +45,18 @@ class Batcher(Generic[In, Out]):
     """Collects items for `run`. To be opened and closed on the event loop that submits to it."""
 
     def __init__(
-        self, run: Callable[[list[In]], list[Out]], *, max_batch: int, max_queue: int, max_wait_ms: float = 0.0
+        self,
+        run: Callable[[list[In]], list[Out]],
+        thread: ThreadPoolExecutor,
+        *,
+        max_batch: int,
+        max_queue: int,
+        max_wait_ms: float = 0.0,
     ) -> None:
-        """`run` returns one result per item, in order. `max_queue` bounds the items that wait for the engine."""
+        """`run` returns one result per item, in order, called in `thread` (one worker, the caller's to shut down).
+
+        `max_queue` bounds the items that wait for the engine.
+        """
         self._run = run
         self._max_batch = max_batch
         self._max_queue = max_queue
@@ -55,7 +64,7 @@ class Batcher(Generic[In, Out]):
         self._queue: deque[_Waiting[In, Out]] = deque()
         self._arrived = asyncio.Event()
         self._closing = False
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._thread = thread
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
@@ -68,7 +77,6 @@ class Batcher(Generic[In, Out]):
         self._arrived.set()
         if self._task is not None:
             await self._task
-        self._thread.shutdown(wait=False)
 
     async def submit(self, item: In) -> Batched[Out]:
         """Wait for the item's result. A cancelled submit frees its place before the engine works for it.

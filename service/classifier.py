@@ -1,16 +1,17 @@
-"""A model that is ready to classify: the artifact's facts and an engine. Fitted images -> predictions."""
+"""A model that is ready to classify: the artifact's facts and an engine. Images -> predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from service.engines.base import Engine, Logits
-from service.model.artifact import Manifest, SelfCheck
+from service.model.artifact import Artifact, SelfCheck
 from service.model.errors import ArtifactError
 from service.model.images import RgbImage
-from service.model.preprocess import fit_all
+from service.model.preprocess import crop_resize_all
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,35 @@ class Prediction:
         return [(self.model.classes[i], int(i), float(self.probs[i])) for i in best]
 
 
-class Classifier:
-    """Fits, infers and ranks: what `model_fn` returns."""
+@dataclass(frozen=True)
+class ExampleFile:
+    """An image to try the service with."""
 
-    def __init__(self, card: ModelCard, side_px: int, engine: Engine) -> None:
+    path: Path
+    label: str
+    media_type: str
+
+
+class Classifier:
+    """Crops and resizes, infers and ranks: what `model_fn` returns."""
+
+    def __init__(self, card: ModelCard, side_px: int, engine: Engine, example: ExampleFile | None = None) -> None:
         self.card = card
         self.side_px = side_px
         self.engine = engine
+        self.example = example
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, engine: Engine) -> "Classifier":
-        """A classifier with the classes and the input side of `manifest`."""
+    def of(cls, artifact: Artifact, engine: Engine) -> "Classifier":
+        """A classifier with what the artifact's manifest says."""
+        manifest = artifact.manifest
         card = ModelCard(manifest.name, manifest.version, manifest.classes)
-        return cls(card, manifest.preprocessing.side_px, engine)
+        example = ExampleFile(artifact.path("example"), manifest.example.label, manifest.example.media_type)
+        return cls(card, manifest.preprocessing.side_px, engine, example)
 
     def classify(self, images: Sequence[RgbImage]) -> list[Prediction]:
         """Predict each of `images` (uint8 `[H, W, 3]`, any size), in the same order."""
-        logits = self.engine.infer(fit_all(images, self.side_px))  # [N, K]
+        logits = self.engine.infer(crop_resize_all(images, self.side_px))  # [N, K]
         expected = (len(images), len(self.card.classes))
         if logits.shape != expected:
             raise ValueError(f"The engine {self.engine.name} answered {logits.shape}, expected {expected}.")

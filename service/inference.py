@@ -6,13 +6,15 @@ exactly these; AWS's inference toolkit calls them too, given `SAGEMAKER_PROGRAM=
 """
 
 import json
+import re
 from collections.abc import Sequence
 from email.message import Message
 from pathlib import Path
 
 from service.classifier import Classifier, Prediction
 from service.errors import MalformedRequest, NotAcceptable, UnsupportedMediaType
-from service.model.artifact import open_artifact
+from service.model.artifact import Artifact, open_artifact
+from service.model.errors import ArtifactError
 from service.model.images import RgbImage, decode
 from service.multipart import files_of
 
@@ -25,14 +27,15 @@ RAW_MEDIA_TYPES = ("application/octet-stream", "application/x-image", "applicati
 
 
 def model_fn(model_dir: str | Path) -> Classifier:
-    """Load, verify and warm up the model in `model_dir`. Raises: ArtifactError."""
-    from service.engines.eager import EagerEngine  # torch takes seconds to import: not before it is needed
-
+    """Load and verify the model in `model_dir`: every file's hash, then the self-check. Raises: ArtifactError."""
     artifact = open_artifact(Path(model_dir))
-    classifier = Classifier.from_manifest(artifact.manifest, EagerEngine(artifact))
-    artifact.read("example")
-    classifier.check(artifact.self_check())
-    return classifier
+    try:
+        return _load(artifact)
+    except ArtifactError:
+        newer = open_artifact(Path(model_dir))
+        if newer.manifest == artifact.manifest:
+            raise
+        return _load(newer)  # a training replaced the model while it was being read
 
 
 def input_fn(body: bytes, content_type: str | None) -> list[RgbImage]:
@@ -52,7 +55,7 @@ def input_fn(body: bytes, content_type: str | None) -> list[RgbImage]:
     if media_type.startswith("image/") or media_type in RAW_MEDIA_TYPES:
         return [decode(body)]
     raise UnsupportedMediaType(
-        f"The content type must be image/*, application/octet-stream or multipart/form-data, given: {media_type}."
+        f"The content type must be image/*, application/octet-stream or multipart/form-data, given: {content_type}."
     )
 
 
@@ -76,6 +79,18 @@ def output_fn(predictions: Sequence[Prediction], accept: str | None) -> tuple[by
     return json.dumps(answer, ensure_ascii=False).encode(), JSON
 
 
+def _load(artifact: Artifact) -> Classifier:
+    artifact.verify()
+    from service.engines.eager import EagerEngine  # torch takes seconds to import: not before it is needed
+
+    classifier = Classifier.of(artifact, EagerEngine(artifact))
+    classifier.check(artifact.self_check())
+    return classifier
+
+
 def _accepts_json(accept: str | None) -> bool:
-    ranges = [part.split(";")[0].strip().lower() for part in (accept or "*/*").split(",")]
-    return any(media_range in (JSON, "application/*", "*/*", "") for media_range in ranges)
+    ranges = [[piece.strip().lower() for piece in part.split(";")] for part in (accept or "*/*").split(",")]
+    refused = {media_range for media_range, *options in ranges if any(re.fullmatch(r"q=0(\.0*)?", o) for o in options)}
+    return JSON not in refused and any(
+        media_range in (JSON, "application/*", "*/*", "") and media_range not in refused for media_range, *_ in ranges
+    )

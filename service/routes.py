@@ -4,10 +4,12 @@ https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.h
 """
 
 import asyncio
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from service import telemetry
 from service.errors import DeadlineExceeded, PayloadTooLarge
@@ -16,6 +18,8 @@ from service.runtime import Runtime
 from service.schemas import ErrorResponse, PingResponse, PredictionResponse
 
 router = APIRouter()
+
+T = TypeVar("T")
 
 _BODY: dict[str, Any] = {
     "requestBody": {
@@ -53,7 +57,8 @@ async def invocations(request: Request) -> Response:
             async with asyncio.timeout(runtime.settings.deadline_s):
                 payload = await _read_body(request, runtime.settings.max_payload_bytes)
                 record.bytes_in = len(payload)
-                result, record.decode_ms = await runtime.predict(payload, request.headers.get("content-type"))
+                work = runtime.predict(payload, request.headers.get("content-type"))
+                result, record.decode_ms = await _unless_gone(request, work)
         except TimeoutError as exc:
             raise DeadlineExceeded(
                 f"The request was not answered within {runtime.settings.deadline_s:g} s; try again, or send less."
@@ -68,10 +73,31 @@ async def _read_body(request: Request, limit: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise PayloadTooLarge(too_large.format(f"{int(declared):,}"))
-    chunks, size = [], 0
+    body = bytearray()
     async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
+        body += chunk
+        if len(body) > limit:
             raise PayloadTooLarge(too_large.format("more than that"))
-        chunks.append(chunk)
-    return b"".join(chunks)
+    return bytes(body)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up: nobody would read it.
+
+    Raises: ClientDisconnect, and whatever `work` raises.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -13,6 +13,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.model.machine import cores
+
 PREFIX = "CLASSIFIER_"
 SAGEMAKER_MODEL = Path("/opt/ml/model")
 LOCAL_MODEL = Path("artifacts/model")
@@ -45,12 +47,7 @@ class Settings(BaseSettings):
     """Images the engine gets at once; more raise throughput under load and the latency of each batch."""
     max_wait_ms: float = Field(0.0, ge=0)
     """How long a batch waits for company, counted from its first image; 0 takes what is there."""
-    decode_threads: int = Field(
-        default_factory=lambda: (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ),
-        ge=1,
-    )
+    decode_threads: int = Field(default_factory=cores, ge=1)
     """Threads that decode and resize images; default: the cores this process may use."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines below this level are not written; "warning" silences the line per request."""

@@ -28,7 +28,7 @@ class RequestRecord:
     method: str
     path: str
     status: int = 0
-    code: str = "ok"
+    code: str = "unanswered"
     bytes_in: int = 0
     decode_ms: float | None = None
     queue_ms: float | None = None
@@ -74,6 +74,8 @@ class Telemetry:
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                if record.status < 400:
+                    record.code = "ok"
                 MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
             await send(message)
 

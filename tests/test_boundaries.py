@@ -1,6 +1,7 @@
 """The import rules of ARCHITECTURE.md, each proved in a fresh interpreter."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +46,19 @@ def test_training_imports_service_model_and_nothing_else_of_service() -> None:
     assert {name for name in ours if not name.startswith("service.model")} == set()
 
 
-def test_the_http_side_imports_without_torch_and_starts_nothing() -> None:
+def test_the_http_side_imports_without_torch() -> None:
     names = imported_by(["service.app", "service.routes", "service.batcher", "service.inference", "service.runtime"])
     assert "torch" not in names
+
+
+def test_importing_starts_no_thread_and_opens_no_socket() -> None:
+    modules = [name for name in modules_of("service") if "eager" not in name and "network" not in name]
+    code = f"import importlib, os, threading; [importlib.import_module(m) for m in {modules!r}]"
+    code += "; print(threading.active_count(), [os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')"
+    code += " if os.path.islink(f'/proc/self/fd/{n}')])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("1 ")
+    assert "socket:" not in result.stdout
 
 
 def test_only_settings_and_environment_read_the_environment() -> None:
@@ -55,6 +66,6 @@ def test_only_settings_and_environment_read_the_environment() -> None:
         str(path.relative_to(ROOT))
         for package in ("service", "training")
         for path in (ROOT / package).rglob("*.py")
-        if "environ" in path.read_text().replace("training.environment", "").replace("the environment", "")
+        if re.search(r"os\.(environ|getenv)", path.read_text())
     }
     assert readers == {"service/settings.py", "training/environment.py"}

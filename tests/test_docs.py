@@ -53,7 +53,7 @@ def test_every_module_and_flag_the_readme_runs_exists() -> None:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README)}
-    others = {"data_binary", "help", "model", "host", "port"}
+    others = {"data_binary", "help", "model", "host", "port", "output"}
     assert flags - others <= set(TrainingConfig.model_fields)
 
 

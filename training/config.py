@@ -19,11 +19,14 @@ from training.errors import ConfigError
 
 
 class TrainingConfig(BaseModel):
-    """What a run does. The defaults reproduce the reference recipe: 40.71 % validation accuracy, loss 1.5454."""
+    """What a run does. The defaults are the reference recipe, whose published result is 40.71 % validation accuracy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Path = Field(description="folder with cifar-100-python/, or with one folder of images per class")
+    validation: Path | None = Field(
+        None, description="folder of class folders to validate on; default: what lies in --data, or a split by seed"
+    )
     output: Path = Field(description="folder to write the artifact into; one that is there is replaced at the end")
     weights: str = Field("imagenet", description="pretrained weights: imagenet, none, or a .pth or .safetensors file")
     freeze: tuple[Block, ...] = Field(
@@ -52,7 +55,9 @@ class TrainingConfig(BaseModel):
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32", description="arithmetic of training steps; auto: bf16 where the hardware has it; results are fp32"
     )
-    seed: int = Field(0, ge=0, description="of the initial head, the order of images, augmentation and split")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="of the initial head, the order of images, augmentation and split"
+    )
     validation_fraction: float = Field(
         0.1, gt=0, lt=1, description="share of each class to validate on, where the data is not split yet"
     )

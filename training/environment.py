@@ -22,8 +22,8 @@ WEIGHTS_CHANNELS = ("weights", "pretrained")
 def sagemaker_values(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> dict[str, object]:
     """The settings that a SageMaker job implies; empty elsewhere.
 
-    `data`: the folder of channels where train and validation are separate channels, else the training channel.
-    `output`: the model folder. `weights`: the file in the weights channel. And the job's hyperparameters.
+    `data` and `validation`: the channels of that name. `weights`: the folder of that channel. `output`: the model
+    folder. And the job's hyperparameters.
 
     Raises: ConfigError when hyperparameters.json cannot be read.
     """
@@ -31,11 +31,10 @@ def sagemaker_values(root: Path = ROOT, environ: Mapping[str, str] = os.environ)
     if not hyperparameters.is_file() and "SM_MODEL_DIR" not in environ:
         return {}
     values: dict[str, object] = {"output": environ.get("SM_MODEL_DIR", str(root / "model"))}
-    train = _channel(TRAIN_CHANNELS, root, environ)
-    validation = _channel(VALIDATION_CHANNELS, root, environ)
-    if train is not None:
-        separate = validation is not None and validation.parent == train.parent and train.name == "train"
-        values["data"] = str(train.parent if separate else train)
+    for name, channels in (("data", TRAIN_CHANNELS), ("validation", VALIDATION_CHANNELS)):
+        folder = _channel(channels, root, environ)
+        if folder is not None:
+            values[name] = str(folder)
     weights = _channel(WEIGHTS_CHANNELS, root, environ)
     if weights is not None:
         values["weights"] = str(weights)

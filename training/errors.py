@@ -4,7 +4,8 @@ TrainingError
 ├── ConfigError      a hyperparameter is unknown or not allowed
 ├── DataError        no data there, damaged data, a class without images
 ├── WeightsError     pretrained weights cannot be had or do not fit
-└── DivergedError    the loss is no longer a number
+├── DivergedError    the loss is no longer a number
+└── ExportError      the artifact cannot be written
 """
 
 
@@ -26,3 +27,7 @@ class WeightsError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss is not finite."""
+
+
+class ExportError(TrainingError):
+    """The artifact cannot be written: disk full, no permission."""

@@ -8,8 +8,6 @@ import argparse
 import http.client
 import json
 import logging
-import mimetypes
-import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -17,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from service.model.archive import model_folder
 from service.model.artifact import Manifest, open_artifact
 from service.model.errors import ArtifactError
-from training.config import TrainingConfig
+from service.model.images import MEDIA_TYPES
 from training.data.dataset import Dataset, LabelledImages
+from training.data.layouts import open_dataset
 from training.errors import ConfigError, DataError, TrainingError
 from training.progress import progress
-from training.run import open_dataset
 from training.train_model import configure_logging
 
 log = logging.getLogger("training")
@@ -35,17 +34,15 @@ TIMEOUT_S = 70
 
 def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str) -> float:
     """Share of `images` whose first label from `POST url/invocations` is theirs. Raises: TrainingError."""
-    parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname:
-        raise ConfigError(f"--url {url}: give the address of the service, such as http://127.0.0.1:8080.")
+    host, port, path = _address(url)
     local = threading.local()
 
     def is_right(index: int) -> bool:
         if not hasattr(local, "connection"):
-            local.connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=TIMEOUT_S)
-        media_type = mimetypes.guess_type(images.file_name(index))[0] or "application/octet-stream"
+            local.connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+        media_type = MEDIA_TYPES[Path(images.file_name(index)).suffix.lower()]
         try:
-            local.connection.request("POST", "/invocations", images.payload(index), {"Content-Type": media_type})
+            local.connection.request("POST", path, images.payload(index), {"Content-Type": media_type})
             response = local.connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException) as exc:
@@ -61,11 +58,27 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
     return right / len(images)
 
 
-def open_validation(manifest: Manifest, data: Path) -> Dataset:
+def _address(url: str) -> tuple[str, int, str]:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or 80
+    except ValueError:
+        host, port, parts = None, 0, urlsplit("")
+    if not host or parts.scheme != "http":
+        raise ConfigError(f"--url {url}: give the address of the service, such as http://127.0.0.1:8080.")
+    return host, port, f"{parts.path.rstrip('/')}/invocations"
+
+
+def open_validation(manifest: Manifest, data: Path, validation: Path | None = None) -> Dataset:
     """The data set at `data`, split as it was for the training that `manifest` tells of. Raises: TrainingError."""
-    names = ("seed", "validation_fraction", "broken_files")
-    split = {name: manifest.hyperparameters[name] for name in names if name in manifest.hyperparameters}
-    dataset = open_dataset(TrainingConfig.create({**split, "data": data, "output": os.devnull}))
+    trained = manifest.hyperparameters
+    dataset = open_dataset(
+        data,
+        validation_fraction=trained["validation_fraction"],
+        seed=trained["seed"],
+        broken_files=trained["broken_files"],
+        validation_root=validation,
+    )
     if dataset.classes != manifest.classes:
         raise DataError(f"{data} has other classes than the model: {', '.join(dataset.classes[:5])}, ...")
     return dataset
@@ -75,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m training.evaluate_endpoint", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="the data set the model was trained on")
+    parser.add_argument("--validation", type=Path, help="its folder to validate on, if --data does not hold it")
     parser.add_argument(
         "--model", type=Path, default=Path("artifacts/model"), help="its artifact (default: artifacts/model)"
     )
@@ -83,8 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     configure_logging()
     try:
-        manifest = open_artifact(options.model).manifest
-        dataset = open_validation(manifest, options.data)
+        with model_folder(options.model) as folder:
+            manifest = open_artifact(folder).manifest
+        dataset = open_validation(manifest, options.data, options.validation)
         measured = 100 * accuracy_over_http(dataset.validation, dataset.classes, options.url)
     except (TrainingError, ArtifactError) as exc:
         log.error("%s", exc)

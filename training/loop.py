@@ -132,16 +132,17 @@ def evaluate(network: Network, loader: Loader, device: torch.device, title: str)
         for images, labels in loader.batches():
             labels = labels.to(device)
             logits = network(images.to(device))  # [N, K]
-            total_loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            loss = nn.functional.cross_entropy(logits, labels)
+            total_loss += loss.item() * len(labels)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
             hits = best == labels[:, None]
             correct, top5, seen = correct + int(hits[:, 0].sum()), top5 + int(hits.sum()), seen + len(labels)
-            lines.add(len(labels), total_loss / seen, correct / seen)
+            lines.add(len(labels), loss.item(), int(hits[:, 0].sum()) / len(labels))
     return Evaluation(total_loss / seen, correct / seen, top5 / seen, seen)
 
 
 class _BatchLines:
-    """Shows batch loss and batch accuracy: in a bar, or in a plain line every LINE_EVERY_S seconds."""
+    """Shows batch loss and batch accuracy: in a bar, or in plain lines, every LINE_EVERY_S seconds and at the end."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._seen = title, total, 0
@@ -163,7 +164,8 @@ class _BatchLines:
         self._seen += count
         self._bar.update(count)
         self._bar.set_postfix_str(f"batch_loss={loss:.4f} batch_accuracy={accuracy:.4f}", refresh=False)
-        if self._bar.disable and time.monotonic() - self._last_s >= LINE_EVERY_S:
+        due = time.monotonic() - self._last_s >= LINE_EVERY_S or self._seen == self._total
+        if self._bar.disable and due:
             self._last_s = time.monotonic()
             log.info(
                 "%s images=%d/%d batch_loss=%.4f batch_accuracy=%.4f",

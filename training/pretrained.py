@@ -6,7 +6,6 @@ The class layers of the file are left out: they belong to other classes.
 import hashlib
 import logging
 import re
-import socket
 from pathlib import Path
 
 import safetensors.torch
@@ -16,13 +15,12 @@ from torchvision.models import ResNet34_Weights
 from torchvision.models._api import Weights
 
 from service.model.network import Network
+from training.download import downloading
 from training.errors import WeightsError
 
 log = logging.getLogger(__name__)
 
 IMAGENET: Weights = ResNet34_Weights.IMAGENET1K_V1.value
-TIMEOUT_S = 20.0
-"""How long a connection may be silent before the download gives up."""
 ENDINGS = (".pth", ".pt", ".safetensors")
 
 
@@ -53,16 +51,10 @@ def imagenet_state(imagenet: Weights = IMAGENET) -> dict[str, Tensor]:
     # torchvision checks what it downloads, but not what it finds in its cache.
     if path.exists() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(_hash_prefix(imagenet)):
         raise WeightsError(f"{path} is damaged or another file: its sha256 does not begin as its name says; delete it.")
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT_S)  # torchvision opens the connection without one
-    try:
+    with downloading("The ImageNet weights", _by_hand(path, imagenet), WeightsError):
         state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(  # what torchvision's own loading calls
             imagenet.url, progress=True, check_hash=True, map_location="cpu", weights_only=True
         )
-    except (OSError, RuntimeError) as exc:
-        raise WeightsError(f"The ImageNet weights cannot be downloaded ({exc}). {_by_hand(path, imagenet)}") from exc
-    finally:
-        socket.setdefaulttimeout(before)
     return state
 
 

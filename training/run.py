@@ -4,21 +4,22 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from service.model.architecture import Architecture
 from service.model.artifact import Artifact
+from service.model.machine import cores
 from service.model.network import Network
 from service.model.preprocess import Preprocessing
 from training.config import TrainingConfig
-from training.data import cifar100, folder
-from training.data.dataset import Dataset
+from training.data.layouts import open_dataset
 from training.data.loader import Loader
-from training.errors import ConfigError, DataError, DivergedError
+from training.errors import ConfigError, DivergedError
 from training.export import export
-from training.loop import EpochMetrics, Trainer
+from training.loop import EpochMetrics, Evaluation, Trainer
 from training.pretrained import load_pretrained
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,20 @@ log = logging.getLogger(__name__)
 def run(config: TrainingConfig) -> Artifact:
     """Train as `config` says and write the artifact; nothing is written before the last epoch is over.
 
-    Raises: TrainingError, OSError.
+    Raises: TrainingError.
     """
     log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
     _require_writable(config.output)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    dataset = open_dataset(config)
+    torch.set_num_threads(cores())
+    dataset = open_dataset(
+        config.data,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        broken_files=config.broken_files,
+        validation_root=config.validation,
+    )
     log.info(
         "data: %s, %d classes, %d images to train on, %d to validate on",
         dataset.name, len(dataset.classes), len(dataset.train), len(dataset.validation),
@@ -49,10 +57,10 @@ def run(config: TrainingConfig) -> Artifact:
     train = Loader(dataset.train, config.side, config.batch_size, config.loader_workers, "train")
     validation = Loader(dataset.validation, config.side, config.batch_size, config.loader_workers, "validation")
     trainer = make_trainer(config, network, device, steps=steps_per_epoch(len(train), config.batch_size))
-    history = []
+    history: list[EpochMetrics] = []
     for epoch in range(1, config.epochs + 1):
-        history.append(_epoch(trainer, train, validation, epoch, config.epochs))
-    evaluation = trainer.evaluate(validation, "final evaluation")
+        metrics, evaluation = _epoch(trainer, train, validation, epoch, config.epochs)
+        history.append(metrics)
     if not math.isfinite(evaluation.loss):
         raise DivergedError(f"The validation loss is {evaluation.loss}; start again with a smaller --learning-rate.")
     artifact = export(
@@ -65,22 +73,6 @@ def run(config: TrainingConfig) -> Artifact:
         artifact.manifest.name, artifact.manifest.version, artifact.folder,
     )  # fmt: skip
     return artifact
-
-
-def open_dataset(config: TrainingConfig) -> Dataset:
-    """The data set in `config.data`, whichever of the two layouts it has. Raises: DataError."""
-    root = config.data
-    if not root.is_dir():
-        raise DataError(f"--data {root}: there is no such folder.")
-    if root.name == cifar100.FOLDER:
-        root = root.parent
-    if (root / cifar100.FOLDER).is_dir():
-        return cifar100.read(root)
-    if folder.has_classes(root):
-        return folder.read(root, config.validation_fraction, config.seed, config.broken_files)
-    raise DataError(
-        f"--data {root} holds neither {cifar100.FOLDER}/ nor one folder of images per class. {cifar100.by_hand(root)}"
-    )
 
 
 def make_trainer(config: TrainingConfig, network: Network, device: torch.device, steps: int) -> Trainer:
@@ -103,15 +95,29 @@ def make_trainer(config: TrainingConfig, network: Network, device: torch.device,
             trained, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
         )
     scheduler = None
-    if config.schedule == "one-cycle":  # Smith & Topin 2017, https://arxiv.org/abs/1708.07120
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.learning_rate, total_steps=steps * config.epochs, pct_start=0.2
-        )
+    if config.schedule == "one-cycle":
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * config.epochs))
     generator = torch.Generator().manual_seed(config.seed)
     return Trainer(
         network, optimizer, scheduler,
         device=device, bf16=bf16, augmentation=config.augment, generator=generator,
     )  # fmt: skip
+
+
+def one_cycle(total_steps: int) -> Callable[[int], float]:
+    """The share of the peak learning rate at each step: up in a line over the first fifth, down along a cosine.
+
+    After Smith & Topin 2017 (https://arxiv.org/abs/1708.07120) and Loshchilov & Hutter 2016
+    (https://arxiv.org/abs/1608.03983); momentum stays as it is.
+    """
+    rising = max(1, total_steps // 5)
+
+    def share(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (total_steps - rising + 1)))
+
+    return share
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -138,7 +144,10 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _epoch(trainer: Trainer, train: Loader, validation: Loader, epoch: int, epochs: int) -> EpochMetrics:
+def _epoch(
+    trainer: Trainer, train: Loader, validation: Loader, epoch: int, epochs: int
+) -> tuple[EpochMetrics, Evaluation]:
+    """Train and validate once; validation is in float32, so its last figures are those of the exported weights."""
     started_s = time.perf_counter()
     learning_rate = trainer.learning_rate
     train_loss, train_accuracy = trainer.train_epoch(train, f"epoch {epoch}/{epochs} train")
@@ -148,7 +157,7 @@ def _epoch(trainer: Trainer, train: Loader, validation: Loader, epoch: int, epoc
         time.perf_counter() - started_s,
     )  # fmt: skip
     log.info("%s", metrics.line(epochs))
-    return metrics
+    return metrics, measured
 
 
 def _require_writable(output: Path) -> None:

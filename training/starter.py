@@ -13,6 +13,7 @@ from pathlib import Path
 
 from training.config import TrainingConfig
 from training.data import cifar100, sample
+from training.data.layouts import SAMPLE
 from training.errors import DataError, TrainingError, WeightsError
 from training.pretrained import imagenet_state
 from training.run import run
@@ -43,8 +44,8 @@ def choose(data: Path) -> dict[str, object]:
             "So the starter model is trained on the GENERATED SAMPLE (100 classes of drawn shapes), from random "
             "weights: enough to try the service, useless for real pictures."
         )
-        sample.write(data / "sample")
-        return {**QUICK_SAMPLE, "data": data / "sample"}
+        sample.write(data / SAMPLE)
+        return {**QUICK_SAMPLE, "data": data / SAMPLE}
     log.info("The starter model is fine-tuned on CIFAR-100 from ImageNet weights: both are here.")
     return {**QUICK_CIFAR100, "data": data}
 
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started_s = time.monotonic()
     try:
         run(TrainingConfig.create({**choose(options.data), "output": options.output}))
-    except (TrainingError, OSError) as exc:
+    except TrainingError as exc:
         log.error("%s", exc)
         return 1
     except KeyboardInterrupt:

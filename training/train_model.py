@@ -28,9 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as exc:
         log.error("%s", exc)
         return 1
-    except OSError as exc:
-        log.error("The artifact cannot be written: %s.", exc)
-        return 1
     except KeyboardInterrupt:
         log.error("Stopped before the end: no artifact was written, one that was there is as it was.")
         return 130

@@ -1,1 +1,1 @@
-"""Engines: fitted batch in, logits out. `base` is the contract; every other module is one engine."""
+"""Engines: resized images in, logits out. `base` is the contract; every other module is one engine."""

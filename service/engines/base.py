@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.model.preprocess import FittedBatch
+from service.model.preprocess import PixelBatch
 
 Logits = npt.NDArray[np.float32]
 """float32 `[N, K]`."""
@@ -20,6 +20,6 @@ class Engine(Protocol):
     tolerance: float
     """How far its logits may be from the stored ones, as a share of the largest stored |logit|."""
 
-    def infer(self, batch: FittedBatch) -> Logits:
+    def infer(self, batch: PixelBatch) -> Logits:
         """uint8 `[N, S, S, 3]` -> float32 `[N, K]`: as many rows as given, in the same order. N >= 1."""
         ...

@@ -6,8 +6,9 @@ import torch
 from service.engines.base import Logits
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
+from service.model.machine import cores
 from service.model.network import Network
-from service.model.preprocess import FittedBatch
+from service.model.preprocess import PixelBatch
 
 
 class EagerEngine:
@@ -20,6 +21,7 @@ class EagerEngine:
     def __init__(self, artifact: Artifact) -> None:
         """Build the network from the artifact. Raises: ArtifactError when the weights do not fit it."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(cores())
         network = Network(artifact.manifest.architecture, artifact.manifest.preprocessing)
         try:
             network.load_state_dict({name: torch.from_numpy(array) for name, array in artifact.weights().items()})
@@ -31,7 +33,7 @@ class EagerEngine:
         self.name = f"torch {device}"
         self.tolerance = 2e-2 if device == "cuda" else 1e-3
 
-    def infer(self, batch: FittedBatch) -> Logits:
+    def infer(self, batch: PixelBatch) -> Logits:
         """See `Engine.infer`."""
         with torch.inference_mode():
             logits = self._network(torch.from_numpy(np.ascontiguousarray(batch)).to(self._device))

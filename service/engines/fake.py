@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from service.engines.base import Logits
-from service.model.preprocess import FittedBatch
+from service.model.preprocess import PixelBatch
 
 
 class FakeEngine:
@@ -20,7 +20,7 @@ class FakeEngine:
         self.failure = failure
         self.batch_sizes: list[int] = []
 
-    def infer(self, batch: FittedBatch) -> Logits:
+    def infer(self, batch: PixelBatch) -> Logits:
         """See `Engine.infer`."""
         self.batch_sizes.append(len(batch))
         time.sleep(self.delay_s)

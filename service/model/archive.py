@@ -1,9 +1,12 @@
 """Unpack a model archive (`model.tar.gz`, as SageMaker training jobs leave it) without trusting it."""
 
+import lzma
 import shutil
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from service.model.errors import ArtifactError
@@ -11,36 +14,61 @@ from service.model.errors import ArtifactError
 MAX_UNPACKED_BYTES = 4 * 2**30
 """What an archive may hold unpacked; a ResNet-34 in float32 takes 0.09 GiB."""
 
+MAX_MEMBERS = 1000
+"""Files and folders in an archive; an artifact has four, besides what the user packs along (code/)."""
 
-def unpack(archive: Path, parent: Path | None = None) -> Path:
-    """Unpack `archive` into a new temporary folder (below `parent`, by default the system's) and return it.
 
-    Plain files and folders only: links, devices, and paths that lead out of the folder are refused.
-    The caller removes the folder.
+@contextmanager
+def model_folder(source: Path) -> Iterator[Path]:
+    """The folder of a model: `source` itself, or what the archive `source` holds, removed afterwards.
 
     Raises: ArtifactError.
     """
-    target = Path(tempfile.mkdtemp(prefix="model-", dir=parent))
-    try:
-        _extract(archive, target)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
-    return target
+    if not source.is_file():
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="model-", ignore_cleanup_errors=True) as scratch:
+        unpack(source, Path(scratch))
+        yield Path(scratch)
 
 
-def _extract(archive: Path, target: Path) -> None:
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack `archive` into the folder `target`.
+
+    Plain files and folders only: links, devices, and paths that lead out of the folder are refused. Written by
+    hand, because the filters of `tarfile` (PEP 706) are not in every Python 3.11.
+
+    Raises: ArtifactError; what was unpacked until then stays.
+    """
     try:
         with tarfile.open(archive, "r:*") as tar:
             size = 0
-            for member in tar:
-                if not (member.isfile() or member.isdir()):
-                    raise ArtifactError(f"{archive} holds {member.name!r}, which is no plain file; pack files only.")
-                size += member.size
-                if size > MAX_UNPACKED_BYTES:
-                    raise ArtifactError(f"{archive} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes.")
-                tar.extract(member, target, filter="data")
-    except (tarfile.TarError, EOFError, zlib.error) as exc:
+            for count, member in enumerate(tar, 1):
+                size += max(0, member.size)
+                if size > MAX_UNPACKED_BYTES or count > MAX_MEMBERS:
+                    raise ArtifactError(
+                        f"{archive} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes or {MAX_MEMBERS:,} files; "
+                        "pack the artifact's folder alone."
+                    )
+                _extract(tar, member, archive, target)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError) as exc:
         raise ArtifactError(f"{archive} is no readable tar archive: {exc}; pack the folder again.") from exc
     except OSError as exc:
         raise ArtifactError(f"{archive} cannot be unpacked into {target}: {exc.strerror or exc}.") from exc
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path, target: Path) -> None:
+    place = (target / member.name).resolve()
+    if not place.is_relative_to(target.resolve()):
+        raise ArtifactError(
+            f"{archive} holds {member.name!r}, which leads out of the folder; pack it with relative paths."
+        )
+    if member.isdir():
+        place.mkdir(parents=True, exist_ok=True)
+        return
+    content = tar.extractfile(member) if member.isfile() else None
+    if content is None or member.size < 0:
+        raise ArtifactError(f"{archive} holds {member.name!r}, which is no plain file; pack files only.")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with content, place.open("xb") as file:
+        shutil.copyfileobj(content, file)

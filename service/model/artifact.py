@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.model.architecture import Architecture
 from service.model.errors import ArtifactError
-from service.model.preprocess import FittedBatch, Preprocessing
+from service.model.preprocess import PixelBatch, Preprocessing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -38,11 +38,11 @@ Role = Literal["weights", "self_check", "example"]
 Weights = dict[str, npt.NDArray[Any]]
 
 
-class _Part(BaseModel):
+class _FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class FileEntry(_Part):
+class FileEntry(_FrozenModel):
     """One file of the artifact."""
 
     path: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
@@ -50,14 +50,14 @@ class FileEntry(_Part):
     bytes: int = Field(ge=0)
 
 
-class Example(_Part):
+class Example(_FrozenModel):
     """The image to try: its class and the media type to send it with."""
 
     label: str
     media_type: str
 
 
-class Manifest(_Part):
+class Manifest(_FrozenModel):
     """The content of manifest.json."""
 
     format_version: Literal[1]
@@ -92,7 +92,7 @@ class Manifest(_Part):
 class SelfCheck:
     """Inputs and the logits the trained network gave for them."""
 
-    inputs: FittedBatch
+    inputs: PixelBatch
     """uint8 `[n, S, S, 3]`."""
     logits: npt.NDArray[np.float32]
     """float32 `[n, K]`."""
@@ -126,6 +126,11 @@ class Artifact:
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise ArtifactError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; copy the artifact again.")
         return content
+
+    def verify(self) -> None:
+        """Compare every file with its sha256. Raises: ArtifactError naming the file that is missing or damaged."""
+        for role in self.manifest.files:
+            self.read(role)
 
     def weights(self) -> Weights:
         """The network's tensors by name. Raises: ArtifactError."""
@@ -290,7 +295,8 @@ def _replace(path: Path, content: bytes) -> None:
 def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
     """Remove files of earlier models and of interrupted writes; what is not ours stays."""
     keep = {entry.path for entry in manifest.files.values()}
-    ours = re.compile(r"(weights|self_check|example)\.[0-9a-f]{12}\.\w+|\..+\.partial")
+    stored = r"(weights|self_check|example)\.[0-9a-f]{12}\.\w+"
+    ours = re.compile(rf"{stored}|\.({stored}|{re.escape(MANIFEST)})\.partial")
     for path in folder.iterdir():
         if ours.fullmatch(path.name) and path.name not in keep:
             path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Preprocess: uint8 `[H, W, 3]` -> uint8 `[S, S, 3]`, and the numbers that normalise it.
 
-Second stage of the flow. Training's evaluation and serving both call `fit`; the network normalises
+Second stage of the flow. Training's evaluation and serving both call `crop_resize`; the network normalises
 (`service.model.network`), so what travels between the stages stays small uint8.
 """
 
@@ -19,7 +19,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Per-channel standard deviation of ImageNet in 0..1, from the same place."""
 
-FittedBatch = npt.NDArray[np.uint8]
+PixelBatch = npt.NDArray[np.uint8]
 """uint8 `[N, S, S, 3]`."""
 
 
@@ -33,10 +33,10 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float] = IMAGENET_STD
 
 
-def fit(image: RgbImage, side_px: int) -> RgbImage:
+def crop_resize(image: RgbImage, side_px: int) -> RgbImage:
     """Cut the centre square out of `image` and resize it to `[side_px, side_px, 3]` (bilinear, antialiased).
 
-    Idempotent: an image of that size comes back unchanged, so serving may fit early, in its decoding threads.
+    Idempotent: an image of that size comes back unchanged, so serving may do it early, in its decoding threads.
     """
     height, width = image.shape[:2]
     if height == width == side_px:
@@ -48,6 +48,6 @@ def fit(image: RgbImage, side_px: int) -> RgbImage:
     return np.asarray(resized)
 
 
-def fit_all(images: Sequence[RgbImage], side_px: int) -> FittedBatch:
-    """Fit each image and stack them: uint8 `[N, S, S, 3]`."""
-    return np.stack([fit(image, side_px) for image in images])
+def crop_resize_all(images: Sequence[RgbImage], side_px: int) -> PixelBatch:
+    """Crop and resize each image and stack them: uint8 `[N, S, S, 3]`."""
+    return np.stack([crop_resize(image, side_px) for image in images])

@@ -158,9 +158,7 @@ def test_an_accept_without_json_is_refused(service: Served) -> None:
 def test_a_large_body_is_refused_naming_the_limit(chunked: bool) -> None:
     with serve(FakeEngine(2), max_payload_bytes=1000) as served:
         body = iter([b"x" * 600] * 3) if chunked else b"x" * 1001
-        assert "1,000 bytes" in assert_error(
-            served.ask("POST", "/invocations", body), 413, "payload_too_large"
-        )
+        assert "1,000 bytes" in assert_error(served.ask("POST", "/invocations", body), 413, "payload_too_large")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +184,7 @@ def test_an_unexpected_error_gives_500_in_the_same_shape_and_its_trace_to_the_lo
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with serve(FakeEngine(256)) as served:
-        served.app.state.runtime._classifier.side_px = "not a number"
+        served.app.state.runtime._serving[0].side_px = "not a number"
         assert_error(served.ask("POST", "/invocations", png()), 500, "internal_error")
     assert "Traceback" in caplog.text
 
@@ -259,6 +257,25 @@ def test_a_client_that_hangs_up_while_sending_leaves_a_line_and_no_trace(caplog:
             client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
         served.until(lambda: "client_gone" in caplog.text)
         assert served.ask("GET", "/ping").status == 200
+    assert "Traceback" not in caplog.text
+
+
+def test_a_client_that_hangs_up_while_waiting_never_reaches_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "service.requests")
+    engine = FakeEngine(256)
+    with serve(engine, max_batch=1) as served, ThreadPoolExecutor(1) as clients:
+        engine.delay_s = 1
+        before = len(engine.batch_sizes)
+        busy = clients.submit(served.ask, "POST", "/invocations", png())
+        served.until(lambda: len(engine.batch_sizes) == before + 1)
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png())}\r\n\r\n"
+            client.sendall(head.encode() + png())
+            served.until(lambda: len(served.app.state.runtime._serving[1]._queue) == 1)
+        served.until(lambda: "client_gone" in caplog.text)
+        assert busy.result().status == 200
+        assert served.ask("POST", "/invocations", png()).status == 200
+        assert len(engine.batch_sizes) == before + 2
     assert "Traceback" not in caplog.text
 
 

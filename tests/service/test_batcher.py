@@ -3,8 +3,10 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 
 from service.batcher import Batched, Batcher
@@ -36,12 +38,15 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 60))
 
 
-def submit(batcher: Batcher[int, int], *items: int) -> list[asyncio.Task[Batched[int]]]:
+def submit(batcher: Batcher[Any, Any], *items: Any) -> list[asyncio.Task[Batched[Any]]]:
     return [asyncio.create_task(batcher.submit(item)) for item in items]
 
 
-async def opened(engine: Any, max_batch: int = 4, max_queue: int = 8, max_wait_ms: float = 0) -> Batcher[int, int]:
-    batcher: Batcher[int, int] = Batcher(engine, max_batch=max_batch, max_queue=max_queue, max_wait_ms=max_wait_ms)
+async def opened(engine: Any, max_batch: int = 4, max_queue: int = 8, max_wait_ms: float = 0) -> Batcher[Any, Any]:
+    thread = ThreadPoolExecutor(1)
+    batcher: Batcher[Any, Any] = Batcher(
+        engine, thread, max_batch=max_batch, max_queue=max_queue, max_wait_ms=max_wait_ms
+    )
     batcher.open()
     return batcher
 
@@ -111,6 +116,28 @@ def test_a_cancelled_item_never_reaches_the_engine_and_frees_its_place() -> None
         engine.gate.set()
         assert [r.value for r in await asyncio.gather(*under_way, stays, *late)] == [2, 6, 8]
         assert engine.batches == [[1], [3, 4]]
+        await batcher.close()
+
+    run(scenario())
+
+
+def test_images_can_be_cancelled_too_though_they_have_no_equality() -> None:
+    async def scenario() -> None:
+        gate = threading.Event()
+
+        def shapes(images: list[np.ndarray]) -> list[tuple[int, ...]]:
+            assert gate.wait(30)
+            return [image.shape for image in images]
+
+        batcher = await opened(shapes)
+        first = submit(batcher, np.zeros((8, 8, 3), np.uint8))
+        await asyncio.sleep(0.1)
+        stays, gone = submit(batcher, *np.zeros((2, 8, 8, 3), np.uint8))
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert isinstance((await asyncio.gather(gone, return_exceptions=True))[0], asyncio.CancelledError)
+        gate.set()
+        assert [r.value for r in await asyncio.gather(*first, stays)] == [(8, 8, 3)] * 2
         await batcher.close()
 
     run(scenario())

@@ -2,20 +2,27 @@
 
 The files are pickles (https://www.cs.toronto.edu/~kriz/cifar.html). They are read only when their checksums
 are right, and then by an unpickler that can build arrays and nothing else.
+
+    python -m training.data.cifar100 --output data
 """
 
+import argparse
 import hashlib
 import json
+import logging
 import pickle
-import socket
+import sys
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torchvision.datasets import CIFAR100
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
 from training.data.dataset import ArrayImages, Dataset
+from training.download import downloading
 from training.errors import DataError
 
 FOLDER = CIFAR100.base_folder  # "cifar-100-python"
@@ -26,24 +33,16 @@ SAMPLE_CHECKSUMS = "sample.json"
 OFFICIAL_MD5 = dict([*CIFAR100.train_list, *CIFAR100.test_list, (CIFAR100.meta["filename"], CIFAR100.meta["md5"])])
 """torchvision's checksums of the official files."""
 
-TIMEOUT_S = 20.0
-"""How long a connection may be silent before the download gives up."""
-
 
 def download(root: Path) -> None:
     """Download CIFAR-100 (161 MiB) into `root`, verified, with progress, unless it is there already.
 
     Raises: DataError saying what to fetch by hand and where to put it.
     """
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT_S)  # torchvision opens the connection without one
-    try:
-        CIFAR100(str(root), download=True)
-    except (OSError, RuntimeError) as exc:
-        reason = str(exc).strip() or type(exc).__name__
-        raise DataError(f"CIFAR-100 cannot be downloaded ({reason}). {by_hand(root)}") from exc
-    finally:
-        socket.setdefaulttimeout(before)
+    if all(check_integrity(root / FOLDER / name, md5) for name, md5 in OFFICIAL_MD5.items()):
+        return
+    with downloading("CIFAR-100", by_hand(root), DataError):
+        download_and_extract_archive(CIFAR100.url, root, filename=CIFAR100.filename, md5=CIFAR100.tgz_md5)
 
 
 def by_hand(root: Path) -> str:
@@ -137,3 +136,21 @@ def _unpickled(path: Path, content: bytes) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise DataError(f"{path} cannot be read as CIFAR-100 has it: it holds a {type(entry).__name__}.")
     return entry
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Download CIFAR-100; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m training.data.cifar100", description="Download CIFAR-100.")
+    parser.add_argument("--output", type=Path, required=True, help=f"the folder to put {FOLDER}/ into")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    try:
+        download(options.output)
+    except DataError as exc:
+        logging.getLogger(__name__).error("%s", exc)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

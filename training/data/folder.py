@@ -7,7 +7,6 @@ Every file is decoded once before training starts, so that a broken one is found
 """
 
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from service.model.errors import ImageError
-from service.model.images import EXTENSIONS, allowed_formats, decode
+from service.model.images import MEDIA_TYPES, allowed_formats, decode
 from training.data.dataset import Dataset, FileImages
 from training.errors import DataError
 from training.progress import progress
@@ -24,30 +23,32 @@ log = logging.getLogger(__name__)
 
 BrokenFiles = Literal["refuse", "skip"]
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
-LISTED = 20
-"""How many broken files a message names."""
+LISTED = 1000
+"""How many broken files a message names at most."""
 
 ByClass = dict[str, list[Path]]
 
 
-def read(root: Path, validation_fraction: float, seed: int, broken_files: BrokenFiles) -> Dataset:
+def read(
+    root: Path, validation_fraction: float, seed: int, broken_files: BrokenFiles, validation_root: Path | None = None
+) -> Dataset:
     """Read the class folders below `root`.
 
     Args:
         validation_fraction: share of each class's images to validate on, where no split is given.
         broken_files: "refuse" ends with the list of broken files, "skip" lists them and goes on without.
+        validation_root: class folders to validate on, in place of those in `root` or a split.
 
     Raises: DataError.
     """
-    train_root = root / "train"
-    given = [root / name for name in VALIDATION_NAMES if (root / name).is_dir()]
-    facts: dict[str, object] = {"folder": root.name, "broken_files": broken_files}
-    if train_root.is_dir() and given:
-        train, validation = (_whole(_scan(folder), broken_files) for folder in (train_root, given[0]))
-        facts |= {"split": f"the folders train and {given[0].name}"}
+    train_root, given = _layout(root)
+    validation_root = validation_root or given
+    facts: dict[str, object] = {"folder": root.resolve().name, "broken_files": broken_files}
+    if validation_root is not None:
+        train, validation = (_decodable(_scan(folder), broken_files) for folder in (train_root, validation_root))
+        facts |= {"split": f"given: {train_root.name} and {validation_root.name}"}
     else:
-        images = _whole(_scan(train_root if train_root.is_dir() else root), broken_files)
-        train, validation = _split(images, validation_fraction, seed)
+        train, validation = _split(_decodable(_scan(train_root), broken_files), validation_fraction, seed)
         facts |= {"split": "by seed", "validation_fraction": validation_fraction, "seed": seed}
     classes = tuple(sorted(train))
     if len(classes) < 2:
@@ -55,20 +56,34 @@ def read(root: Path, validation_fraction: float, seed: int, broken_files: Broken
     unknown = sorted(set(validation) - set(classes))
     if unknown:
         raise DataError(f"{', '.join(unknown)}: classes to validate on that have no images to train on.")
-    return Dataset(root.name, classes, _labelled(train, classes), _labelled(validation, classes), facts)
+    return Dataset(root.resolve().name, classes, _labelled(train, classes), _labelled(validation, classes), facts)
 
 
 def has_classes(root: Path) -> bool:
     """Whether `root` looks like a folder of class folders."""
-    return root.is_dir() and any(_visible_folders(root))
+    return root.is_dir() and bool(_visible_folders(root))
+
+
+def _layout(root: Path) -> tuple[Path, Path | None]:
+    """The folders of classes to train and to validate on.
+
+    `train` is a part of the data, not a class, when it holds folders and nothing but such parts lies beside it.
+    """
+    names = [folder.name for folder in _visible_folders(root)]
+    if "train" not in names or not set(names) <= {"train", *VALIDATION_NAMES} or not has_classes(root / "train"):
+        return root, None
+    return root / "train", next((root / name for name in VALIDATION_NAMES if name in names), None)
 
 
 def _scan(root: Path) -> ByClass:
     """The image files of each class folder; refuses a class without any."""
     found: ByClass = {}
     for folder in _visible_folders(root):
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        found[folder.name] = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        if not folder.name.isprintable():
+            raise DataError(f"{str(folder)!r}: the name of a class must be printable text; rename the folder.")
+        visible = (p for p in folder.rglob("*") if not any(n.startswith(".") for n in p.relative_to(folder).parts))
+        files = sorted(path for path in visible if path.is_file())
+        found[folder.name] = [path for path in files if path.suffix.lower() in MEDIA_TYPES]
         others = len(files) - len(found[folder.name])
         if others:
             log.warning("%s: %d files are not %s by their name and are left out", folder, others, allowed_formats())
@@ -78,7 +93,7 @@ def _scan(root: Path) -> ByClass:
     return found
 
 
-def _whole(images: ByClass, broken_files: BrokenFiles) -> ByClass:
+def _decodable(images: ByClass, broken_files: BrokenFiles) -> ByClass:
     """Without the files that cannot be decoded, or DataError naming them."""
     paths = [path for files in images.values() for path in files]
     with ThreadPoolExecutor() as threads:
@@ -136,5 +151,8 @@ def _refuse_empty(images: ByClass) -> None:
         raise DataError(f"No {allowed_formats()} image in class {', '.join(empty)}: add some or remove the folder.")
 
 
-def _visible_folders(root: Path) -> Iterator[Path]:
-    return (entry for entry in sorted(root.iterdir()) if entry.is_dir() and not entry.name.startswith("."))
+def _visible_folders(root: Path) -> list[Path]:
+    try:
+        return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError as exc:
+        raise DataError(f"{root} cannot be read: {exc.strerror}.") from exc

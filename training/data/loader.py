@@ -1,14 +1,12 @@
 """Labelled images -> batches for the network: uint8 `[N, S, S, 3]` and int64 `[N]`.
 
-Images that fit into memory are decoded and fitted once, and every epoch takes its batches from one tensor;
+Images that fit into memory are decoded and resized once, and every epoch takes its batches from one tensor;
 others are decoded again each epoch by worker processes. Both give the same batches.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,35 +14,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from service.model.preprocess import fit
+from service.model.machine import cores, memory_bytes
+from service.model.preprocess import crop_resize
 from training.data.dataset import LabelledImages
 from training.progress import progress
 
 log = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.25
-"""Share of the machine's memory that fitted images may take."""
+"""Share of the machine's memory that resized images may take."""
 
 Batch = tuple[Tensor, Tensor]
 """Images uint8 `[N, S, S, 3]` and labels int64 `[N]`."""
 
 
 class Loader:
-    """Batches of `images`, fitted to `side_px`."""
+    """Batches of `images`, cropped and resized to `side_px`."""
 
     def __init__(self, images: LabelledImages, side_px: int, batch_size: int, workers: int | None, what: str) -> None:
         """Decodes everything now if it fits into memory. Raises: DataError."""
         self.labels = torch.from_numpy(images.labels)
         self._batch_size = batch_size
-        self._lazy = _Fitted(images, side_px)
-        self._workers = workers if workers is not None else (os.cpu_count() or 1)
+        self._lazy = _Resized(images, side_px)
+        self._workers = workers if workers is not None else cores()
         size = len(images) * side_px * side_px * 3
-        self.in_memory = size <= MEMORY_SHARE * memory_limit_bytes()
+        self.in_memory = size <= MEMORY_SHARE * memory_bytes()
         log.info(
             "%s: %d images, %.2f GB at %d px, %s",
             what, len(images), size / 1e9, side_px, "held in memory" if self.in_memory else "decoded in every epoch",
         )  # fmt: skip
-        self._pixels = _fit_all(images, side_px, what) if self.in_memory else None
+        self._pixels = _resize_all(images, side_px, what) if self.in_memory else None
 
     def __len__(self) -> int:
         """The number of images."""
@@ -62,12 +61,16 @@ class Loader:
                 self._lazy, self._batch_size, sampler=order.tolist(), num_workers=self._workers, collate_fn=_stack
             )
 
-    def first(self, count: int) -> Tensor:
-        """The first images, uint8 `[count, S, S, 3]`."""
-        return torch.stack([torch.from_numpy(self._lazy[i][0].copy()) for i in range(min(count, len(self)))])
+    def spread(self, count: int) -> tuple[Tensor, Tensor]:
+        """Up to `count` images spread evenly over all (class folders lie one after the other).
+
+        Returns: their indices int64 `[n]`, and the images uint8 `[n, S, S, 3]`.
+        """
+        indices = torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
+        return indices, torch.stack([torch.from_numpy(self._lazy[i][0].copy()) for i in indices.tolist()])
 
 
-class _Fitted(TorchDataset[tuple[np.ndarray, int]]):
+class _Resized(TorchDataset[tuple[np.ndarray, int]]):
     def __init__(self, images: LabelledImages, side_px: int) -> None:
         self._images = images
         self._side_px = side_px
@@ -76,7 +79,7 @@ class _Fitted(TorchDataset[tuple[np.ndarray, int]]):
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return fit(self._images.image(index), self._side_px), int(self._images.labels[index])
+        return crop_resize(self._images.image(index), self._side_px), int(self._images.labels[index])
 
 
 def _stack(samples: list[tuple[np.ndarray, int]]) -> Batch:
@@ -84,21 +87,13 @@ def _stack(samples: list[tuple[np.ndarray, int]]) -> Batch:
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 
 
-def _fit_all(images: LabelledImages, side_px: int, what: str) -> Tensor:
+def _resize_all(images: LabelledImages, side_px: int, what: str) -> Tensor:
     pixels = np.empty((len(images), side_px, side_px, 3), np.uint8)
 
     def fill(index: int) -> None:
-        pixels[index] = fit(images.image(index), side_px)
+        pixels[index] = crop_resize(images.image(index), side_px)
 
     with ThreadPoolExecutor() as threads:
         for _ in progress(threads.map(fill, range(len(images))), f"{what}: decoding", total=len(images)):
             pass
     return torch.from_numpy(pixels)
-
-
-def memory_limit_bytes() -> int:
-    """The machine's memory, or the container's share of it (cgroup v2 memory.max) where that is less."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    stated = limit.read_text().strip() if limit.is_file() else "max"
-    return min(machine, int(stated)) if stated.isdecimal() else machine

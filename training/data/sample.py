@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 from service.model.images import RgbImage
 from training.data.cifar100 import FOLDER, SAMPLE_CHECKSUMS
+from training.errors import DataError
 from training.progress import progress
 
 log = logging.getLogger(__name__)
@@ -112,35 +113,48 @@ def render(class_name: str, rng: np.random.Generator) -> RgbImage:
 
 
 def write(root: Path, train_per_class: int = 100, test_per_class: int = 20, seed: int = 0) -> None:
-    """Write `root/cifar-100-python` unless a sample of the same parameters is there already."""
+    """Write `root/cifar-100-python` unless a whole sample of the same parameters is there already.
+
+    Raises: DataError when another data set is there.
+    """
     parameters = {
         "generator": GENERATOR_VERSION, "train_per_class": train_per_class,
         "test_per_class": test_per_class, "seed": seed,
     }  # fmt: skip
     folder = root / FOLDER
-    checksums = folder / SAMPLE_CHECKSUMS
-    if checksums.is_file() and json.loads(checksums.read_bytes()).get("parameters") == parameters:
+    if _parameters_of(folder) == parameters:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    checksums.unlink(missing_ok=True)  # until the new files are complete, there is no sample here
+    if (folder / "train").exists() and not (folder / SAMPLE_CHECKSUMS).exists():
+        raise DataError(f"{folder} holds another data set; give another folder for the generated sample.")
     rng = np.random.default_rng(seed)
     contents = {
         "train": _split("training", train_per_class, rng),
         "test": _split("testing", test_per_class, rng),
         "meta": {"fine_label_names": list(CLASSES), "coarse_label_names": list(SUPERCLASSES)},
     }
-    sha256 = {}
-    for name, entry in contents.items():
-        content = pickle.dumps(entry, protocol=4)
-        sha256[name] = hashlib.sha256(content).hexdigest()
+    pickles = {name: pickle.dumps(entry, protocol=4) for name, entry in contents.items()}
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in pickles.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    # First the checksums, then the files: whatever moment this is interrupted at, the folder is a sample, and the
+    # checksums tell whether a whole one.
+    checksums = {"parameters": parameters, "sha256": sha256}
+    (folder / SAMPLE_CHECKSUMS).write_text(json.dumps(checksums, indent=2))
+    for name, content in pickles.items():
         (folder / name).write_bytes(content)
-    partial = checksums.with_suffix(".partial")
-    partial.write_text(json.dumps({"parameters": parameters, "sha256": sha256}, indent=2))
-    partial.replace(checksums)
     log.info(
         "generated %d training and %d test images of %d classes in %s",
         train_per_class * len(CLASSES), test_per_class * len(CLASSES), len(CLASSES), folder,
     )  # fmt: skip
+
+
+def _parameters_of(folder: Path) -> object:
+    """What the whole sample in `folder` was generated with; None where there is no whole one."""
+    try:
+        stated = json.loads((folder / SAMPLE_CHECKSUMS).read_bytes())
+        whole = all(hashlib.sha256((folder / n).read_bytes()).hexdigest() == h for n, h in stated["sha256"].items())
+        return stated["parameters"] if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _split(name: str, per_class: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -199,16 +213,27 @@ def _background(rng: np.random.Generator) -> Field:
     return shaded
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m training.data.sample", description="Generate the sample data set.")
     parser.add_argument("--output", type=Path, required=True, help=f"the folder to write {FOLDER}/ into")
-    parser.add_argument("--train-per-class", type=int, default=100)
-    parser.add_argument("--test-per-class", type=int, default=20)
+    parser.add_argument("--train-per-class", type=_positive, default=100)
+    parser.add_argument("--test-per-class", type=_positive, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    write(options.output, options.train_per_class, options.test_per_class, options.seed)
+    try:
+        write(options.output, options.train_per_class, options.test_per_class, options.seed)
+    except DataError as exc:
+        log.error("%s", exc)
+        return 1
     return 0
 
 

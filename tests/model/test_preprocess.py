@@ -1,0 +1,91 @@
+"""Fitting: the centre square, resized, whatever the shape of the image."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from service.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, crop_resize, crop_resize_all
+
+RED, GREEN = (255, 0, 0), (0, 255, 0)
+
+
+def noise(height: int, width: int) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (50, 70), (200, 32), (7, 5), (1, 300)])
+def test_fitting_twice_changes_nothing_more(height: int, width: int) -> None:
+    once = crop_resize(noise(height, width), 32)
+    np.testing.assert_array_equal(crop_resize(once, 32), once)
+
+
+def test_an_image_of_the_right_size_keeps_every_pixel() -> None:
+    image = noise(48, 48)
+    np.testing.assert_array_equal(crop_resize(image, 48), image)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40)])
+def test_what_remains_is_exactly_the_centre_square(height: int, width: int) -> None:
+    image = np.full((height, width, 3), RED, np.uint8)
+    top, left = (height - 40) // 2, (width - 40) // 2
+    image[top : top + 40, left : left + 40] = GREEN
+    assert (crop_resize(image, 40) == GREEN).all()
+    image[top, left : left + 40] = image[top : top + 40, left + 39] = RED  # the square's own border is still seen
+    resized = crop_resize(image, 40)
+    assert (resized[0] == RED).all()
+    assert (resized[:, -1] == RED).all()
+    assert (resized[1:, :-1] == GREEN).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 41), (41, 30), (33, 64)])
+def test_the_centre_is_the_centre_also_when_it_lies_between_pixels(height: int, width: int) -> None:
+    image = noise(height, width)
+    for axis in (0, 1):
+        mirrored = np.flip(crop_resize(np.flip(image, axis).copy(), 16), axis)
+        np.testing.assert_allclose(mirrored.astype(int), crop_resize(image, 16), atol=1)
+
+
+def test_fitting_is_cropping_and_then_resizing() -> None:
+    image = noise(60, 90)
+    cropped = Image.fromarray(image[:, 15:75])
+    expected = np.asarray(cropped.resize((32, 32), Image.Resampling.BILINEAR))
+    # Pillow's filter looks one pixel beyond its box, so the outermost columns may differ.
+    np.testing.assert_array_equal(crop_resize(image, 32)[:, 1:-1], expected[:, 1:-1])
+
+
+def test_shrinking_averages_instead_of_skipping_pixels() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(crop_resize(stripes, 8).astype(int) - 127).max() < 16
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 3000), (3000, 1), (2, 3), (31, 33), (1000, 7), (32, 31), (500, 333)]
+)
+@pytest.mark.parametrize("side_px", [8, 32, 224])
+def test_any_aspect_ratio_gives_the_side_asked_for(height: int, width: int, side_px: int) -> None:
+    resized = crop_resize(np.full((height, width, 3), (1, 128, 254), np.uint8), side_px)
+    assert (resized.shape, resized.dtype) == ((side_px, side_px, 3), np.uint8)
+    assert (resized == (1, 128, 254)).all()
+
+
+def test_all_are_stacked_in_order() -> None:
+    batch = crop_resize_all([np.full((h, 20, 3), h, np.uint8) for h in (10, 20, 30)], 16)
+    assert (batch.shape, batch.dtype) == ((3, 16, 16, 3), np.uint8)
+    assert batch[:, 0, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_the_numbers_are_imagenets() -> None:
+    from torchvision.models import ResNet34_Weights
+
+    transforms = ResNet34_Weights.IMAGENET1K_V1.transforms()
+    assert (tuple(transforms.mean), tuple(transforms.std)) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert Preprocessing(side_px=32).model_dump() == {"side_px": 32, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+@pytest.mark.parametrize("side_px", [0, -1, 1025])
+def test_a_side_that_makes_no_sense_is_refused(side_px: int) -> None:
+    with pytest.raises(ValidationError):
+        Preprocessing(side_px=side_px)
