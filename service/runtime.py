@@ -147,7 +147,9 @@ class Runtime:
         return classifier
 
     def _warm_up(self, classifier: Classifier) -> None:
-        """Run the smallest and the largest batch once, so that the first client does not pay for it."""
+        """Decode an image, run the smallest and the largest batch: so that the first client does not pay for it."""
+        if classifier.example is not None:
+            predict_fn(input_fn(classifier.example.path.read_bytes(), classifier.example.media_type), classifier)
         blank = np.zeros((classifier.side_px, classifier.side_px, 3), np.uint8)
         for size in {1, self.settings.max_batch}:
             classifier.classify([blank] * size)
