@@ -42,7 +42,7 @@ class TrainingConfig(BaseModel):
         "sgd", description="sgd, or adamw, which learns sooner from random weights"
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(0.0, ge=0, description="pull of the weights towards zero")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="pull of the weights towards zero")
     schedule: Literal["constant", "one-cycle"] = Field(
         "constant",
         description="learning rate over the run: constant, or one-cycle (up over the first fifth, then down)",

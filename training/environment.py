@@ -15,7 +15,7 @@ from training.errors import ConfigError
 
 ROOT = Path("/opt/ml")
 TRAIN_CHANNELS = ("training", "train")
-VALIDATION_CHANNELS = ("validation", "val", "test")
+VALIDATION_CHANNELS = ("validation", "val", "valid", "test")
 WEIGHTS_CHANNELS = ("weights", "pretrained")
 
 

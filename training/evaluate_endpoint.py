@@ -79,6 +79,11 @@ def open_validation(manifest: Manifest, data: Path, validation: Path | None = No
         broken_files=trained["broken_files"],
         validation_root=validation,
     )
+    if dataset.facts["split"] != manifest.dataset["split"]:
+        raise DataError(
+            f"{data} gives another validation set ({dataset.facts['split']}) than the model's manifest tells of "
+            f"({manifest.dataset['split']}); give the same --data and --validation as in training."
+        )
     if dataset.classes != manifest.classes:
         raise DataError(f"{data} has other classes than the model: {', '.join(dataset.classes[:5])}, ...")
     return dataset

@@ -52,7 +52,9 @@ def export(
             "label": dataset.classes[int(dataset.validation.labels[index])],
             "media_type": MEDIA_TYPES[ending],
         },
-        "hyperparameters": {**config.model_dump(mode="json", exclude={"data", "output"}), "weights": pretrained},
+        "hyperparameters": {
+            **config.model_dump(mode="json", exclude={"data", "validation", "output"}), "weights": pretrained,
+        },
         "dataset": {
             "name": dataset.name, "train_images": len(dataset.train), "validation_images": len(dataset.validation),
             **dataset.facts,

@@ -5,6 +5,7 @@ The class layers of the file are left out: they belong to other classes.
 
 import hashlib
 import logging
+import pickle
 import re
 from pathlib import Path
 
@@ -47,9 +48,9 @@ def imagenet_state(imagenet: Weights = IMAGENET) -> dict[str, Tensor]:
 
     Raises: WeightsError saying what to fetch by hand and where to put it.
     """
-    path = cached_imagenet(imagenet)
+    path, prefix = cached_imagenet(imagenet), _hash_prefix(imagenet)
     # torchvision checks what it downloads, but not what it finds in its cache.
-    if path.exists() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(_hash_prefix(imagenet)):
+    if path.exists() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
         raise WeightsError(f"{path} is damaged or another file: its sha256 does not begin as its name says; delete it.")
     with downloading("The ImageNet weights", _by_hand(path, imagenet), WeightsError):
         state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(  # what torchvision's own loading calls
@@ -98,10 +99,15 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as exc:  # its text advises to load the file without that guard
+        raise WeightsError(
+            f"{path} cannot be read as weights (it is damaged, or holds more than tensors, which is not loaded); "
+            "give a state dict of ResNet-34."
+        ) from exc
     except Exception as exc:  # torch and safetensors raise many kinds; all mean that the file is no such file
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise WeightsError(f"{path} cannot be read as weights ({reason}); give a state dict of ResNet-34.") from exc
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise WeightsError(f"{path} is not a state dict (names to tensors); save model.state_dict().")
     return state
 

@@ -34,7 +34,7 @@ def run(config: TrainingConfig) -> Artifact:
     _require_writable(config.output)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    torch.set_num_threads(cores())
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     dataset = open_dataset(
         config.data,
         validation_fraction=config.validation_fraction,

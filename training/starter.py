@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started_s = time.monotonic()
     try:
         run(TrainingConfig.create({**choose(options.data), "output": options.output}))
-    except TrainingError as exc:
+    except (TrainingError, OSError) as exc:
         log.error("%s", exc)
         return 1
     except KeyboardInterrupt:

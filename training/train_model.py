@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from training.config import TrainingConfig, parse_arguments
 from training.environment import sagemaker_values
 from training.errors import ConfigError, TrainingError
-from training.run import run
 
 log = logging.getLogger("training")
 
@@ -21,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     try:
         given = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-        run(TrainingConfig.create({**sagemaker_values(), **given}))
+        config = TrainingConfig.create({**sagemaker_values(), **given})
+        from training.run import run  # torch takes seconds to import: not before the settings are right
+
+        run(config)
     except ConfigError as exc:
         log.error("%s", exc)
         return 2

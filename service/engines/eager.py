@@ -21,7 +21,7 @@ class EagerEngine:
     def __init__(self, artifact: Artifact) -> None:
         """Build the network from the artifact. Raises: ArtifactError when the weights do not fit it."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.set_num_threads(cores())
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
         network = Network(artifact.manifest.architecture, artifact.manifest.preprocessing)
         try:
             network.load_state_dict({name: torch.from_numpy(array) for name, array in artifact.weights().items()})

@@ -27,9 +27,13 @@ def model_folder(source: Path) -> Iterator[Path]:
     if not source.is_file():
         yield source
         return
-    with tempfile.TemporaryDirectory(prefix="model-", ignore_cleanup_errors=True) as scratch:
-        unpack(source, Path(scratch))
-        yield Path(scratch)
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="model-", ignore_cleanup_errors=True)
+    except OSError as exc:
+        raise ArtifactError(f"{source} cannot be unpacked: {exc}; free space or set TMPDIR.") from exc
+    with scratch as name:
+        unpack(source, Path(name))
+        yield Path(name)
 
 
 def unpack(archive: Path, target: Path) -> None:

@@ -224,7 +224,7 @@ def _parse_manifest(content: bytes, path: Path) -> Manifest:
     seals = list(_SEAL.finditer(content))
     try:
         fields = json.loads(content)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ArtifactError(f"{path} is damaged: it is not valid JSON; copy the artifact again.") from exc
     if not isinstance(fields, dict) or not seals:
         raise damaged

@@ -82,7 +82,9 @@ def _to_rgb(image: Image.Image) -> RgbImage:
     turn = _UPRIGHT.get(_orientation(image))
     upright = image if turn is None else image.transpose(turn)
     if upright.mode.startswith("I"):  # 16-bit grey ("I;16") or its 32-bit form ("I"): keep the high byte
-        grey = np.clip(np.asarray(upright).astype(np.int64) >> 8, 0, 255).astype(np.uint8)  # [H, W]
+        deep = np.asarray(upright).astype(np.int64)  # [H, W]
+        grey = np.clip(deep >> 8, 0, 255).astype(np.uint8)
+        grey[deep == upright.info.get("transparency", -1)] = 255  # white
         return np.repeat(grey[:, :, None], 3, axis=2)
     if upright.has_transparency_data:
         rgba = upright.convert("RGBA")

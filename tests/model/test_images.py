@@ -15,7 +15,7 @@ from PIL import Image
 
 from service.model import images
 from service.model.errors import ImageError, ImageTooLarge, UnreadableImage
-from service.model.images import EXTENSIONS, FORMATS, MAX_PIXELS, decode
+from service.model.images import FORMATS, MAX_PIXELS, MEDIA_TYPES, decode
 
 Pixels = npt.NDArray[np.uint8]
 PHOTOS = Path(__file__).parents[2].parent / "shared" / "data" / "photos"
@@ -97,10 +97,11 @@ def test_lossy_formats_decode_to_nearly_the_pixels_that_were_saved(
     assert np.abs(decoded.astype(int) - pixels).mean() < 3
 
 
-def test_every_allowed_format_is_tried_above_and_has_a_file_name_ending() -> None:
+def test_every_allowed_format_is_tried_above_and_has_file_name_endings_with_their_media_type() -> None:
     assert set(FORMATS) == {*LOSSLESS, "JPEG"}
     registered = Image.registered_extensions()
-    assert {registered[ending] for ending in EXTENSIONS} == set(FORMATS)
+    assert {registered[ending] for ending in MEDIA_TYPES} == set(FORMATS)
+    assert {ending: Image.MIME[registered[ending]] for ending in MEDIA_TYPES} == MEDIA_TYPES
 
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])

@@ -1,4 +1,4 @@
-"""Fitting: the centre square, resized, whatever the shape of the image."""
+"""Crop and resize: the centre square, resized, whatever the shape of the image."""
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ def noise(height: int, width: int) -> npt.NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (50, 70), (200, 32), (7, 5), (1, 300)])
-def test_fitting_twice_changes_nothing_more(height: int, width: int) -> None:
+def test_a_second_time_changes_nothing_more(height: int, width: int) -> None:
     once = crop_resize(noise(height, width), 32)
     np.testing.assert_array_equal(crop_resize(once, 32), once)
 
@@ -47,7 +47,7 @@ def test_the_centre_is_the_centre_also_when_it_lies_between_pixels(height: int, 
         np.testing.assert_allclose(mirrored.astype(int), crop_resize(image, 16), atol=1)
 
 
-def test_fitting_is_cropping_and_then_resizing() -> None:
+def test_it_is_cropping_and_then_resizing() -> None:
     image = noise(60, 90)
     cropped = Image.fromarray(image[:, 15:75])
     expected = np.asarray(cropped.resize((32, 32), Image.Resampling.BILINEAR))

@@ -10,7 +10,8 @@ from training.errors import ConfigError
 
 PLACES = {"data": "in", "output": "out"}
 EXAMPLES = {
-    "data": "some/where", "output": "else/where", "weights": "none", "freeze": "stem,layer1", "learning_rate": "0.5",
+    "data": "some/where", "validation": "held/out", "output": "else/where",
+    "weights": "none", "freeze": "stem,layer1", "learning_rate": "0.5",
     "batch_size": "3", "epochs": "4", "optimizer": "adamw", "momentum": "0.1", "weight_decay": "0.2",
     "schedule": "one-cycle", "augment": "none", "side": "64", "hidden_units": "5", "precision": "auto", "seed": "6",
     "validation_fraction": "0.3", "broken_files": "skip", "device": "cpu", "loader_workers": "2", "model_name": "tiny",
@@ -123,7 +124,8 @@ def test_a_flag_without_its_value_is_refused_naming_it(flag: str) -> None:
         ("batch_size", "1"), ("batch_size", "1.5"), ("epochs", "0"), ("epochs", ""), ("momentum", "1"),
         ("momentum", "-0.1"), ("optimizer", "adam"),
         ("weight_decay", "-1"), ("schedule", "cosine"), ("augment", "rotate"), ("side", "7"),
-        ("side", "1025"), ("hidden_units", "0"), ("precision", "fp16"), ("seed", "-1"), ("validation_fraction", "0"),
+        ("side", "1025"), ("hidden_units", "0"), ("precision", "fp16"), ("seed", "-1"), ("seed", str(2**63)),
+        ("validation_fraction", "0"),
         ("validation_fraction", "1"), ("broken_files", "ignore"), ("device", "tpu"), ("loader_workers", "-1"),
         ("model_name", ""), ("model_name", "two words"), ("model_name", "-dash"), ("model_name", "a" * 64),
     ],

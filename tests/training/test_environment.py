@@ -58,17 +58,19 @@ def test_the_train_channel_alone_is_the_data(root: Path) -> None:
     assert sagemaker_values(root, NOTHING)["data"] == str(train)
 
 
-@pytest.mark.parametrize("validation", ["validation", "val", "test"])
-def test_separate_train_and_validation_channels_are_read_as_a_given_split(root: Path, validation: str) -> None:
-    channel(root, "train")
-    channel(root, validation)
-    assert sagemaker_values(root, NOTHING)["data"] == str(root / "input" / "data")
+@pytest.mark.parametrize("train", ["train", "training"])
+@pytest.mark.parametrize("validation", ["validation", "val", "valid", "test"])
+def test_separate_train_and_validation_channels_are_both_taken(root: Path, train: str, validation: str) -> None:
+    folders = channel(root, train), channel(root, validation)
+    values = sagemaker_values(root, NOTHING)
+    assert (values["data"], values["validation"]) == tuple(map(str, folders))
 
 
 def test_separate_channels_are_found_by_their_variables_too(root: Path, tmp_path: Path) -> None:
-    train, validation = channel(tmp_path / "other", "train"), channel(tmp_path / "other", "validation")
+    train, validation = channel(tmp_path / "here", "x"), channel(tmp_path / "there", "y")
     environ = {"SM_MODEL_DIR": "/m", "SM_CHANNEL_TRAIN": str(train), "SM_CHANNEL_VALIDATION": str(validation)}
-    assert sagemaker_values(root, environ)["data"] == str(train.parent)
+    values = sagemaker_values(root, environ)
+    assert (values["data"], values["validation"], values["output"]) == (str(train), str(validation), "/m")
 
 
 def test_a_validation_channel_alone_is_no_training_data(root: Path) -> None:

@@ -2,12 +2,14 @@
 
 import io
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from training.data import folder
 from training.data.dataset import Dataset
 from training.data.folder import BrokenFiles, has_classes, read
 from training.errors import DataError
@@ -22,10 +24,10 @@ def png(number: int) -> bytes:
 def make(root: Path, **classes: int) -> Path:
     """`classes` by name, with so many images each; a double underscore stands for a slash."""
     for name, count in classes.items():
-        folder = root / name.replace("__", "/")
-        folder.mkdir(parents=True)
+        place = root / name.replace("__", "/")
+        place.mkdir(parents=True)
         for i in range(count):
-            (folder / f"{i}.png").write_bytes(png(i))
+            (place / f"{i}.png").write_bytes(png(i))
     return root
 
 
@@ -77,13 +79,21 @@ def test_a_given_split_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
     train, validation = files(dataset, root)
     assert train == ["train/ant/0.png", "train/ant/1.png", "train/ant/2.png", "train/bee/0.png"]
     assert validation == [f"{name}/ant/0.png", *(f"{name}/bee/{i}.png" for i in range(4))]
-    assert dataset.facts["split"] == f"the folders train and {name}"
+    assert dataset.facts["split"] == f"given: train and {name}"
 
 
 def test_validation_is_preferred_to_test(tmp_path: Path) -> None:
     folders = {f"{side}__{name}": 1 for side in ("train", "test", "validation") for name in ("ant", "bee")}
     root = make(tmp_path, **folders)
     assert files(load(root), root)[1] == ["validation/ant/0.png", "validation/bee/0.png"]
+
+
+def test_a_validation_folder_elsewhere_replaces_the_split(tmp_path: Path) -> None:
+    root, elsewhere = make(tmp_path / "data", ant=4, bee=4), make(tmp_path / "held out", ant=1, bee=2)
+    dataset = read(root, 0.5, 0, "refuse", elsewhere)
+    assert np.bincount(dataset.train.labels).tolist() == [4, 4]
+    assert files(dataset, tmp_path)[1] == ["held out/ant/0.png", "held out/bee/0.png", "held out/bee/1.png"]
+    assert dataset.facts["split"] == "given: data and held out"
 
 
 def test_a_train_folder_alone_is_split_by_seed(tmp_path: Path) -> None:
@@ -139,7 +149,10 @@ def test_broken_files_are_skipped_by_option_and_listed_in_the_log(
     assert dataset.facts["broken_files"] == "skip"
 
 
-def test_of_many_broken_files_the_first_are_listed_and_the_others_counted(tmp_path: Path) -> None:
+def test_of_very_many_broken_files_the_first_are_listed_and_the_others_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "LISTED", 20)
     root = make(tmp_path, ant=3, bee=3)
     for i in range(25):
         (root / "ant" / f"broken{i:02}.png").touch()
@@ -242,6 +255,14 @@ def test_any_characters_will_do_in_names(tmp_path: Path) -> None:
     (tmp_path / "my pictures" / "猫" / "ein Bild (1).png").touch()
     with pytest.raises(DataError, match=r"猫/ein Bild \(1\)\.png"):
         load(tmp_path / "my pictures")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"two\nlines", b"bell\a"])
+def test_a_class_name_that_is_no_printable_text_is_refused(tmp_path: Path, name: bytes) -> None:
+    make(tmp_path, ant=2, **{os.fsdecode(name): 2})
+    with pytest.raises(DataError, match="must be printable text") as refused:
+        load(tmp_path)
+    str(refused.value).encode()
 
 
 def test_links_to_class_folders_and_files_are_followed(tmp_path: Path) -> None:

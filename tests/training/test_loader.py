@@ -13,7 +13,7 @@ from torch import Tensor
 from service.model.preprocess import crop_resize
 from training.data import augment, loader
 from training.data.dataset import FileImages
-from training.data.loader import Loader, memory_limit_bytes
+from training.data.loader import Loader
 from training.errors import DataError
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
@@ -72,17 +72,21 @@ def test_batches_from_memory_and_from_files_are_equal(
 
 
 @pytest.mark.parametrize("share", [0, 1])
-def test_the_first_images_and_the_length_are_the_same_either_way(
-    images: FileImages, monkeypatch: pytest.MonkeyPatch, share: int
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [0]), (3, [0, 5, 10]), (11, list(range(11))), (99, list(range(11)))]
+)
+def test_images_spread_over_all_are_the_same_either_way(
+    images: FileImages, monkeypatch: pytest.MonkeyPatch, share: int, count: int, expected: list[int]
 ) -> None:
     monkeypatch.setattr(loader, "MEMORY_SHARE", share)
     loaded = Loader(images, 16, 4, 0, "some")
     assert len(loaded) == 11
     assert loaded.labels.tolist() == images.labels.tolist()
-    first = loaded.first(3)
-    assert (first.shape, first.dtype) == ((3, 16, 16, 3), torch.uint8)
-    np.testing.assert_array_equal(first[2].numpy(), crop_resize(images.image(2), 16))
-    assert len(loaded.first(99)) == 11
+    indices, pixels = loaded.spread(count)
+    assert indices.tolist() == expected
+    assert (pixels.shape, pixels.dtype) == ((len(expected), 16, 16, 3), torch.uint8)
+    for position, index in enumerate(expected):
+        np.testing.assert_array_equal(pixels[position].numpy(), crop_resize(images.image(index), 16))
 
 
 def test_a_changed_batch_does_not_change_the_next_pass(images: FileImages) -> None:
@@ -110,10 +114,6 @@ def test_a_file_that_breaks_later_is_a_data_error_without_a_trace(
     with pytest.raises(DataError, match=r"05\.png cannot be read") as refused:
         list(loaded.batches())
     assert "Traceback" not in str(refused.value)
-
-
-def test_the_memory_limit_is_a_positive_number_of_bytes() -> None:
-    assert memory_limit_bytes() > 2**20
 
 
 def gradient(count: int, side: int) -> Tensor:

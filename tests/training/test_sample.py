@@ -8,6 +8,7 @@ import pytest
 
 from training.data import cifar100
 from training.data.sample import CLASSES, POLYGONS, SUPERCLASSES, SURFACES, main, render, write
+from training.errors import DataError
 
 FOLDER = "cifar-100-python"
 
@@ -93,19 +94,42 @@ def test_other_parameters_make_it_anew(own: Path, parameters: tuple[int, int, in
     assert len(cifar100.read(own).train) == 100 * parameters[0]
 
 
-def test_an_interrupted_write_is_made_anew(own: Path, small: Path) -> None:
-    (own / FOLDER / "sample.json").unlink()
-    (own / FOLDER / "test").unlink()
-    (own / FOLDER / "train").write_bytes(b"half")
-    write(own, 1, 1)
-    assert contents(own) == contents(small)
+@pytest.mark.parametrize("name", ["train", "test", "meta"])
+def test_an_interrupted_write_is_made_anew(own: Path, small: Path, name: str) -> None:
+    for half in (b"half", None):
+        if half is None:
+            (own / FOLDER / name).unlink()
+        else:
+            (own / FOLDER / name).write_bytes(half)
+        write(own, 1, 1)
+        assert contents(own) == contents(small)
 
 
-@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"null", b"{}"])
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"null", b"{}", b'{"sha256": null}'])
 def test_a_damaged_description_is_made_anew(own: Path, small: Path, damaged: bytes) -> None:
     (own / FOLDER / "sample.json").write_bytes(damaged)
     write(own, 1, 1)
     assert contents(own) == contents(small)
+
+
+def test_another_data_set_is_not_overwritten(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own / FOLDER / "sample.json").unlink()
+    before = stamps(own)
+    with pytest.raises(DataError, match="holds another data set; give another folder"):
+        write(own, 1, 1)
+    assert main(["--output", str(own)]) == 1
+    assert stamps(own) == before
+
+
+@pytest.mark.parametrize("flag", ["--train-per-class", "--test-per-class"])
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_a_count_that_makes_no_sense_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, count: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--output", str(tmp_path), flag, count])
+    assert ended.value.code == 2
+    assert flag in capsys.readouterr().err
 
 
 def test_the_description_states_parameters_and_checksums(small: Path) -> None:

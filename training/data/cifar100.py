@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
@@ -69,7 +70,8 @@ def read(root: Path) -> Dataset:
         dataset = Dataset(
             name, classes, _images(train), _images(test), {"folder": FOLDER, "split": "the files train and test"}
         )
-        if not max(dataset.train.labels.max(), dataset.validation.labels.max()) < len(classes):
+        labels = np.concatenate([dataset.train.labels, dataset.validation.labels])
+        if not 0 <= labels.min() <= labels.max() < len(classes):
             raise ValueError("a label has no name")
     except (KeyError, ValueError, TypeError, AttributeError) as exc:
         raise DataError(f"{folder} does not hold images and labels as CIFAR-100 has them ({exc}).") from exc
@@ -99,7 +101,7 @@ def _verified(folder: Path, contents: dict[str, bytes]) -> str:
     checksums = folder / SAMPLE_CHECKSUMS
     if checksums.is_file():
         try:
-            stated = json.loads(checksums.read_bytes())["sha256"]
+            stated = dict(json.loads(checksums.read_bytes())["sha256"])
         except (ValueError, KeyError, TypeError, OSError) as exc:
             raise DataError(f"{checksums} is damaged; delete {folder} and generate the sample again.") from exc
         for name, content in contents.items():
@@ -112,10 +114,28 @@ def _verified(folder: Path, contents: dict[str, bytes]) -> str:
     )
 
 
-_ARRAY_NAMES = {
-    (module, name)
-    for module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-    for name in ("ndarray", "dtype", "_reconstruct")
+_NDARRAY = object()
+"""Stands for numpy.ndarray, which the files name but never call: called, it lays arrays over any memory."""
+
+
+def _empty_array(kind: object, *_: object) -> npt.NDArray[Any]:
+    """What numpy's `_reconstruct` gives; the pickle fills it."""
+    if kind is not _NDARRAY:
+        raise pickle.UnpicklingError("the file asks for an array of another kind")
+    return np.empty(0, np.uint8)
+
+
+def _number_type(name: str, *_: object) -> np.dtype[Any]:
+    if np.dtype(name).kind not in "biuf":
+        raise pickle.UnpicklingError(f"the file asks for arrays of {name}")
+    return np.dtype(name)
+
+
+_ARRAY_NAMES: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _number_type,
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,  # NumPy 1, which wrote the official files
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,  # NumPy 2
 }
 
 
@@ -124,7 +144,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ARRAY_NAMES:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            return _ARRAY_NAMES[module, name]
         raise pickle.UnpicklingError(f"the file asks for {module}.{name}")
 
 

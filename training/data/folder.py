@@ -68,10 +68,18 @@ def _layout(root: Path) -> tuple[Path, Path | None]:
     """The folders of classes to train and to validate on.
 
     `train` is a part of the data, not a class, when it holds folders and nothing but such parts lies beside it.
+
+    Raises: DataError when it holds folders, but others lie beside it.
     """
     names = [folder.name for folder in _visible_folders(root)]
-    if "train" not in names or not set(names) <= {"train", *VALIDATION_NAMES} or not has_classes(root / "train"):
+    if "train" not in names or not has_classes(root / "train"):
         return root, None
+    others = sorted(set(names) - {"train", *VALIDATION_NAMES})
+    if others:
+        raise DataError(
+            f"{root} holds train/ with folders in it, and beside it {', '.join(others)}: move these away if train/ is "
+            "the part to train on, or put the images of class train into it without folders."
+        )
     return root / "train", next((root / name for name in VALIDATION_NAMES if name in names), None)
 
 

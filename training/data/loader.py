@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from service.model.machine import cores, memory_bytes
 from service.model.preprocess import crop_resize
 from training.data.dataset import LabelledImages
+from training.errors import DataError
 from training.progress import progress
 
 log = logging.getLogger(__name__)
@@ -57,9 +58,12 @@ class Loader:
                 indices = order[start : start + self._batch_size]
                 yield self._pixels[indices], self.labels[indices]
         else:
-            yield from DataLoader(
+            for batch in DataLoader(
                 self._lazy, self._batch_size, sampler=order.tolist(), num_workers=self._workers, collate_fn=_stack
-            )
+            ):
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """Up to `count` images spread evenly over all (class folders lie one after the other).
@@ -81,8 +85,17 @@ class _Resized(TorchDataset[tuple[np.ndarray, int]]):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return crop_resize(self._images.image(index), self._side_px), int(self._images.labels[index])
 
+    def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, int]] | DataError:
+        """A batch at once, as torch's fetcher asks for it where this method is."""
+        try:
+            return [self[index] for index in indices]
+        except DataError as exc:  # raised by a worker, it would reach the user with the worker's trace
+            return exc
 
-def _stack(samples: list[tuple[np.ndarray, int]]) -> Batch:
+
+def _stack(samples: list[tuple[np.ndarray, int]] | DataError) -> Batch | DataError:
+    if isinstance(samples, DataError):
+        return samples
     pixels, labels = zip(*samples, strict=True)
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 

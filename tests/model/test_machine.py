@@ -1,0 +1,38 @@
+"""Cores and memory: the machine's, or a container's limits where they are less."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service.model.machine import cores, memory_bytes
+
+
+def test_without_limits_the_machine_counts(tmp_path: Path) -> None:
+    assert 1 <= cores(tmp_path) <= (os.cpu_count() or 1)
+    assert memory_bytes(tmp_path) > 2**20
+    assert 1 <= cores() <= cores(tmp_path)
+    assert 2**20 < memory_bytes() <= memory_bytes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [("100000 100000\n", 1), ("50000 100000", 1), ("1000 100000", 1), ("100000000 100000", None), ("max 100000", None)],
+)
+def test_a_quota_of_processor_time_limits_the_cores(tmp_path: Path, stated: str, expected: int | None) -> None:
+    (tmp_path / "cpu.max").write_text(stated)
+    assert cores(tmp_path) == (expected or cores(tmp_path / "no limits"))
+
+
+@pytest.mark.parametrize(("stated", "expected"), [("1048576\n", 2**20), ("max\n", None), (str(2**62), None)])
+def test_a_limit_of_memory_counts_where_it_is_less_than_the_machine_has(
+    tmp_path: Path, stated: str, expected: int | None
+) -> None:
+    (tmp_path / "memory.max").write_text(stated)
+    assert memory_bytes(tmp_path) == (expected or memory_bytes(tmp_path / "no limits"))
+
+
+@pytest.mark.parametrize("stated", ["", "\n", "many", "-1", "0 0", "1 0", "100000"])
+def test_what_cannot_be_understood_is_no_limit(tmp_path: Path, stated: str) -> None:
+    (tmp_path / "cpu.max").write_text(stated)
+    assert cores(tmp_path) == cores(tmp_path / "no limits")
