@@ -34,7 +34,10 @@ class TrainingConfig(BaseModel):
         description=f"blocks that are not trained, comma-separated, of {', '.join(BLOCKS)}; or none",
     )
     learning_rate: float = Field(
-        0.017483127170473314, gt=0, description="step size of the optimizer, its peak in a schedule"
+        0.017483127170473314,
+        gt=0,
+        allow_inf_nan=False,
+        description="step size of the optimizer, its peak in a schedule",
     )
     batch_size: int = Field(128, ge=2, description="images per step; at least 2, which batch norm needs")
     epochs: int = Field(70, ge=1, description="passes over the training images")

@@ -108,6 +108,11 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert load(make(tmp_path / "nested", bus=3, train__steam=2, train__diesel=2)).classes == ("bus", "train")
 
 
+def test_parts_with_other_folders_beside_them_are_refused_as_ambiguous(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"beside them bus: move these away"):
+        load(make(tmp_path, bus=3, train__ant=2, train__bee=2, test__ant=3))
+
+
 def test_a_class_without_images_to_validate_on_is_accepted(tmp_path: Path) -> None:
     dataset = load(make(tmp_path, train__ant=2, train__bee=2, test__bee=3))
     assert dataset.validation.labels.tolist() == [1, 1, 1]

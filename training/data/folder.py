@@ -69,17 +69,19 @@ def _layout(root: Path) -> tuple[Path, Path | None]:
 
     `train` is a part of the data, not a class, when it holds folders and nothing but such parts lies beside it.
 
-    Raises: DataError when it holds folders, but others lie beside it.
+    Raises: DataError when there is a part to validate on too, but other folders lie beside them.
     """
     names = [folder.name for folder in _visible_folders(root)]
     if "train" not in names or not has_classes(root / "train"):
         return root, None
     others = sorted(set(names) - {"train", *VALIDATION_NAMES})
-    if others:
+    if others and any(has_classes(root / name) for name in VALIDATION_NAMES):
         raise DataError(
-            f"{root} holds train/ with folders in it, and beside it {', '.join(others)}: move these away if train/ is "
-            "the part to train on, or put the images of class train into it without folders."
+            f"{root} holds train/ and a part to validate on, both with folders in them, and beside them "
+            f"{', '.join(others)}: move these away, or give --data {root / 'train'} and --validation."
         )
+    if others:
+        return root, None
     return root / "train", next((root / name for name in VALIDATION_NAMES if name in names), None)
 
 
