@@ -3,6 +3,7 @@
 Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model or the port cannot be served, 2 for wrong settings.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -32,10 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as exc:
-        log.error(
-            "Cannot listen on %s port %d: %s; stop what uses it or choose another with --port.",
-            settings.host, settings.port, exc.strerror or exc,
-        )  # fmt: skip
+        in_use = exc.errno == errno.EADDRINUSE
+        remedy = (
+            "stop what uses it or choose another port"
+            if in_use
+            else "choose an address of this machine, or another port"
+        )
+        log.error("Cannot listen on %s port %d: %s; %s.", settings.host, settings.port, exc.strerror or exc, remedy)
         return 1
 
     failed = threading.Event()
@@ -88,4 +92,7 @@ def _watch_parent(parent: int, stop: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)  # everything is closed; a thread that still decodes a hostile image must not hold the process

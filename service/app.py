@@ -38,6 +38,7 @@ def create_app(
         description="GET /ping tells whether it is ready; POST /invocations classifies an image.",
         version="1",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect would be built from the client's own Host header
     )
     app.include_router(router)
     for exception in HTTP_ERRORS:

@@ -66,8 +66,7 @@ def predict_fn(images: Sequence[RgbImage], model: Classifier) -> list[Prediction
 
 def output_fn(predictions: Sequence[Prediction], accept: str | None) -> tuple[bytes, str]:
     """Write the answer to one image as JSON. Returns: body and content type. Raises: NotAcceptable."""
-    if not _accepts_json(accept):
-        raise NotAcceptable(f"Answers are {JSON}, which the Accept header excludes: {accept}.")
+    require_json(accept)
     (prediction,) = predictions
     answer = {
         "model": {"name": prediction.model.name, "version": prediction.model.version},
@@ -77,6 +76,12 @@ def output_fn(predictions: Sequence[Prediction], accept: str | None) -> tuple[by
         ],
     }
     return json.dumps(answer, ensure_ascii=False).encode(), JSON
+
+
+def require_json(accept: str | None) -> None:
+    """Raises: NotAcceptable when an Accept header excludes the one type that answers have."""
+    if not _accepts_json(accept):
+        raise NotAcceptable(f"Answers are {JSON}, which the Accept header excludes: {accept}.")
 
 
 def _load(artifact: Artifact) -> Classifier:

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from service import telemetry
 from service.errors import DeadlineExceeded, PayloadTooLarge
-from service.inference import output_fn
+from service.inference import output_fn, require_json
 from service.runtime import Runtime
 from service.schemas import ErrorResponse, PingResponse, PredictionResponse
 
@@ -35,10 +35,11 @@ _BODY: dict[str, Any] = {
 
 
 @router.api_route("/ping", methods=["GET"], response_model=PingResponse, responses={503: {"model": PingResponse}})
-@router.api_route("/ping", methods=["POST"], include_in_schema=False)
+@router.api_route("/ping", methods=["POST", "HEAD"], include_in_schema=False)
 async def ping(request: Request) -> JSONResponse:
     """200 when predictions are answered, else 503; the body tells the state either way."""
     runtime: Runtime = request.app.state.runtime
+    telemetry.current().code = runtime.state
     return JSONResponse({"status": runtime.state}, 200 if runtime.state == "ready" else 503)
 
 
@@ -52,6 +53,8 @@ async def invocations(request: Request) -> Response:
     """Classify one JPEG, PNG, WebP, BMP or GIF image, sent raw or as the one file of a form."""
     runtime: Runtime = request.app.state.runtime
     record = telemetry.current()
+    accept = request.headers.get("accept")
+    require_json(accept)
     with runtime.admitted():
         try:
             async with asyncio.timeout(runtime.settings.deadline_s):
@@ -64,7 +67,7 @@ async def invocations(request: Request) -> Response:
                 f"The request was not answered within {runtime.settings.deadline_s:g} s; try again, or send less."
             ) from exc
     record.queue_ms, record.infer_ms, record.batch_size = result.queue_ms, result.infer_ms, result.batch_size
-    body, media_type = output_fn([result.value], request.headers.get("accept"))
+    body, media_type = output_fn([result.value], accept)
     return Response(body, media_type=media_type)
 
 

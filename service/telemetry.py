@@ -74,7 +74,7 @@ class Telemetry:
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                if record.status < 400:
+                if record.status < 400 and record.code == "unanswered":
                     record.code = "ok"
                 MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
             await send(message)

@@ -13,9 +13,12 @@ from typing import Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from service.model.architecture import BLOCKS, Block
+from service.model.architecture import BLOCKS, MAX_HIDDEN_UNITS, Block
 from training.data.folder import BrokenFiles
 from training.errors import ConfigError
+
+REFERENCE_FROZEN: tuple[Block, ...] = ("stem", "layer1", "layer2", "layer3")
+"""What the reference freezes: residual blocks 1 to 3, stem included."""
 
 
 class TrainingConfig(BaseModel):
@@ -29,9 +32,10 @@ class TrainingConfig(BaseModel):
     )
     output: Path = Field(description="folder to write the artifact into; one that is there is replaced at the end")
     weights: str = Field("imagenet", description="pretrained weights: imagenet, none, or a .pth or .safetensors file")
-    freeze: tuple[Block, ...] = Field(
-        ("stem", "layer1", "layer2", "layer3"),
-        description=f"blocks that are not trained, comma-separated, of {', '.join(BLOCKS)}; or none",
+    freeze: tuple[Block, ...] | None = Field(
+        None,
+        description=f"blocks that are not trained, comma-separated, of {', '.join(BLOCKS)}; or none; default: "
+        f"{','.join(REFERENCE_FROZEN)}, but none with --weights none",
     )
     learning_rate: float = Field(
         0.017483127170473314,
@@ -48,13 +52,15 @@ class TrainingConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="pull of the weights towards zero")
     schedule: Literal["constant", "one-cycle"] = Field(
         "constant",
-        description="learning rate over the run: constant, or one-cycle (up over the first fifth, then down)",
+        description="learning rate over the run: constant, or one-cycle (up over the first tenth, then down)",
     )
     augment: Literal["none", "flip", "flip-crop"] = Field(
         "flip", description="random changes to training images: flip left-right, crop shifts by up to an eighth"
     )
     side: int = Field(32, ge=8, le=1024, description="input side in pixels: smaller is faster, larger sees more")
-    hidden_units: int = Field(512, ge=1, le=65536, description="width of the additional fully connected layer")
+    hidden_units: int = Field(
+        512, ge=1, le=MAX_HIDDEN_UNITS, description="width of the additional fully connected layer"
+    )
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32", description="arithmetic of training steps; auto: bf16 where the hardware has it; results are fp32"
     )
@@ -81,6 +87,13 @@ class TrainingConfig(BaseModel):
         if isinstance(value, str):
             return () if value == "none" else tuple(part.strip() for part in value.split(","))
         return value
+
+    @property
+    def frozen(self) -> tuple[Block, ...]:
+        """The blocks that are not trained: as asked for, else as the reference where there is something to keep."""
+        if self.freeze is not None:
+            return self.freeze
+        return () if self.weights == "none" else REFERENCE_FROZEN
 
     @classmethod
     def create(cls, values: Mapping[str, object]) -> Self:

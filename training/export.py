@@ -53,7 +53,8 @@ def export(
             "media_type": MEDIA_TYPES[ending],
         },
         "hyperparameters": {
-            **config.model_dump(mode="json", exclude={"data", "validation", "output"}), "weights": pretrained,
+            **config.model_dump(mode="json", exclude={"data", "validation", "output"}),
+            "weights": pretrained, "freeze": network.architecture.frozen,
         },
         "dataset": {
             "name": dataset.name, "train_images": len(dataset.train), "validation_images": len(dataset.validation),

@@ -43,6 +43,14 @@ def load_pretrained(network: Network, source: str, imagenet: Weights = IMAGENET)
     return origin
 
 
+def require_available(source: str, imagenet: Weights = IMAGENET) -> None:
+    """Find out early whether `load_pretrained` will have its file; downloads ImageNet's. Raises: WeightsError."""
+    if source == "imagenet":
+        imagenet_state(imagenet)
+    elif source != "none":
+        _file(Path(source))
+
+
 def imagenet_state(imagenet: Weights = IMAGENET) -> dict[str, Tensor]:
     """torchvision's ImageNet weights: from its cache, else downloaded with progress; verified either way.
 
@@ -76,7 +84,7 @@ def _hash_prefix(imagenet: Weights) -> str:
 def _by_hand(path: Path, imagenet: Weights) -> str:
     return (
         f"Fetch {imagenet.url} on a machine that has network and put it at {path}, "
-        "or give its path as --weights; --weights none starts from random weights."
+        "or give its path as --weights; --weights none trains everything from random weights."
     )
 
 

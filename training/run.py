@@ -20,7 +20,7 @@ from training.data.loader import Loader
 from training.errors import ConfigError, DivergedError
 from training.export import export
 from training.loop import EpochMetrics, Evaluation, Trainer
-from training.pretrained import load_pretrained
+from training.pretrained import load_pretrained, require_available
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def run(config: TrainingConfig) -> Artifact:
     log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
     _require_writable(config.output)
     device = pick_device(config.device)
+    require_available(config.weights)  # before the images, whose decoding may take long
     torch.manual_seed(config.seed)
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
     dataset = open_dataset(
@@ -48,19 +49,21 @@ def run(config: TrainingConfig) -> Artifact:
     )  # fmt: skip
     preprocessing = Preprocessing(side_px=config.side)
     architecture = Architecture(
-        num_classes=len(dataset.classes), hidden_units=config.hidden_units, frozen=config.freeze
+        num_classes=len(dataset.classes), hidden_units=config.hidden_units, frozen=config.frozen
     )
     network = Network(architecture, preprocessing)
     pretrained = load_pretrained(network, config.weights)
-    if pretrained == "none" and config.freeze:
+    if pretrained == "none" and config.frozen:
         log.warning("frozen blocks without pretrained weights stay random; --freeze none trains them")
     train = Loader(dataset.train, config.side, config.batch_size, config.loader_workers, "train")
     validation = Loader(dataset.validation, config.side, config.batch_size, config.loader_workers, "validation")
     trainer = make_trainer(config, network, device, steps=steps_per_epoch(len(train), config.batch_size))
+    started_s = time.monotonic()
     history: list[EpochMetrics] = []
     for epoch in range(1, config.epochs + 1):
         metrics, evaluation = _epoch(trainer, train, validation, epoch, config.epochs)
         history.append(metrics)
+        log.info("%s %s", metrics.line(config.epochs), _remaining(started_s, epoch, config.epochs))
     if not math.isfinite(evaluation.loss):
         raise DivergedError(f"The validation loss is {evaluation.loss}; start again with a smaller --learning-rate.")
     artifact = export(
@@ -105,12 +108,12 @@ def make_trainer(config: TrainingConfig, network: Network, device: torch.device,
 
 
 def one_cycle(total_steps: int) -> Callable[[int], float]:
-    """The share of the peak learning rate at each step: up in a line over the first fifth, down along a cosine.
+    """The share of the peak learning rate at each step: up in a line over the first tenth, down along a cosine.
 
     After Smith & Topin 2017 (https://arxiv.org/abs/1708.07120) and Loshchilov & Hutter 2016
     (https://arxiv.org/abs/1608.03983); momentum stays as it is.
     """
-    rising = max(1, total_steps // 5)
+    rising = max(1, total_steps // 10)
 
     def share(step: int) -> float:
         if step < rising:
@@ -156,8 +159,12 @@ def _epoch(
         epoch, train_loss, train_accuracy, measured.loss, measured.accuracy, learning_rate,
         time.perf_counter() - started_s,
     )  # fmt: skip
-    log.info("%s", metrics.line(epochs))
     return metrics, measured
+
+
+def _remaining(started_s: float, done: int, epochs: int) -> str:
+    left_s = (time.monotonic() - started_s) / done * (epochs - done)
+    return f"remaining_minutes={left_s / 60:.1f}"
 
 
 def _require_writable(output: Path) -> None:

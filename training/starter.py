@@ -27,7 +27,7 @@ QUICK_CIFAR100: dict[str, object] = {
 }  # fmt: skip
 
 QUICK_SAMPLE: dict[str, object] = {
-    "weights": "none", "freeze": "none", "side": 32, "epochs": 6, "batch_size": 64, "optimizer": "adamw",
+    "weights": "none", "freeze": "none", "side": 32, "epochs": 5, "batch_size": 64, "optimizer": "adamw",
     "learning_rate": 1e-3, "weight_decay": 0.01, "schedule": "one-cycle", "precision": "auto",
     "model_name": "resnet34-sample",
 }  # fmt: skip
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", exc)
         return 1
     except KeyboardInterrupt:
-        log.error("Stopped before the end: no model was written.")
+        log.error("Stopped before the end: no model was written, the next start trains anew.")
         return 130
     log.info("the starter model took %.0f s", time.monotonic() - started_s)
     return 0

@@ -26,7 +26,7 @@ class EagerEngine:
         try:
             network.load_state_dict({name: torch.from_numpy(array) for name, array in artifact.weights().items()})
         except RuntimeError as exc:
-            detail = " ".join(str(exc).split())[:300]
+            detail = ascii(" ".join(str(exc).split())[:300])
             raise ArtifactError(f"{artifact.path('weights')} does not fit the architecture stated: {detail}") from exc
         self._device = torch.device(device)
         self._network = network.eval().to(self._device)

@@ -9,6 +9,10 @@ BLOCKS: tuple[Block, ...] = get_args(Block)
 """The stem and the four residual blocks, by torchvision's names (residual block 1 is `layer1`)."""
 
 
+MAX_HIDDEN_UNITS = 65536
+"""Bounds what a manifest can make a reader allocate: 128 MiB for this layer."""
+
+
 class Architecture(BaseModel):
     """ResNet-34 with an additional fully connected layer; travels in the artifact's manifest."""
 
@@ -16,7 +20,7 @@ class Architecture(BaseModel):
 
     name: Literal["resnet34"] = "resnet34"
     num_classes: int = Field(ge=2)
-    hidden_units: int = Field(ge=1, default=512)
+    hidden_units: int = Field(ge=1, le=MAX_HIDDEN_UNITS, default=512)
     frozen: tuple[Block, ...] = ("stem", "layer1", "layer2", "layer3")
 
     @field_validator("frozen")

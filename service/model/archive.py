@@ -55,8 +55,9 @@ def unpack(archive: Path, target: Path) -> None:
                         "pack the artifact's folder alone."
                     )
                 _extract(tar, member, archive, target)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError) as exc:
-        raise ArtifactError(f"{archive} is no readable tar archive: {exc}; pack the folder again.") from exc
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, RecursionError) as exc:
+        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        raise ArtifactError(f"{archive} is no readable tar archive: {reason}; pack the folder again.") from exc
     except OSError as exc:
         raise ArtifactError(f"{archive} cannot be unpacked into {target}: {exc.strerror or exc}.") from exc
 

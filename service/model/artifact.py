@@ -14,17 +14,18 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.model.architecture import Architecture
 from service.model.errors import ArtifactError
@@ -33,6 +34,7 @@ from service.model.preprocess import PixelBatch, Preprocessing
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_TEXT = 256
 
 Role = Literal["weights", "self_check", "example"]
 Weights = dict[str, npt.NDArray[Any]]
@@ -40,6 +42,16 @@ Weights = dict[str, npt.NDArray[Any]]
 
 class _FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable() or not 1 <= len(text) <= MAX_TEXT:
+        raise ValueError(f"must be 1 to {MAX_TEXT} printable characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_printable)]
+"""Text that logs and answers can carry: no control characters, no lone surrogates."""
 
 
 class FileEntry(_FrozenModel):
@@ -53,19 +65,19 @@ class FileEntry(_FrozenModel):
 class Example(_FrozenModel):
     """The image to try: its class and the media type to send it with."""
 
-    label: str
-    media_type: str
+    label: Text
+    media_type: Text
 
 
 class Manifest(_FrozenModel):
     """The content of manifest.json."""
 
     format_version: Literal[1]
-    name: str = Field(min_length=1)
-    version: str = Field(min_length=1)
+    name: Text
+    version: Text
     created_at: datetime
     architecture: Architecture
-    classes: tuple[str, ...] = Field(min_length=2)
+    classes: tuple[Text, ...] = Field(min_length=2)
     preprocessing: Preprocessing
     example: Example
     hyperparameters: dict[str, Any]
@@ -82,6 +94,8 @@ class Manifest(_FrozenModel):
             )
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("a class is named twice")
+        if self.example.label not in self.classes:
+            raise ValueError("the example is of none of the classes")
         missing = {"weights", "self_check", "example"} - set(self.files)
         if missing:
             raise ValueError(f"no entry for {', '.join(sorted(missing))} in 'files'")
@@ -113,7 +127,10 @@ class Artifact:
         entry = self.manifest.files[role]
         path = self.folder / entry.path
         try:
-            size = path.stat().st_size
+            status = path.stat()
+            size = status.st_size
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device: reading it may never end
+                raise ArtifactError(f"{path} is no plain file; copy the artifact again.")
             if size != entry.bytes:
                 raise ArtifactError(
                     f"{path} is damaged: it has {size:,} bytes not {entry.bytes:,}; copy the artifact again."
@@ -146,9 +163,11 @@ class Artifact:
             or logits is None
             or inputs.dtype != np.uint8
             or logits.dtype != np.float32
+            or inputs.ndim != 4
             or not len(inputs)
             or inputs.shape[1:] != (side, side, 3)
             or logits.shape != (len(inputs), classes)
+            or not np.isfinite(logits).all()
         ):
             raise ArtifactError(f"{self.path('self_check')} does not hold inputs [n, {side}, {side}, 3] and logits.")
         return SelfCheck(inputs, logits)
@@ -232,19 +251,27 @@ def _parse_manifest(content: bytes, path: Path) -> Manifest:
     if hashlib.sha256(content[:start] + _UNSEALED + content[end:]).hexdigest() != fields.pop("manifest_sha256", None):
         raise damaged
     if fields.get("format_version") != FORMAT_VERSION:
+        stated = ascii(fields.get("format_version"))[:20]
         raise ArtifactError(
-            f"{path} has format version {fields.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+            f"{path} has format version {stated}, this release reads {FORMAT_VERSION}; "
             "export the model again with this release."
         )
     try:
         return Manifest.model_validate(fields)
     except ValidationError as exc:
         first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        where = ascii(".".join(str(part) for part in first["loc"]) or "the whole")[1:100].strip("'")
         raise ArtifactError(f"{path} is not a valid manifest: {where}: {first['msg']}.") from exc
 
 
 def _find_home(folder: Path) -> Path:
+    try:
+        return _home(folder)
+    except OSError as exc:
+        raise ArtifactError(f"{str(folder)[:200]} cannot be read: {exc.strerror}.") from exc
+
+
+def _home(folder: Path) -> Path:
     if (folder / MANIFEST).is_file():
         return folder
     if not folder.is_dir():
@@ -285,11 +312,15 @@ def _store(folder: Path, role: Role, ending: str, content: bytes) -> FileEntry:
 def _replace(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or not at all (fsync, then rename: rename(2))."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _remove_leftovers(folder: Path, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -417,3 +418,40 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_artifact(folder: Path) -> 
     assert assert_whole(folder).weights()["layer.weight"][0] == 0.0
     write(folder, 1.0)
     assert len(names(folder)) == 4
+
+
+@pytest.mark.parametrize("text", ["", "two\nlines", "\x1b[31mred", "\ud800", "x" * 257])
+@pytest.mark.parametrize("field", ["name", "version", "classes", "label"])
+def test_text_that_no_log_or_answer_can_carry_is_refused(folder: Path, field: str, text: str) -> None:
+    classes = ["cat", "dog", text] if field == "classes" else list(FACTS["classes"])
+    example = {"label": text if field == "label" else "cat", "media_type": "image/png"}
+    changed: dict[str, object] = {field: text} if field in ("name", "version") else {}
+    reseal(folder, **{"classes": classes, "example": example, **changed})
+    with pytest.raises(ArtifactError, match="is not a valid manifest") as refused:
+        open_artifact(folder)
+    assert str(refused.value).isprintable()
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_read(folder: Path) -> None:
+    path = open_artifact(folder).path("example")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ArtifactError, match="no plain file"):
+        open_artifact(folder).read("example")
+
+
+def test_an_interrupted_write_leaves_no_partial_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("service.model.artifact.os.fsync", full)
+    before = names(folder)
+    with pytest.raises(OSError, match="No space left"):
+        write(folder, value=3.0)
+    assert names(folder) == before
+    assert_whole(folder)
+
+
+def test_a_path_too_long_for_the_system_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError):
+        open_artifact(tmp_path / ("a" * 300))

@@ -284,3 +284,11 @@ def test_the_openapi_document_names_both_routes_and_every_error_status(service: 
     assert set(paths) == {"/ping", "/invocations"}
     documented = set(paths["/invocations"]["post"]["responses"])
     assert {str(status) for status, _ in HTTP_ERRORS.values()} <= documented
+
+
+def test_a_head_request_to_ping_is_answered_like_a_get(service: Served) -> None:
+    assert service.ask("HEAD", "/ping").status == 200
+
+
+def test_a_trailing_slash_is_refused_and_not_redirected_by_the_clients_host_header(service: Served) -> None:
+    assert_error(service.ask("POST", "/invocations/", png(), Host="evil.example"), 404, "not_found")

@@ -32,7 +32,7 @@ def test_the_defaults_are_the_reference_recipe() -> None:
     assert (config.batch_size, config.epochs, config.momentum, config.weight_decay) == (128, 70, 0.9, 0.0)
     assert (config.optimizer, config.schedule) == ("sgd", "constant")
     assert (config.side, config.weights, config.hidden_units) == (32, "imagenet", 512)
-    assert config.freeze == ("stem", "layer1", "layer2", "layer3")
+    assert config.frozen == ("stem", "layer1", "layer2", "layer3")
     assert config.precision == "fp32"
 
 
@@ -71,7 +71,7 @@ def test_help_names_every_flag_and_its_default(capsys: pytest.CaptureFixture[str
     for name, field in TrainingConfig.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text
         assert str(field.description).split(":")[0] in text
-    assert "(default: stem,layer1,layer2,layer3)" in text
+    assert "default: stem,layer1,layer2,layer3, but none with --weights none" in text
     assert "(default: 0.017483127170473314)" in text
 
 
@@ -161,6 +161,11 @@ def test_what_is_missing_is_named_with_what_it_is_for() -> None:
 def test_freeze_takes_block_names_with_commas_or_none(given: str, blocks: tuple[str, ...]) -> None:
     assert from_flags("--freeze", given).freeze == blocks
     assert create(freeze=blocks).freeze == blocks
+
+
+def test_nothing_is_frozen_by_default_where_there_is_nothing_to_keep() -> None:
+    assert from_flags("--weights", "none").frozen == ()
+    assert from_flags("--weights", "none", "--freeze", "stem").frozen == ("stem",)
 
 
 @pytest.mark.parametrize("given", ["layer5", "fc", "stem,,layer1", "", "none,stem", "stem layer1"])

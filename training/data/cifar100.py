@@ -70,10 +70,12 @@ def read(root: Path) -> Dataset:
         dataset = Dataset(
             name, classes, _images(train), _images(test), {"folder": FOLDER, "split": "the files train and test"}
         )
+        if len(set(classes)) != len(classes) or not all(name.isprintable() and name for name in classes):
+            raise ValueError("names of classes are missing, repeated or not printable")
         labels = np.concatenate([dataset.train.labels, dataset.validation.labels])
         if not 0 <= labels.min() <= labels.max() < len(classes):
             raise ValueError("a label has no name")
-    except (KeyError, ValueError, TypeError, AttributeError) as exc:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as exc:
         raise DataError(f"{folder} does not hold images and labels as CIFAR-100 has them ({exc}).") from exc
     return dataset
 
@@ -81,7 +83,7 @@ def read(root: Path) -> Dataset:
 def _images(entry: dict[str, Any]) -> ArrayImages:
     planes = np.asarray(entry["data"], np.uint8).reshape(-1, 3, 32, 32)  # [N, 3, 32, 32]
     labels = np.asarray(entry["fine_labels"], np.int64)
-    if len(labels) != len(planes) or not len(labels):
+    if labels.ndim != 1 or len(labels) != len(planes) or not len(labels):
         raise ValueError(f"{len(planes)} images have {len(labels)} labels")
     return ArrayImages(np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), labels)
 

@@ -115,10 +115,10 @@ def _decodable(images: ByClass, broken_files: BrokenFiles) -> ByClass:
     more = f"\n  and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
     if broken_files == "refuse":
         raise DataError(
-            f"{len(broken)} of {len(paths)} files are broken; mend or remove them, "
+            f"{len(broken)} of {len(paths)} files cannot be decoded; mend or remove them, "
             f"or go on without them with --broken-files skip:\n{listed}{more}"
         )
-    log.warning("%d of %d files are broken and are skipped:\n%s%s", len(broken), len(paths), listed, more)
+    log.warning("%d of %d files cannot be decoded and are skipped:\n%s%s", len(broken), len(paths), listed, more)
     rest = {name: [path for path in files if path not in broken] for name, files in images.items()}
     _refuse_empty(rest)
     return rest

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from service.model.images import MEDIA_TYPES
 from training.data import cifar100, folder
 from training.data.dataset import Dataset
 from training.data.folder import BrokenFiles
@@ -39,6 +40,11 @@ def open_dataset(
         raise DataError(f"--validation {validation_root} holds no class folders.")
     if folder.has_classes(root):
         return folder.read(root, validation_fraction, seed, broken_files, validation_root)
+    images = sum(1 for entry in root.iterdir() if entry.suffix.lower() in MEDIA_TYPES)
+    if images:
+        raise DataError(
+            f"--data {root} holds {images} images directly; give the folder above it, which holds one folder per class."
+        )
     raise DataError(
         f"--data {root} holds neither {cifar100.FOLDER}/ nor one folder of images per class. For CIFAR-100: "
         f"python -m training.data.cifar100 --output {root}; without network: {cifar100.by_hand(root)}"

@@ -176,9 +176,9 @@ def _superclass(class_name: str) -> int:
 
 
 def _shape_mask(shape: str, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    radius = rng.uniform(0.3, 0.42) * CANVAS_PX
-    aspect = rng.uniform(0.85, 1.15)
-    turn = math.radians(rng.uniform(-20, 20))
+    radius = rng.uniform(0.34, 0.44) * CANVAS_PX
+    aspect = rng.uniform(0.9, 1.1)
+    turn = math.radians(rng.uniform(-15, 15))
     room = CANVAS_PX / 2 - radius * 0.95
     cx, cy = CANVAS_PX / 2 + rng.uniform(-room, room, 2)
     mask = Image.new("1", (CANVAS_PX, CANVAS_PX))
