@@ -27,7 +27,7 @@ QUICK_CIFAR100: dict[str, object] = {
 }  # fmt: skip
 
 QUICK_SAMPLE: dict[str, object] = {
-    "weights": "none", "freeze": "none", "side": 32, "epochs": 5, "batch_size": 64, "optimizer": "adamw",
+    "weights": "none", "freeze": "none", "side": 32, "epochs": 4, "batch_size": 64, "optimizer": "adamw",
     "learning_rate": 1e-3, "weight_decay": 0.01, "schedule": "one-cycle", "precision": "auto",
     "model_name": "resnet34-sample",
 }  # fmt: skip
