@@ -136,7 +136,7 @@ def test_broken_files_are_refused_and_listed_with_their_faults(tmp_path: Path) -
     with pytest.raises(DataError) as refused:
         load(root)
     message = str(refused.value)
-    assert message.startswith("4 of 10 files are broken; ")
+    assert message.startswith("4 of 10 files cannot be decoded; ")
     assert "--broken-files skip" in message
     for name in BROKEN:
         assert f"{root / 'bee' / name}: The " in message

@@ -336,7 +336,7 @@ def assert_says_what_to_do(message: str, imagenet: Weights, torch_home: Path) ->
     assert message.startswith("The ImageNet weights cannot be downloaded (")
     place = torch_home / "hub" / "checkpoints" / "resnet34-b627a593.pth"
     assert f"Fetch {imagenet.url} on a machine that has network and put it at {place}, " in message
-    assert "--weights none starts from random weights" in message
+    assert "--weights none trains everything from random weights" in message
 
 
 def test_an_address_that_cannot_be_reached_says_what_to_fetch_by_hand(torch_home: Path) -> None:

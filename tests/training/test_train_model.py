@@ -258,7 +258,7 @@ def test_a_run_reports_each_epoch_and_warns_of_frozen_random_blocks(
     number = r"\d+\.\d{4}"
     pattern = (
         rf"epoch=(\d)/2 train_loss={number} train_accuracy={number} validation_loss={number} "
-        rf"validation_accuracy={number} learning_rate=0\.01748 seconds=[\d.e+-]+"
+        rf"validation_accuracy={number} learning_rate=0\.01748 seconds=[\d.e+-]+ remaining_minutes=[\d.]+"
     )
     epochs = [line for line in lines(caplog, logging.INFO) if line.startswith("epoch=")]
     assert [match[1] for line in epochs if (match := re.fullmatch(pattern, line))] == ["1", "2"]
