@@ -34,7 +34,7 @@ test: $(UV) ## set up and run the tests (minutes)
 
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
 	$(UV) sync --frozen --inexact --group training --group dev
-	$(PYTHON) -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m slow -s $(PYTEST_ARGS)
 
 check: $(UV) ## lint, formatting, types, lock file; edits nothing
 	$(UV) sync --frozen --inexact --group training --group dev

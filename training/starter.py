@@ -21,11 +21,14 @@ from training.train_model import configure_logging
 
 log = logging.getLogger("training")
 
+# Not measured yet with the real data and weights, which could not be downloaded where this was written.
 QUICK_CIFAR100: dict[str, object] = {
     "weights": "imagenet", "side": 64, "epochs": 2, "batch_size": 128, "learning_rate": 0.05,
     "schedule": "one-cycle", "precision": "auto", "model_name": "resnet34-cifar100-quick",
 }  # fmt: skip
 
+# python -m training.starter on 2 cores of an AVX512-BF16 EPYC (virtual machine), torch 2.13, bf16, 2026-11-22:
+# 185 s with drawing the sample, validation accuracy 97.35 % (n = 2,000; one run from a fresh clone).
 QUICK_SAMPLE: dict[str, object] = {
     "weights": "none", "freeze": "none", "side": 32, "epochs": 4, "batch_size": 64, "optimizer": "adamw",
     "learning_rate": 1e-3, "weight_decay": 0.01, "schedule": "one-cycle", "precision": "auto",
