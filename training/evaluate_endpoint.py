@@ -36,10 +36,12 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
     """Share of `images` whose first label from `POST url/invocations` is theirs. Raises: TrainingError."""
     host, port, path = _address(url)
     local = threading.local()
+    connections: list[http.client.HTTPConnection] = []
 
     def is_right(index: int) -> bool:
         if not hasattr(local, "connection"):
             local.connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+            connections.append(local.connection)
         media_type = MEDIA_TYPES[Path(images.file_name(index)).suffix.lower()]
         try:
             local.connection.request("POST", path, images.payload(index), {"Content-Type": media_type})
@@ -53,8 +55,12 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
             raise TrainingError(f"{url} answered {response.status} to {images.file_name(index)}: {body.decode()}")
         return bool(json.loads(body)["predictions"][0]["label"] == classes[images.labels[index]])
 
-    with ThreadPoolExecutor(CONNECTIONS) as threads:
-        right = sum(progress(threads.map(is_right, range(len(images))), "asking the service", total=len(images)))
+    try:
+        with ThreadPoolExecutor(CONNECTIONS) as threads:
+            right = sum(progress(threads.map(is_right, range(len(images))), "asking the service", total=len(images)))
+    finally:
+        for connection in connections:
+            connection.close()
     return right / len(images)
 
 
