@@ -29,22 +29,22 @@ evaluate: $(UV) ## send DATA's validation images to URL and compare the accuracy
 	@exec $(PYTHON) -m training.evaluate_endpoint --data "$(DATA)" --model "$(MODEL)" --url "$(URL)"
 
 test: $(UV) ## set up and run the tests (minutes)
-	$(UV) sync --frozen --inexact --group training --group dev
+	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
 	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
-	$(UV) sync --frozen --inexact --group training --group dev
+	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
 	$(PYTHON) -m pytest -m slow -s $(PYTEST_ARGS)
 
 check: $(UV) ## lint, formatting, types, lock file; edits nothing
-	$(UV) sync --frozen --inexact --group training --group dev
+	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
 	$(UV) lock --check
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
 fix: $(UV) ## mend what lint and formatting can mend
-	$(UV) sync --frozen --inexact --group training --group dev
+	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
 	$(PYTHON) -m ruff check --fix
 	$(PYTHON) -m ruff format
 

@@ -16,7 +16,7 @@ from training.config import TrainingConfig
 from training.data.dataset import Dataset
 from training.data.loader import Loader
 from training.errors import ExportError
-from training.loop import EpochMetrics, Evaluation
+from training.evaluation import EpochMetrics, Evaluation
 
 SELF_CHECK_INPUTS = 4
 EXAMPLE_CANDIDATES = 32

@@ -18,8 +18,9 @@ from training.config import TrainingConfig
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
 from training.errors import ConfigError, DivergedError
+from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
-from training.loop import EpochMetrics, Evaluation, Trainer
+from training.loop import Trainer
 from training.pretrained import load_pretrained, require_available
 
 log = logging.getLogger(__name__)
