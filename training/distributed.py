@@ -65,6 +65,10 @@ class Group:
         return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
 
+ALONE = Group()
+"""The group of a process that trains by itself."""
+
+
 def share_statistics(network: nn.Module, group: Group) -> None:
     """Let the batch norms that train take mean and variance over the global batch, in place."""
     if group.world_size == 1:
@@ -91,9 +95,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         count = torch.tensor([values.numel() / values.shape[1]], device=input.device)
         dist.all_reduce(count)
         # Two passes, as one over squares loses digits: mean first, then the squares of what is left.
-        mean = all_reduce(values.sum((0, 2, 3))) / count  # [C]
+        mean: Tensor = all_reduce(values.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]  # [C]
         centred = values - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count  # [C]
+        squares: Tensor = all_reduce(centred.square().sum((0, 2, 3)))  # type: ignore[no-untyped-call]
+        variance = squares / count  # [C]
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1
@@ -101,7 +106,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             with torch.no_grad():
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(variance * (count / (count - 1)), momentum)
-        scaled = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        scaled: Tensor = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         if self.affine:
             scaled = scaled * self.weight[:, None, None] + self.bias[:, None, None]
         return scaled.to(input.dtype)

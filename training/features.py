@@ -57,9 +57,7 @@ class Views:
         crop, flipped = divmod(view, 2) if self.flip else (view, 0)
         if self.crops:
             places = 2 * (images.shape[1] // augment.CROP_SHARE) + 1
-            drawn = [
-                torch.randint(places, (2,), generator=generator("cached crop", crop, i)) for i in indices.tolist()
-            ]
+            drawn = [torch.randint(places, (2,), generator=generator("cached crop", crop, i)) for i in indices.tolist()]
             images = augment.shift(images, torch.stack(drawn).to(images.device))
         return images.flip(2) if flipped else images
 
@@ -162,7 +160,7 @@ def _feature_shape(network: Network, side_px: int) -> tuple[int, int, int]:
 def _build(folder: Path, network: Network, loader: Loader, views: Views, engine: PrefixEngine) -> None:
     folder.mkdir(parents=True)
     shape = (len(views), len(loader), *_feature_shape(network, loader.side_px))
-    indices = torch.arange(len(loader)).split(engine.batch_size)
+    indices = torch.split(torch.arange(len(loader)), engine.batch_size)
     with (folder / "features.bf16").open("wb") as file:
         for view in range(len(views)):
             what = "feature cache" if len(views) == 1 else f"feature cache, view {view + 1} of {len(views)}"

@@ -68,8 +68,8 @@ def schedule(name: str, total_steps: int, warmup_steps: int) -> Share:
 class Ema:
     """Exponential moving average of what is trained and of its batch norms' statistics.
 
-    The decay rises with the number of steps, min(decay, (1 + t) / (10 + t)), so that a short run is not held back by its
-    first weights (TensorFlow's `ExponentialMovingAverage`, `num_updates`).
+    The decay rises with the number of steps, min(decay, (1 + t) / (10 + t)), so that a short run is not held back by
+    its first weights (TensorFlow's `ExponentialMovingAverage`, `num_updates`).
     """
 
     def __init__(self, network: Network, decay: float) -> None:

@@ -1,7 +1,7 @@
 """Engines for the one pass that fills the feature cache: resized images -> what the frozen blocks make of them.
 
-An engine is a function: uint8 `[n, S, S, 3]` -> bfloat16 `[n, h, w, C]` on the CPU. OpenVINO runs it on CPUs where it is
-installed, else torch; on a GPU torch in half precision.
+An engine is a function: uint8 `[n, S, S, 3]` -> bfloat16 `[n, h, w, C]` on the CPU. OpenVINO runs it on CPUs where it
+is installed, else torch; on a GPU torch, in bfloat16 if the run is.
 """
 
 import logging

@@ -83,7 +83,7 @@ class Loader:
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """One pass over all images as they are."""
-        return self.batches(list(torch.arange(len(self)).split(batch_size)))
+        return self.batches(list(torch.split(torch.arange(len(self)), batch_size)))
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """Up to `count` images spread evenly over all (class folders lie one after the other).
