@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from training.config import parse_hyperparameters
 from training.environment import ENTRY, SageMakerJob, ranks, sagemaker_job, write_failure
 from training.errors import ConfigError
 from training.torchrun import command, run_child, variables, wait_for_name
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"entry hpo runs on one host, this job has {len(job.hosts)}; set its instance count to 1, or let "
                 "SageMaker tune: each trial is then a job."
             )
-        processes = gpus(device_of(rest, implied)) or 1
+        processes = gpus(take_flag(rest, "device")[0] or str(implied.get("device", "auto"))) or 1
         if entry == "hpo" or ranks().is_distributed or (processes == 1 and (job is None or len(job.hosts) == 1)):
             return int(importlib.import_module(ENTRIES[entry]).main(rest))
         if job is not None and len(job.hosts) > 1:
@@ -47,26 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def split_entry(arguments: Sequence[str], default: str) -> tuple[str, list[str]]:
     """What is to run, and the arguments without `--entry`. Raises: ConfigError."""
-    entry, rest = default, list(arguments)
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == f"--{ENTRY}":
-            entry = value if equals else "".join(arguments[index + 1 : index + 2])
-            rest = [*arguments[:index], *arguments[index + (1 if equals else 2) :]]
-            break
+    given, rest = take_flag(arguments, ENTRY)
+    entry = default if given is None else given
     if entry not in ENTRIES:
         raise ConfigError(f"entry {entry or '(nothing)'}: known are {', '.join(ENTRIES)}.")
     return entry, rest
 
 
-def device_of(arguments: Sequence[str], implied: dict[str, object]) -> str:
-    """The setting `device` as flag, else as hyperparameter, else its default."""
-    device = str(implied.get("device", "auto"))
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--device":
-            device = value if equals else "".join(arguments[index + 1 : index + 2])
-    return str(next(iter(parse_hyperparameters({"device": device}).values())))
+def take_flag(arguments: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of `--flag VALUE` or `--flag=VALUE`, None where it is not given, and the other arguments."""
+    value, rest = None, []
+    left = iter(arguments)
+    for argument in left:
+        name, equals, text = argument.partition("=")
+        if name == f"--{flag}":
+            value = text if equals else next(left, "")
+        else:
+            rest.append(argument)
+    return value, rest
 
 
 def gpus(device: str) -> int:

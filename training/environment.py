@@ -150,9 +150,7 @@ def environment_with(extra: Mapping[str, str], environ: Mapping[str, str] = os.e
     return {**extra, **environ}
 
 
-def write_failure(
-    sentence: str, trace: str = "", root: Path = ROOT, environ: Mapping[str, str] = os.environ
-) -> None:
+def write_failure(sentence: str, trace: str = "", root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> None:
     """Say why the job failed where SageMaker looks for it: the sentence first, then the trace.
 
     Outside of a job nothing is written. The first failure stays: those of other processes follow from it. Never
