@@ -51,7 +51,7 @@ def variables(processes: int, job: SageMakerJob | None) -> dict[str, str]:
     """What the processes need in their environment: their share of the cores, and the network they talk over."""
     found = {"OMP_NUM_THREADS": str(max(1, cores() // processes))}  # torchrun would say 1, and warn
     if job is not None and len(job.hosts) > 1 and job.network_interface:
-        found |= {name: job.network_interface for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")}
+        found |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), job.network_interface)
     return found
 
 
@@ -90,7 +90,9 @@ def run_child(line: Sequence[str], extra: Mapping[str, str]) -> int:
     before = {number: signal.signal(number, forward) for number in FORWARDED} if in_main else {}
     try:
         # In a group of its own: a terminal sends Ctrl-C to the whole group, and torchrun would get it twice.
-        child = subprocess.Popen(line, env=environment_with(extra), start_new_session=True)
+        child = subprocess.Popen(  # noqa: S603  # our own command line, no shell
+            line, env=environment_with(extra), start_new_session=True
+        )
         for number in waiting:
             child.send_signal(number)
         status = child.wait()

@@ -71,7 +71,8 @@ def test_two_hosts_meet_and_add_up(tmp_path: Path) -> None:
 
 def test_sigterm_reaches_every_process_which_saves(tmp_path: Path) -> None:
     extra = module(tmp_path, "saves", SAVES_ON_SIGTERM)
-    code = f"import sys; from training.torchrun import *; sys.exit(run_child({command('saves', [str(tmp_path)], 2, None)!r}, {{}}))"
+    line = command("saves", [str(tmp_path)], 2, None)
+    code = f"import sys; from training.torchrun import run_child; sys.exit(run_child({line!r}, {{}}))"
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[2],
