@@ -9,10 +9,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from training.entry import configure_logging
 from training.environment import ENTRY, SageMakerJob, ranks, sagemaker_job, write_failure
 from training.errors import ConfigError
 from training.torchrun import command, run_child, variables, wait_for_name
-from training.train_model import configure_logging
 
 log = logging.getLogger("training")
 

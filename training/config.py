@@ -20,7 +20,7 @@ from training.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 FILES = {
-    "recipe": f"settings to start from: {', '.join(sorted(path.stem for path in RECIPES.glob('*.toml')))}, or a TOML file",
+    "recipe": f"settings to start from: {', '.join(sorted(p.stem for p in RECIPES.glob('*.toml')))}, or a TOML file",
     "from_tuning": "best.json of a tuning (training.hpo), whose settings to take",
 }
 """Options that name files of settings; SageMaker's hyperparameters may be called so too."""
@@ -225,7 +225,7 @@ def read_recipe(name: str) -> dict[str, object]:
 
 def unknown_name(name: str) -> str:
     """A sentence that refuses a name and lists the known ones."""
-    known = list(TrainingConfig.model_fields)
+    known = [*TrainingConfig.model_fields, *FILES]
     close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"Unknown hyperparameter {name}.{hint} Known are: {', '.join(known)}."

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.environment import Ranks
+
 log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)
@@ -19,17 +21,8 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class Group:
-    """This process among those that train together; alone by default."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that logs, saves and exports."""
-        return self.rank == 0
+class Group(Ranks):
+    """This process among those that train together, and what they do together; alone by default."""
 
     def share(self, size: int) -> slice:
         """This process's places in a global batch of `size`."""

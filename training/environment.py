@@ -81,7 +81,8 @@ def sagemaker_values(root: Path = ROOT, environ: Mapping[str, str] = os.environ)
     """The settings that a SageMaker job implies; empty elsewhere.
 
     `data` and `validation`: the channels of that name. `weights`: the folder of that channel. `output`: the model
-    folder. And the job's hyperparameters.
+    folder. `run_folder`: that of the output data. `checkpoints`: the folder that is synced. And the job's
+    hyperparameters.
 
     Raises: ConfigError when hyperparameters.json or inputdataconfig.json cannot be read, or a channel is a pipe.
     """
@@ -96,6 +97,11 @@ def sagemaker_values(root: Path = ROOT, environ: Mapping[str, str] = os.environ)
     weights = _channel(WEIGHTS_CHANNELS, root, environ)
     if weights is not None:
         values["weights"] = str(weights)
+    job = sagemaker_job(root, environ)
+    assert job is not None
+    values["run_folder"] = str(job.output_folder)
+    if job.checkpoint_folder is not None:
+        values["checkpoints"] = str(job.checkpoint_folder)
     given = _hyperparameters(root, environ)
     return values | {name: value for name, value in given.items() if name != ENTRY}
 

@@ -21,6 +21,7 @@ from training.distributed import ALONE, Group, share_statistics
 from training.errors import DivergedError
 from training.evaluation import Evaluation
 from training.interruption import Interrupted, Interruption
+from training.metric_lines import TRAIN, batch_line, pass_title
 from training.optimization import Ema, make_optimizer, schedule, set_rate
 from training.progress import LINE_EVERY_S, in_terminal
 from training.randomness import Draws, generator
@@ -103,11 +104,11 @@ class Trainer:
         """
         done = self.progress
         self.network.train()
-        title = f"epoch {done.epoch}/{self._config.epochs} train"
+        title = pass_title(done.epoch, self._config.epochs, TRAIN)
         plans = self._plans(done.epoch)[done.steps :]
         totals = torch.tensor([done.loss_sum, done.hits, done.seen], dtype=torch.float64)
         sums = torch.zeros(3, device=self._device)  # loss, hits, images since the last look
-        with _BatchLines(title, self._images, done.seen, quiet=not self._group.first) as lines:
+        with _BatchLines(title, self._images, done.seen, quiet=not self._group.is_first) as lines:
             started_s = time.perf_counter()
             batches = source.training_batches([plan for _, plan in plans])
             for (size, plan), (inputs, labels) in zip(plans, batches, strict=True):
@@ -274,7 +275,7 @@ def evaluate(
     network.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     shares = torch.split(torch.arange(len(source))[group.share(len(source))], VALIDATION_BATCH)
-    with torch.inference_mode(), _BatchLines(title, len(source), 0, quiet=not group.first) as lines:
+    with torch.inference_mode(), _BatchLines(title, len(source), 0, quiet=not group.is_first) as lines:
         for inputs, labels in source.batches(list(shares)):
             if source.from_features and not bf16:
                 inputs = inputs.float()
@@ -328,7 +329,4 @@ class _BatchLines:
         due = time.monotonic() - self._last_s >= LINE_EVERY_S or self._seen == self._total
         if self._bar.disable and not self._quiet and due:
             self._last_s = time.monotonic()
-            log.info(
-                "%s images=%d/%d batch_loss=%.4f batch_accuracy=%.4f",
-                self._title, self._seen, self._total, loss, accuracy,
-            )  # fmt: skip
+            log.info("%s", batch_line(self._title, self._seen, self._total, loss, accuracy))

@@ -28,6 +28,7 @@ from training.export import export
 from training.features import Views, cache_bytes, open_cache, require_space
 from training.interruption import Interrupted, watched
 from training.loop import Trainer, evaluate
+from training.metric_lines import VALIDATION, epoch_line, pass_title
 from training.prefix_engines import choose_engine
 from training.pretrained import load_pretrained, require_available
 from training.sources import FeatureSource, ImageSource, Source
@@ -67,7 +68,7 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
 
     Returns: the artifact; None in processes other than the first. Raises: TrainingError, Interrupted.
     """
-    if group.first:
+    if group.is_first:
         log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
         for folder, flag in ((config.output, "output"), (config.folder, "run-folder")):
             require_writable(folder, flag)
@@ -76,7 +77,7 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
     try:
         prepared = prepare(config, group, device)
         fitted = fit(config, prepared, callbacks, group, checkpoints=True)
-        if not group.first:
+        if not group.is_first:
             return None
         artifact = export(
             fitted.network, config, prepared.dataset, prepared.validation,
@@ -106,7 +107,7 @@ def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device |
         broken_files=config.broken_files,
         validation_root=config.validation,
     )
-    if group.first:
+    if group.is_first:
         log.info(
             "data: %s, %d classes, %d images to train on, %d to validate on",
             dataset.name, len(dataset.classes), len(dataset.train), len(dataset.validation),
@@ -129,14 +130,14 @@ def fit(
     """Train a network on `prepared` data; writes no artifact.
 
     With `checkpoints` it goes on from the one in the checkpoint folder, and its evaluation is a pass of float32 over
-    the validation images; without (tuning trials) it is that of the last epoch. Callbacks are told in the first process.
+    the validation images; without (tuning trials) it is that of the last epoch. The first process tells the callbacks.
 
     Raises: TrainingError; Interrupted on SIGTERM or SIGINT, after the checkpoint is written.
     """
-    callbacks = callbacks if group.first else ()
+    callbacks = callbacks if group.is_first else ()
     torch.manual_seed(config.seed)
     network, pretrained = _network(config, prepared.dataset)
-    if pretrained == "none" and config.frozen and group.first:
+    if pretrained == "none" and config.frozen and group.is_first:
         log.warning("frozen blocks without pretrained weights stay random; --freeze none trains them")
     error: BaseException | None = None
     with watched() as interruption:
@@ -146,7 +147,7 @@ def fit(
         )  # fmt: skip
         run_ = _Run(config, prepared, trainer, group, checkpoints)
         run_.resume()
-        if group.first:
+        if group.is_first:
             _describe(config, prepared, trainer)
             config.folder.mkdir(parents=True, exist_ok=True)
         steps = trainer.steps_per_epoch
@@ -164,7 +165,7 @@ def fit(
     evaluation = run_.evaluation
     assert evaluation is not None
     trainer.keep_final()
-    if checkpoints and group.first:
+    if checkpoints and group.is_first:
         images = ImageSource(prepared.validation, config)
         evaluation = evaluate(network, images, prepared.device, "final validation")
         if not math.isfinite(evaluation.loss):
@@ -225,9 +226,9 @@ class _Run:
                 raise
             metrics = self._validated(validation, train_loss, train_accuracy, callbacks)
             self._next_epoch(metrics)
-            if self._group.first:
+            if self._group.is_first:
                 left_s = (time.monotonic() - started_s) / (metrics.epoch + 1 - first) * (config.epochs - metrics.epoch)
-                log.info("%s remaining_minutes=%.1f", metrics.line(config.epochs), left_s / 60)
+                log.info("%s remaining_minutes=%.1f", epoch_line(metrics, config.epochs), left_s / 60)
             try:
                 tell(callbacks, "on_epoch_end", metrics)
             except StopTraining as exc:
@@ -247,7 +248,7 @@ class _Run:
         progress = self._trainer.progress
         started_s = time.perf_counter()
         tell(callbacks, "on_validation_start", progress.epoch)
-        title = f"epoch {progress.epoch}/{self._config.epochs} validation"
+        title = pass_title(progress.epoch, self._config.epochs, VALIDATION)
         self.evaluation = found = self._trainer.evaluate(source, title)
         seconds = progress.seconds + time.perf_counter() - started_s
         rate = self._trainer.rate_of_epoch(progress.epoch)
@@ -280,7 +281,7 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint (the first process does)."""
         self._saved_s = time.monotonic()
-        if self._checkpoints and self._group.first:
+        if self._checkpoints and self._group.is_first:
             state = {"trainer": self._trainer.state_dict()}
             checkpoint.save(self._config.checkpoint_folder, self._config, self._facts, state)
 

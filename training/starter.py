@@ -14,12 +14,13 @@ from pathlib import Path
 from training.config import TrainingConfig, read_recipe
 from training.data import cifar100, sample
 from training.data.layouts import SAMPLE
-from training.errors import DataError, TrainingError, WeightsError
+from training.entry import configure_logging, exit_status
+from training.errors import DataError, WeightsError
 from training.pretrained import imagenet_state
 from training.run import run
-from training.train_model import configure_logging
 
 log = logging.getLogger("training")
+
 
 def choose(data: Path) -> dict[str, object]:
     """The preset that this machine can run, its data in place; says plainly which and why."""
@@ -46,14 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     configure_logging()
     started_s = time.monotonic()
-    try:
-        run(TrainingConfig.create({**choose(options.data), "output": options.output}))
-    except (TrainingError, OSError) as exc:
-        log.error("%s", exc)
-        return 1
-    except KeyboardInterrupt:
-        log.error("Stopped before the end: no model was written, the next start trains anew.")
-        return 130
+    status = exit_status(lambda: run(TrainingConfig.create({**choose(options.data), "output": options.output})))
+    if status:
+        return status
     log.info("the starter model took %.0f s", time.monotonic() - started_s)
     return 0
 
