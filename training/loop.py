@@ -202,8 +202,7 @@ class Trainer:
         """Loss and accuracy of the weights that would be kept, in eval mode, without augmentation."""
         if self.ema is not None:
             self.ema.swap()
-        bf16 = self._bf16 and source.from_features
-        found = evaluate(self.network, source, self._device, title, bf16=bf16, group=self._group)
+        found = evaluate(self.network, source, self._device, title, bf16=self._bf16, group=self._group)
         if self.ema is not None:
             self.ema.swap()
         return found
