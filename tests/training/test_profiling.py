@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -280,8 +282,6 @@ def test_a_series_is_bounded_even_and_in_order(limit: int, count: int) -> None:
 
 
 def test_a_childs_processor_time_counts_as_the_runs() -> None:
-    import os
-
     sampler = SystemSampler(os.getpid(), interval_s=0.2)
     sampler.start()
     spin = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
@@ -333,3 +333,34 @@ def test_the_sentence_names_the_bottleneck(recorded: Recorded, bottleneck: str, 
     assert named == bottleneck
     assert words in sentence
     assert sentence.endswith(".")
+
+
+NVML = """
+#include <string.h>
+typedef struct { unsigned gpu, memory; } utilization;
+typedef struct { unsigned long long total, free, used; } memory;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+    *device = (void *)0x123456789abc;
+    return strcmp(uuid, "GPU-1") ? 6 : 0;
+}
+int nvmlDeviceGetUtilizationRates(void *device, utilization *u) {
+    u->gpu = 77;
+    return device == (void *)0x123456789abc ? 0 : 2;
+}
+int nvmlDeviceGetMemoryInfo(void *device, memory *m) {
+    m->total = 80000000000; m->used = 5000000000;
+    return device == (void *)0x123456789abc ? 0 : 2;
+}
+"""
+"""The four functions of NVIDIA's library that are called, as its header declares them."""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_gpu_is_read_through_the_librarys_own_types(tmp_path: Path) -> None:
+    source, library = tmp_path / "nvml.c", tmp_path / "nvml.so"
+    source.write_text(NVML)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    assert Gpu("GPU-1", str(library)).read() == {"gpu_percent": 77.0, "gpu_memory_gb": 5.0}
+    with pytest.raises(OSError, match="error 6"):
+        Gpu("GPU-2", str(library))

@@ -77,6 +77,8 @@ class Profiler(Callback):
     def _start(self, context: RunContext) -> None:
         self._context = context
         self._top_operators, self._trace, self._sampler = [], None, None
+        queued = context.device.type != "cpu"
+        self._clock = RunClock(queued)
         if self._traced_steps is not None:
             window = plan(context.first_step, context.total_steps, context.steps_per_epoch, self._traced_steps)
             self._trace = StepTrace(window, context.device)
@@ -89,7 +91,7 @@ class Profiler(Callback):
             log.warning("the machine is not watched: %s", exc)
         else:
             self._sampler.start()
-        self._clock = RunClock(queued=context.device.type != "cpu")  # last: what this start took is no part of the run
+        self._clock = RunClock(queued)  # again: what this start took is no part of the run
 
     @_harmless
     def on_epoch_start(self, epoch: int) -> None:

@@ -72,7 +72,7 @@ class StepTrace:
     def step_start(self, number: int) -> None:
         """Turn the profiler on where its steps begin. Raises: RuntimeError when another one is on."""
         if number == self._window.warm_up:
-            if torch.autograd._profiler_enabled():  # a second one would end it
+            if torch._C._autograd._profiler_enabled():  # a second one would end it
                 raise RuntimeError("another profiler is on")
             quiet_profiler_library()
             self._profile = profile(use_device="cuda" if self._device.type == "cuda" else None)
@@ -129,8 +129,8 @@ def top_operators(recorded: Any, on_gpu: bool) -> list[dict[str, object]]:
     """Where the device's time went: `name`, `total_ms` in the operator itself, its `share`; longest first."""
     times_ms: dict[str, float] = {}
     for event in recorded.key_averages():
-        is_operator = "::" in event.key or "#" in event.key  # aten::conv2d, Optimizer.step#SGD.step; no span, no kernel
-        if is_operator:
+        # aten::conv2d or Optimizer.step#SGD.step, but no span; a kernel's time is its operator's already
+        if event.device_type == torch._C._autograd.DeviceType.CPU and ("::" in event.key or "#" in event.key):
             times_ms[event.key] = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000
     total_ms = sum(times_ms.values())
     ordered = sorted(times_ms.items(), key=lambda item: -item[1])
