@@ -46,7 +46,8 @@ class Observation:
     """Seconds since 1970 when it was seen."""
     stats: Mapping[str, float] = field(default_factory=dict)
     """Of tensors: size, mean, std, min, max, l2, mean_abs, zeros (share), nan, inf (counts); by kind also
-    p5, p95 (gradients), needed_rtol, change_ratio, update_ratio, atol, since (weights). Of scalars: value, nan, inf, mean."""
+    p5, p95 (gradients), needed_rtol, change_ratio, update_ratio, atol, since (weights). Of scalars: value, nan, inf;
+    of losses also mean."""
     series: tuple[float, ...] = ()
     """activation_output: 101 percentiles over units of the percentage of inputs that a unit is active for.
     labels: the number of images of each class, followed by the number of those among them whose prediction was

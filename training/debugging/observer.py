@@ -49,9 +49,9 @@ class Observer(Callback):
         """See `Callback`."""
         self._context, self._last_step = context, context.first_step - 1
         self._trained = {name: p for name, p in context.network.named_parameters() if p.requires_grad}
-        self._prefix = f"{context.network._get_name()}_"  # smdebug puts the class before a parameter's name
+        self._prefix = f"{type(context.network).__name__}_"  # smdebug puts the class before a parameter's name
         self._modules = observed_modules(context.network, self._regex)
-        self._loss_name = f"{context.criterion._get_name()}_output_0"
+        self._loss_name = f"{type(context.criterion).__name__}_output_0"
         classes = len(context.dataset.classes)
         self._labels = torch.zeros(3, classes, dtype=torch.int64)  # seen, predicted, predicted wrong
         self._losses: Tensor | None = None
@@ -239,7 +239,7 @@ def observed_modules(network: nn.Module, regex: str | None = None) -> dict[str, 
     """Modules by name: those that `regex` matches, or the ReLUs whose neighbours are trained."""
     if regex is not None:
         return {name: module for name, module in network.named_modules() if name and re.search(regex, name)}
-    relus = {}
+    relus: dict[str, nn.Module] = {}
     for name, parent in network.named_modules():
         children = [*parent.named_children()]
         # A neighbour is a layer, not a block: the stem's ReLU lies beside layer4, but belongs to conv1 and bn1.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from training.debugging.observations import Observation
 from training.debugging.rules import Firing, Rule, selected
@@ -157,7 +158,7 @@ class ClassImbalance(Rule):
     advice = "Collect more images of the rare classes, sample them more often, or weight the loss by class."
 
     def __post_init__(self) -> None:
-        self._counts = np.zeros((3, 0))
+        self._counts: npt.NDArray[np.float64] = np.zeros((3, 0))
         self._next = 0.0
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
