@@ -23,18 +23,27 @@ def tensor_figures(tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     norms, sums = torch._foreach_norm(wide, 2), torch._foreach_norm(wide, 1)
     figures = []
     for tensor, l2, l1 in zip(wide, norms, sums, strict=True):
+        size = tensor.numel()
         low, high = torch.aminmax(tensor)
-        std, mean = torch.std_mean(tensor, correction=0)
+        mean = tensor.mean()
+        # From moments, which are there already; Welford's way would cost as much as all the rest.
+        std = (l2.square() / size - mean.square()).clamp(min=0).sqrt() if size > 65536 else tensor.std(correction=0)
+        none = torch.zeros_like(l1)
+        finite = _known_finite(l1)
         figures.append(
             {
-                "size": torch.full((), tensor.numel(), device=tensor.device, dtype=torch.float32),
-                "mean": mean, "std": std, "min": low, "max": high,
-                "l2": l2, "mean_abs": l1 / tensor.numel(),
-                "zeros": (tensor == 0).float().mean(),
-                "nan": tensor.isnan().sum().float(), "inf": tensor.isinf().sum().float(),
+                "size": torch.full_like(l1, size), "mean": mean, "std": std, "min": low, "max": high,
+                "l2": l2, "mean_abs": l1 / size,
+                "zeros": 1 - torch.count_nonzero(tensor) / size,
+                "nan": none if finite else tensor.isnan().sum(), "inf": none if finite else tensor.isinf().sum(),
             }
         )  # fmt: skip
     return figures
+
+
+def _known_finite(total: Tensor) -> bool:
+    """Whether a sum of absolute values proves that all are finite; on other devices looking would mean waiting."""
+    return total.device.type == "cpu" and bool(total.isfinite())
 
 
 def percentiles(tensor: Tensor) -> dict[str, Tensor]:
@@ -51,12 +60,16 @@ def changes(after: Tensor, before: Tensor, atol: float) -> dict[str, Tensor]:
     needed_rtol: the smallest `rtol` with which `numpy.allclose(after, before, rtol, atol, equal_nan=True)` holds,
     infinite where none is. change_ratio: ||after - before|| / ||before||.
     """
-    difference = (after - before).abs()
-    beyond = (difference - atol).clamp(min=0)  # |a - b| <= atol + rtol |b|
-    same = (after == before) | (after.isnan() & before.isnan())
-    needed = torch.where(same | (beyond == 0), torch.zeros_like(beyond), beyond / before.abs())
-    needed = needed.nan_to_num(nan=float("inf"), posinf=float("inf")).amax()
-    return {"needed_rtol": needed, "change_ratio": difference.norm() / before.norm()}
+    difference = (after - before).abs_()
+    change = difference.norm()
+    beyond = difference.sub_(atol).clamp_(min=0)  # |a - b| <= atol + rtol |b|
+    needed = beyond.div_(before.abs())
+    needed.nan_to_num_(nan=0.0, posinf=float("inf"))  # 0 / 0: no change
+    if not _known_finite(change):  # NaN or infinity on one side only is a change
+        same = (after == before) | (after.isnan() & before.isnan())
+        unlike = ~same & ~(after.isfinite() & before.isfinite())
+        needed.masked_fill_(same, 0.0).masked_fill_(unlike, float("inf"))
+    return {"needed_rtol": needed.amax(), "change_ratio": change / before.norm()}
 
 
 def activity(outputs: Tensor) -> Tensor:

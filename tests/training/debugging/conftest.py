@@ -29,7 +29,7 @@ class Small(nn.Module):
 
     def __init__(self, classes: int = 4) -> None:
         super().__init__()
-        self.hidden = nn.Linear(FEATURES, 32)
+        self.hidden = nn.Linear(FEATURES, 32, bias=False)  # batch norm would take it away
         self.bn = nn.BatchNorm1d(32)
         self.relu = nn.ReLU(inplace=True)
         self.classes = nn.Linear(32, classes)
