@@ -98,7 +98,8 @@ def network_of(artifact: Artifact, device: "torch.device") -> "Network":
     except RuntimeError as exc:
         detail = ascii(" ".join(str(exc).split())[:300])
         raise ArtifactError(f"{artifact.path('weights')} does not fit the architecture stated: {detail}") from exc
-    return network.eval().to(device)
+    network.eval().to(device)
+    return network
 
 
 def open_images(manifest: Manifest, data: Path, validation: Path | None, split: str) -> tuple[Dataset, LabelledImages]:
@@ -124,8 +125,8 @@ def open_images(manifest: Manifest, data: Path, validation: Path | None, split: 
         parts = [f"unknown to the model: {_listed(unknown)}"] if unknown else []
         parts += [f"missing in the data: {_listed(absent)}"] if absent else []
         raise DataError(
-            f"{data} has {len(dataset.classes)} classes, the model {manifest.name} has {len(manifest.classes)}, and they "
-            f"are not the same ({'; '.join(parts)}); name the folders as the model's classes."
+            f"{data} has {len(dataset.classes)} classes, the model {manifest.name} has {len(manifest.classes)}, "
+            f"and they are not the same ({'; '.join(parts)}); name the folders as the model's classes."
         )
     images = dataset.validation if split == "validation" else dataset.train
     places = {name: k for k, name in enumerate(manifest.classes)}
@@ -150,7 +151,7 @@ def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures)
     if split != "validation" or not same_data or stated.get("n") != measured.n:
         log.info("not compared with the manifest, whose figures are of other images (%s)", _described(manifest))
         return None
-    agrees = abs(measured.accuracy - stated["accuracy"]) <= ACCURACY_TOLERANCE
+    agrees = bool(abs(measured.accuracy - stated["accuracy"]) <= ACCURACY_TOLERANCE)
     log.log(
         logging.INFO if agrees else logging.ERROR,
         "manifest: accuracy %.2f %%, loss %.4f, n=%d: %s",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from training.figures import Figures
 
 WIDTH, HEIGHT = 480, 270
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 54, 24, 12, 42
 MAX_POINTS = 400
 """Points a line is drawn with; more are averaged in groups of neighbours."""
 MAX_DOTS = 40
@@ -89,8 +89,11 @@ class Series:
 
 
 def percent(value: float) -> str:
-    """0.4137 -> "41.4 %"."""
-    return f"{100 * value:.1f} %" if abs(value) < 0.9995 or value > 1 else "100 %"
+    """0.4137 -> "41.4 %"; only 1 itself is "100 %"."""
+    text = f"{100 * value:.1f}"
+    if text == "100.0":
+        return "100 %" if value >= 1 else "> 99.9 %"
+    return f"{text} %"
 
 
 def plain(value: float) -> str:

@@ -77,6 +77,8 @@ def _calibration(figures: Figures) -> str:
     mean = float(figures.confidence.mean())
     if figures.ece < CALIBRATED:
         return f"Its confidence can be believed: it is off by {percent(figures.ece)} on average (ECE)."
+    if abs(mean - figures.accuracy) < figures.ece / 2:
+        return f"Its confidence is off by {percent(figures.ece)} on average (ECE), up and down."
     way = "too sure of itself" if mean > figures.accuracy else "less sure of itself than it could be"
     return (
         f"It is {way}: mean confidence {percent(mean)} at an accuracy of {percent(figures.accuracy)} "

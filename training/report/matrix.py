@@ -17,9 +17,11 @@ MAX_LABELLED = 130
 """Classes whose names are written at the rows and columns; above, pointing at a cell tells."""
 MAX_NUMBERED = 25
 """Classes up to which the count is written into each cell."""
-LABEL_CHARACTERS = 26
+LABEL_CHARACTERS = 32
 FULL_MISTAKE = 0.3
 """The share at which a mistake has the darkest shade."""
+BEND = 0.7
+"""Exponent of the scale of mistakes: below 1 it lifts the rare ones, so that a few per cent can be seen."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def matrix(confusion: Integers, names: Sequence[str], groups: Sequence[str] | No
     right, wrong = [""] * SHADES, [""] * SHADES
     numbers = []
     for i, j in zip(*counts.nonzero(), strict=True):
-        share = float(shares[i, j]) if i == j else float(np.sqrt(min(1.0, shares[i, j] / FULL_MISTAKE)))
+        share = float(shares[i, j]) if i == j else min(1.0, float(shares[i, j]) / FULL_MISTAKE) ** BEND
         shade = min(SHADES - 1, int(share * SHADES))
         path = f"M{_number(j * size)} {_number(i * size)}h{_number(size)}v{_number(size)}h-{_number(size)}z"
         (right if i == j else wrong)[shade] += path

@@ -73,7 +73,7 @@ def _parts(epochs: list[Record], name: str) -> list[Series]:
 def _noisy(steps: list[Record], name: str) -> list[Series]:
     points = series(steps, "step", name)
     window = max(1, len(points) // SMOOTHING)
-    raw = Series("each batch", points, faint=window > 1)
+    raw = Series("batches", points, faint=window > 1)
     return [raw, Series(f"mean of {window}", smoothed(points, window))] if window > 1 else [raw]
 
 

@@ -28,6 +28,7 @@ from training.report.environment import hardware
 from training.report.headline import findings, headline
 from training.report.matrix import matrix, summed
 from training.report.pictures import pictures
+from training.report.rules import rule_views
 from training.report.run_charts import profile_view, training_charts
 from training.report.sources import Record, Sources, read_sources, records
 from training.report.thumbnails import thumbnail
@@ -139,16 +140,20 @@ def _page(
         ((each, classes[k], groups[k] if groups else "") for k, each in enumerate(figures.classes)),
         key=lambda row: (row[0].accuracy is None, row[0].accuracy, row[1]),
     )
+    surprising = figures.surprising(LISTED_IMAGES)
+    # With two classes these are the same images: the second list goes on where the first ends.
+    others = [index for index in figures.worst(2 * LISTED_IMAGES) if index not in surprising]
     return environment.get_template("report.html.j2").render(
         # Ours, as they lie in this folder; everything else is escaped.
         style=Markup(style), script=Markup(script), script_sha256=digest,  # noqa: S704
         manifest=manifest, figures=figures, sources=sources, split=split, note=note, dataset=dataset,
         headline=headline(manifest, figures, split), findings=findings(manifest, figures, sources, groups),
-        curves=training_charts(sources), matrix=matrix(figures.confusion, classes, groups), group_matrix=group_matrix,
+        curves=training_charts(sources), rules=rule_views(sources.rules),
+        matrix=matrix(figures.confusion, classes, groups), group_matrix=group_matrix,
         ranked=ranked,
         pairs=[_shown_pair(pair, images, figures, classes) for pair in figures.most_confused(PAIRS)],
-        worst=_shown(figures.worst(LISTED_IMAGES), images, figures, classes),
-        surprising=_shown(figures.surprising(LISTED_IMAGES), images, figures, classes),
+        surprising=_shown(surprising, images, figures, classes),
+        worst=_shown(others[:LISTED_IMAGES], images, figures, classes),
         calibration=(charts.reliability_chart(figures), charts.confidence_chart(figures)),
         profile=profile_view(sources.profile), hardware=hardware(),
         settings=sources.settings or manifest.hyperparameters,
