@@ -89,11 +89,11 @@ class Series:
 
 
 def percent(value: float) -> str:
-    """0.4137 -> "41.4 %"; only 1 itself is "100 %"."""
+    """0.4137 -> "41.4 %" (with a no-break space); only 1 itself is "100 %"."""
     text = f"{100 * value:.1f}"
     if text == "100.0":
-        return "100 %" if value >= 1 else "> 99.9 %"
-    return f"{text} %"
+        return "100\u00a0%" if value >= 1 else ">\u00a099.9\u00a0%"
+    return f"{text}\u00a0%"
 
 
 def plain(value: float) -> str:

@@ -87,7 +87,13 @@ def _confusion(figures: Figures, classes: Sequence[str], groups: Sequence[str] |
     size = min(16.0, max(5.0, 2.5 + 0.14 * len(order) if len(order) > MAX_NUMBERED else 3.5 + 0.4 * len(order)))
     figure = _figure(size + 0.5, size)
     axes = figure.subplots()
-    axes.imshow(np.where(diagonal, np.nan, shares), cmap="Oranges", vmin=0, vmax=FULL_MISTAKE, interpolation="none")
+    axes.imshow(
+        np.where(diagonal | (counts == 0), np.nan, shares),
+        cmap="Oranges",
+        vmin=0,
+        vmax=FULL_MISTAKE,
+        interpolation="none",
+    )
     axes.imshow(np.where(diagonal, shares, np.nan), cmap="Blues", vmin=0, vmax=1, interpolation="none")
     axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, {figures.n:,} images")
     if len(order) <= MAX_LABELLED:
