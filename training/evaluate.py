@@ -15,32 +15,33 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from service.model.archive import model_folder
 from service.model.artifact import Artifact, Manifest, open_artifact
 from service.model.errors import ArtifactError
 from service.model.images import RgbImage
+from service.model.machine import cores
+from service.model.network import Network
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
+from training.data.loader import Loader
 from training.errors import ConfigError, DataError, TrainingError
 from training.figures import Figures, figures
 from training.progress import LINE_EVERY_S
+from training.report.sources import numbers
+from training.report.write import write_report
+from training.run import pick_device
 from training.train_model import configure_logging
-
-if TYPE_CHECKING:  # torch takes seconds to import: not before the settings are right
-    import torch
-
-    from service.model.network import Network
-    from training.data.loader import Loader
 
 log = logging.getLogger("training")
 
-ACCURACY_TOLERANCE = 0.002
-"""Figures agree with the manifest's when the accuracies are this near: another device rounds otherwise."""
+ACCURACY_TOLERANCE, LOSS_TOLERANCE = 0.002, 0.01
+"""Figures this near to the manifest's agree with them: another device rounds otherwise (TF32 on a GPU)."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,8 @@ class Relabelled:
         return self.images.file_name(index)
 
 
-def logits_of(network: "Network", loader: "Loader", device: "torch.device") -> tuple[npt.NDArray[np.float32], Labels]:
+def logits_of(network: Network, loader: Loader, device: torch.device) -> tuple[npt.NDArray[np.float32], Labels]:
     """One pass in eval mode and float32, in the loader's order: logits `[N, K]`, labels `[N]`."""
-    import torch
-
     network.eval()
     logits, labels = [], []
     done = 0
@@ -85,12 +84,8 @@ def logits_of(network: "Network", loader: "Loader", device: "torch.device") -> t
     return np.concatenate(logits), np.concatenate(labels)
 
 
-def network_of(artifact: Artifact, device: "torch.device") -> "Network":
+def network_of(artifact: Artifact, device: torch.device) -> Network:
     """The network of an artifact, every file compared with its hash first. Raises: ArtifactError."""
-    import torch
-
-    from service.model.network import Network
-
     artifact.verify()
     network = Network(artifact.manifest.architecture, artifact.manifest.preprocessing)
     try:
@@ -144,18 +139,20 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
 
 def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures) -> bool | None:
     """Whether the figures are those of the manifest; None where it tells of other images. Logs which."""
-    stated = manifest.metrics.get("validation", {})
-    same_data = json.loads(json.dumps(facts_of(dataset))) == {
-        name: value for name, value in manifest.dataset.items() if name in facts_of(dataset)
-    }
-    if split != "validation" or not same_data or stated.get("n") != measured.n:
+    stated = numbers(manifest.metrics.get("validation"))
+    facts = json.loads(json.dumps(facts_of(dataset)))
+    same_data = facts == {name: value for name, value in manifest.dataset.items() if name in facts}
+    if split != "validation" or not same_data or not {"accuracy", "loss"} <= set(stated):
         log.info("not compared with the manifest, whose figures are of other images (%s)", _described(manifest))
         return None
-    agrees = bool(abs(measured.accuracy - stated["accuracy"]) <= ACCURACY_TOLERANCE)
+    agrees = (
+        abs(measured.accuracy - stated["accuracy"]) <= ACCURACY_TOLERANCE
+        and abs(measured.loss - stated["loss"]) <= LOSS_TOLERANCE
+    )
     log.log(
         logging.INFO if agrees else logging.ERROR,
-        "manifest: accuracy %.2f %%, loss %.4f, n=%d: %s",
-        100 * stated["accuracy"], stated["loss"], stated["n"], "they agree" if agrees else "THEY DIFFER",
+        "manifest: accuracy %.2f %%, loss %.4f: %s",
+        100 * stated["accuracy"], stated["loss"], "they agree" if agrees else "THEY DIFFER",
     )  # fmt: skip
     return agrees
 
@@ -166,12 +163,6 @@ def evaluate(options: argparse.Namespace) -> bool | None:
         artifact = open_artifact(folder)
         manifest = artifact.manifest
         dataset, images = open_images(manifest, options.data, options.validation, options.split)
-        import torch
-
-        from service.model.machine import cores
-        from training.data.loader import Loader
-        from training.run import pick_device
-
         device = pick_device(options.device)
         torch.set_num_threads(min(torch.get_num_threads(), cores()))
         network = network_of(artifact, device)
@@ -183,8 +174,6 @@ def evaluate(options: argparse.Namespace) -> bool | None:
         options.split, 100 * measured.accuracy, 100 * measured.top5_accuracy, measured.loss, measured.ece,
         measured.macro_f1, measured.n,
     )  # fmt: skip
-    from training.report.write import write_report
-
     write_report(
         options.output or default_output(options.model), manifest, images, measured,
         split=options.split, dataset=facts_of(dataset),
@@ -210,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the report (default: beside the model, -evaluation)")
     parser.add_argument("--batch-size", type=_positive, default=256, help="images at once (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
-    parser.add_argument("--loader-workers", type=int, help="processes that decode what does not fit into memory")
+    parser.add_argument("--loader-workers", type=_positive, help="processes that decode what does not fit into memory")
     try:
         options = parser.parse_args(arguments)
     except SystemExit as exc:  # argparse has told why, or printed --help
@@ -239,10 +228,9 @@ def _described(manifest: Manifest) -> str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"given {text}, allowed are whole numbers from 1 up")
+    return int(text)
 
 
 if __name__ == "__main__":
