@@ -190,7 +190,8 @@ def test_the_run_is_told_of(hundred: Path) -> None:
     text = Page((hundred / "report.html").read_text()).text
     for said in (
         "An example.", "Batch accuracy", "Learning rate", "Seconds per epoch", "issues found",
-        "Steps 3, 7: It <b>grew</b>.", "Stop.", "The loader is the bottleneck.", "12.5 ms", "aten::convolution", "Load in percent", "0.875",
+        "Steps 3, 7: It <b>grew</b>.", "Stop.", "The loader is the bottleneck.", "12.5 ms",
+        "aten::convolution", "Load in percent", "0.875",
         "Debugging rules that found issues: Overfit.", "of the mistakes stay within the superclass",
     ):  # fmt: skip
         assert said in text, said
