@@ -1,0 +1,256 @@
+"""Trials one after the other: hyperparameters from the study, a training with them, the verdict back to the study.
+
+How a training is made is passed in (`Train`), so that all trials of a process share its data and cached features.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from training.callbacks import Callback, RunContext, Step, StopTraining
+from training.config import TrainingConfig
+from training.errors import DivergedError, TrainingError
+from training.evaluation import EpochMetrics, Evaluation
+from training.study import INTERRUPTED, Study
+from training.tuning_config import SOURCES, TuningConfig
+from training.tuning_plots import draw
+from training.tuning_result import settings_of, write_best
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+log = logging.getLogger(__name__)
+
+BEST_FILE = "best.json"
+LOOK_AGAIN_S = 1.0
+"""How often a process with nothing to do looks whether a trial of another has ended, or lost its process."""
+
+
+class Trained(Protocol):
+    """What a training leaves: `training.run.Fitted`, as far as a study looks at it."""
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The final network on the validation images."""
+        ...
+
+
+Train = Callable[[TrainingConfig, Sequence[Callback]], Trained]
+Prepare = Callable[[TrainingConfig], tuple[Train, Mapping[str, object]]]
+"""Settings -> a training on their data, and facts about the data (JSON)."""
+
+
+class TrialWatcher(Callback):
+    """Reports each epoch to the study, and ends a trial that others make hopeless or whose time is over."""
+
+    def __init__(self, report: Callable[[int, float], bool], tuning: TuningConfig, deadline_s: float) -> None:
+        """`report(step, value) -> hopeless`; `deadline_s` is a time of `time.monotonic()`."""
+        self._report, self._metric, self._deadline_s = report, tuning.metric, deadline_s
+        self.pruned_at: int | None = None
+        """The epoch after which the trial was given up."""
+        self.out_of_time = False
+
+    def on_run_start(self, context: RunContext) -> None:
+        """See `Callback`."""
+        self._config = context.config
+        self._reported = 0
+
+    def on_step_end(self, step: Step) -> None:
+        """See `Callback`."""
+        if time.monotonic() >= self._deadline_s:
+            self.out_of_time = True
+            raise StopTraining("the time of the study is over")
+
+    def on_epoch_end(self, metrics: EpochMetrics) -> None:
+        """See `Callback`."""
+        value = getattr(metrics, self._metric)
+        step = comparable_step(self._config, metrics.epoch)
+        if metrics.epoch == self._config.epochs or step == self._reported or not math.isfinite(value):
+            return  # the last epoch's verdict is the trial's own
+        self._reported = step
+        if self._report(step, value):
+            self.pruned_at = metrics.epoch
+            raise StopTraining(f"pruned: {self._metric} {value:.4f} is worse than the median of other trials")
+
+
+def comparable_step(config: TrainingConfig, epoch: int) -> int:
+    """The step at which an epoch is compared with other trials, whose number of epochs differs.
+
+    With a constant learning rate that is the epoch. In a schedule, epoch 10 of 10 has come to rest and epoch 10 of
+    70 has not: there it is the tenths of the run that are over.
+    """
+    return epoch if config.schedule == "constant" else 10 * epoch // config.epochs
+
+
+class Tuner:
+    """Makes the trials of a study, all with one preparation of the data."""
+
+    def __init__(self, tuning: TuningConfig, fixed: Mapping[str, object], folder: Path, prepare: Prepare) -> None:
+        """`fixed`: settings of every trial by field name, data among them. `folder`: where the study lies.
+
+        `prepare` is called before the first trial of this process, not where nothing is left to do.
+
+        Raises: ConfigError.
+        """
+        self._tuning, self._fixed, self._folder, self._prepare = tuning, fixed, folder, prepare
+        self._base = TrainingConfig.create({**fixed, **tuning.nearest(fixed)})
+        self._tuned = tuple(name for name in SOURCES if name not in fixed)
+        self._train: Train | None = None
+        self._deadline_s = math.inf
+
+    def run(self) -> Path:
+        """Make trials until the study has as many as asked for, or its time is over; then write what came out.
+
+        Returns: best.json.
+
+        Raises: TrainingError; KeyboardInterrupt. The trial under way then is tried again by the next call.
+        """
+        if self._tuning.timeout_minutes is not None:
+            self._deadline_s = time.monotonic() + 60 * self._tuning.timeout_minutes
+        settings = settings_of(self._base, self._tuned)
+        study = Study(self._folder, self._tuning, self._fixed, settings, self._base.seed)
+        table = Table(self._tuning)
+        try:
+            self._make_trials(study, table)
+            trials = study.finished()
+            table.show(trials)
+            dataset = study.dataset()
+        finally:
+            study.close()
+        best = table.best
+        if best is None:
+            raise TrainingError(
+                f"None of {len(trials)} trials ended with a result; try smaller learning rates "
+                "(--learning-rate-range) or more time (--timeout-minutes)."
+            )
+        states = [label(trial) for trial in trials]
+        facts = {
+            "metric": self._tuning.metric,
+            "value": best.value,
+            "reached": best.user_attrs["reached"],
+            "trial": best.number,
+            "trials": {state: states.count(state) for state in sorted(set(states))},
+            "search_space": {SOURCES[name]: getattr(self._tuning, SOURCES[name]) for name in self._tuned},
+            "dataset": dataset,
+        }
+        path = self._folder / BEST_FILE
+        write_best(path, best.params, settings, facts)
+        plots = draw(trials, self._tuning, self._folder)
+        log.info("plots: %s", ", ".join(str(plot) for plot in plots))
+        log.info("best hyperparameters: %s, %s=%.4f (trial %d of %d); wrote %s",
+                 shown(best.params), self._tuning.metric, best.value, best.number, len(trials), path)  # fmt: skip
+        return path
+
+    def _make_trials(self, study: Study, table: "Table") -> None:
+        waited = False
+        while time.monotonic() < self._deadline_s:
+            trial = study.claim()
+            table.show(study.finished())
+            if trial is not None:
+                self._try(study, trial)
+            elif study.running_elsewhere:
+                if not waited:
+                    log.info("waiting for %d trials of other processes, the last ones", study.running_elsewhere)
+                waited = True
+                time.sleep(min(LOOK_AGAIN_S, max(0.0, self._deadline_s - time.monotonic())))
+            else:
+                return
+        log.info("the time of the study is over; the same command continues it")
+
+    def _try(self, study: Study, trial: "optuna.Trial") -> None:
+        """Train with the hyperparameters of a claimed trial and tell the study how it went."""
+        log.info("trial %d: %s", trial.number, shown(trial.params))
+        watcher = TrialWatcher(lambda step, value: study.report(trial, step, value), self._tuning, self._deadline_s)
+        output = self._base.output / "trials" / f"{trial.number:03d}"
+        try:
+            if self._train is None:
+                self._train, dataset = self._prepare(self._base)
+                study.require_dataset(dataset)
+            config = TrainingConfig.create({**self._fixed, **trial.params, "output": output})
+            evaluation = self._train(config, [watcher]).evaluation
+        except (DivergedError, MemoryError, torch.OutOfMemoryError) as exc:
+            # Pruned, not failed: to TPE a failed trial is no news, a pruned one worse than every complete one; and
+            # no made-up accuracy bends the plots.
+            log.warning("trial %d: %s", trial.number, exc)
+            ended = "diverged" if isinstance(exc, DivergedError) else "out of memory"
+            study.finish(trial, "PRUNED", ended=ended)
+            return
+        except (TrainingError, KeyboardInterrupt):  # no fault of these hyperparameters
+            study.finish(trial, "FAIL", ended=INTERRUPTED)
+            raise
+        except BaseException as exc:
+            study.finish(trial, "FAIL", ended=type(exc).__name__)
+            raise
+        if watcher.out_of_time:
+            study.finish(trial, "FAIL", ended=INTERRUPTED)
+        elif watcher.pruned_at is not None:
+            study.finish(trial, "PRUNED", ended="pruned")
+        elif not math.isfinite(evaluation.loss):
+            study.finish(trial, "PRUNED", ended="diverged")
+        else:
+            value = evaluation.loss if self._tuning.metric == "validation_loss" else evaluation.accuracy
+            study.finish(trial, "COMPLETE", value, reached=asdict(evaluation))
+
+
+class Table:
+    """A row in the log for each trial that has ended, those of other processes among them."""
+
+    def __init__(self, tuning: TuningConfig) -> None:
+        self._tuning = tuning
+        self._rows: set[int] = set()
+        self.best: FrozenTrial | None = None
+        """The best of the trials shown."""
+
+    def show(self, finished: "Sequence[FrozenTrial]") -> None:
+        """Write the rows that were not written yet."""
+        for trial in sorted(finished, key=lambda trial: (trial.datetime_complete, trial.number)):
+            if trial.number in self._rows:
+                continue
+            if not self._rows:
+                log.info("trial  learning_rate  batch_size  epochs  %s  state          seconds  best so far",
+                         self._tuning.metric)  # fmt: skip
+            self._rows.add(trial.number)
+            if trial.state.name == "COMPLETE" and (self.best is None or self._better(trial, self.best)):
+                self.best = trial
+            cells = [
+                f"{trial.number:5d}",
+                f"{_cell(trial, 'learning_rate'):>13}", f"{_cell(trial, 'batch_size'):>10}",
+                f"{_cell(trial, 'epochs'):>6}",
+                f"{_figure(trial.value):>{len(self._tuning.metric)}}",
+                f"{label(trial):<13}",
+                f"{trial.duration.total_seconds() if trial.duration else 0:7.1f}",
+                f"{_figure(self.best.value)} (trial {self.best.number})" if self.best else "-",
+            ]  # fmt: skip
+            log.info("%s", "  ".join(cells))
+
+    def _better(self, trial: "FrozenTrial", other: "FrozenTrial") -> bool:
+        assert trial.value is not None
+        assert other.value is not None
+        return trial.value < other.value if self._tuning.direction == "minimize" else trial.value > other.value
+
+
+def label(trial: "FrozenTrial") -> str:
+    """How a trial ended: complete, pruned, diverged, out of memory, interrupted, killed, or the error's name."""
+    return str(trial.user_attrs.get("ended", trial.state.name.lower()))
+
+
+def shown(params: Mapping[str, object]) -> str:
+    """Hyperparameters as `name=value`."""
+    return " ".join(f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
+                    for name, value in params.items())  # fmt: skip
+
+
+def _cell(trial: "FrozenTrial", name: str) -> str:
+    value = trial.params.get(name)
+    return "fixed" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
