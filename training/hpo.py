@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from training.config import TrainingConfig, parse_arguments
 from training.environment import sagemaker_values
 from training.errors import ConfigError, TrainingError
+from training.interruption import Interrupted
 from training.train_model import configure_logging
 from training.tuning_config import TuningConfig, parse_tuning_arguments, require_something_to_tune, split
 
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from training.tuning import Train
 
 log = logging.getLogger("training")
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: ends what Ctrl-C ends."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingError as exc:
         log.error("%s", exc)
         return 1
-    except KeyboardInterrupt as exc:
+    except (KeyboardInterrupt, Interrupted) as exc:
         log.error("%s", how_to_go_on)
-        return 143 if isinstance(exc, Terminated) else 130
+        number = exc.signal_number if isinstance(exc, Interrupted) else signal.SIGINT
+        return 128 + number
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
@@ -108,8 +106,9 @@ def _training_arguments(arguments: Sequence[str]) -> dict[str, object]:
         raise ConfigError(f"{exc} And of the study: {', '.join(TuningConfig.model_fields)}.") from exc
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise Terminated
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    """SIGTERM outside of a training, which notices it by itself."""
+    raise Interrupted(number)
 
 
 if __name__ == "__main__":

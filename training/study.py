@@ -93,7 +93,8 @@ class Study:
     def finish(self, trial: "optuna.Trial", state: str, value: float | None = None, **notes: object) -> None:
         """End a claimed trial. `state`: "COMPLETE" with its value, "PRUNED", or "FAIL", which is tried again.
 
-        `notes` (JSON): `ended` says how in a word or two, `reached` what the network did at the end.
+        `notes` (JSON): `ended` says how in a word or two, `reached` what the network did at the end, `seconds` how
+        long the training took.
         """
         from optuna.trial import TrialState
 

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +16,7 @@ from training.callbacks import Callback, RunContext, Step, StopTraining
 from training.config import TrainingConfig
 from training.errors import DivergedError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
+from training.interruption import Interrupted
 from training.study import INTERRUPTED, Study
 from training.tuning_config import SOURCES, TuningConfig
 from training.tuning_plots import draw
@@ -37,8 +37,13 @@ class Trained(Protocol):
     """What a training leaves: `training.run.Fitted`, as far as a study looks at it."""
 
     @property
+    def history(self) -> list[EpochMetrics]:
+        """The epochs made."""
+        ...
+
+    @property
     def evaluation(self) -> Evaluation:
-        """The final network on the validation images."""
+        """The network after its last epoch on the validation images."""
         ...
 
 
@@ -70,6 +75,8 @@ class TrialWatcher(Callback):
 
     def on_epoch_end(self, metrics: EpochMetrics) -> None:
         """See `Callback`."""
+        if self.out_of_time:
+            return
         value = getattr(metrics, self._metric)
         step = comparable_step(self._config, metrics.epoch)
         if metrics.epoch == self._config.epochs or step == self._reported or not math.isfinite(value):
@@ -110,7 +117,7 @@ class Tuner:
 
         Returns: best.json.
 
-        Raises: TrainingError; KeyboardInterrupt. The trial under way then is tried again by the next call.
+        Raises: TrainingError; Interrupted, KeyboardInterrupt. The trial under way then is tried again by the next call.
         """
         if self._tuning.timeout_minutes is not None:
             self._deadline_s = time.monotonic() + 60 * self._tuning.timeout_minutes
@@ -167,36 +174,53 @@ class Tuner:
     def _try(self, study: Study, trial: "optuna.Trial") -> None:
         """Train with the hyperparameters of a claimed trial and tell the study how it went."""
         log.info("trial %d: %s", trial.number, shown(trial.params))
+        started_s = time.monotonic()
         watcher = TrialWatcher(lambda step, value: study.report(trial, step, value), self._tuning, self._deadline_s)
-        output = self._base.output / "trials" / f"{trial.number:03d}"
+        folder = (self._base.run_folder or self._folder / "trials") / f"{trial.number:03d}"
         try:
             if self._train is None:
                 self._train, dataset = self._prepare(self._base)
                 study.require_dataset(dataset)
-            config = TrainingConfig.create({**self._fixed, **trial.params, "output": output})
-            evaluation = self._train(config, [watcher]).evaluation
+            config = TrainingConfig.create({**self._fixed, **trial.params, "run_folder": folder})
+            started_s = time.monotonic()
+            found = kept(config, self._train(config, [watcher]))
         except (DivergedError, MemoryError, torch.OutOfMemoryError) as exc:
             # Pruned, not failed: to TPE a failed trial is no news, a pruned one worse than every complete one; and
             # no made-up accuracy bends the plots.
             log.warning("trial %d: %s", trial.number, exc)
             ended = "diverged" if isinstance(exc, DivergedError) else "out of memory"
-            study.finish(trial, "PRUNED", ended=ended)
+            study.finish(trial, "PRUNED", ended=ended, seconds=time.monotonic() - started_s)
             return
-        except (TrainingError, KeyboardInterrupt):  # no fault of these hyperparameters
+        except (TrainingError, Interrupted, KeyboardInterrupt):  # no fault of these hyperparameters
             study.finish(trial, "FAIL", ended=INTERRUPTED)
             raise
         except BaseException as exc:
             study.finish(trial, "FAIL", ended=type(exc).__name__)
             raise
+        seconds = time.monotonic() - started_s
         if watcher.out_of_time:
-            study.finish(trial, "FAIL", ended=INTERRUPTED)
+            study.finish(trial, "FAIL", ended=INTERRUPTED, seconds=seconds)
         elif watcher.pruned_at is not None:
-            study.finish(trial, "PRUNED", ended="pruned")
-        elif not math.isfinite(evaluation.loss):
-            study.finish(trial, "PRUNED", ended="diverged")
+            study.finish(trial, "PRUNED", ended="pruned", seconds=seconds)
+        elif not math.isfinite(found["validation_loss"]):
+            study.finish(trial, "PRUNED", ended="diverged", seconds=seconds)
         else:
-            value = evaluation.loss if self._tuning.metric == "validation_loss" else evaluation.accuracy
-            study.finish(trial, "COMPLETE", value, reached=asdict(evaluation))
+            study.finish(trial, "COMPLETE", found[self._tuning.metric], reached=found, seconds=seconds)
+
+
+def kept(config: TrainingConfig, trained: Trained) -> dict[str, float]:
+    """Figures of the weights that a training keeps: those of its best epoch with early stopping, else the last."""
+    if config.early_stopping and trained.history:
+        best = max(trained.history, key=lambda epoch: epoch.validation_accuracy)
+        return {
+            "validation_accuracy": best.validation_accuracy, "validation_loss": best.validation_loss,
+            "epoch": best.epoch,
+        }  # fmt: skip
+    found = trained.evaluation
+    return {
+        "validation_accuracy": found.accuracy, "validation_loss": found.loss, "top5_accuracy": found.top5_accuracy,
+        "epoch": len(trained.history), "validation_images": found.n,
+    }  # fmt: skip
 
 
 class Table:
@@ -225,7 +249,7 @@ class Table:
                 f"{_cell(trial, 'epochs'):>6}",
                 f"{_figure(trial.value):>{len(self._tuning.metric)}}",
                 f"{label(trial):<13}",
-                f"{trial.duration.total_seconds() if trial.duration else 0:7.1f}",
+                f"{trial.user_attrs.get('seconds', math.nan):7.1f}",
                 f"{_figure(self.best.value)} (trial {self.best.number})" if self.best else "-",
             ]  # fmt: skip
             log.info("%s", "  ".join(cells))

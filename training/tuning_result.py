@@ -12,7 +12,12 @@ from training.config import TrainingConfig
 from training.errors import ConfigError
 
 FORMAT = 1
-LOCAL = frozenset({"data", "validation", "output", "device", "loader_workers", "model_name"})
+LOCAL = frozenset(
+    {
+        "data", "validation", "output", "run_folder", "checkpoints", "checkpoint_every_s", "cache_folder", "device",
+        "loader_workers", "model_name",
+    }
+)  # fmt: skip
 """Settings that say where and under which name a run happens, not what it learns."""
 
 

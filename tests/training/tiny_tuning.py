@@ -34,7 +34,7 @@ DATASET = {"name": "points", "classes": 2}
 @dataclass
 class Fitted:
     evaluation: Evaluation
-    epochs: int
+    history: list[EpochMetrics]
 
 
 def points() -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +71,7 @@ def training(epoch_s: float = 0.0, made: list[TrainingConfig] | None = None) -> 
         error: BaseException | None = None
         measured = Evaluation(math.nan, 0.0, 0.0, POINTS)
         tell(callbacks, "on_run_start", context(config, steps))
-        epoch = 0
+        history: list[EpochMetrics] = []
         try:
             for epoch in range(1, config.epochs + 1):
                 for start in range(0, POINTS, config.batch_size):
@@ -88,15 +88,15 @@ def training(epoch_s: float = 0.0, made: list[TrainingConfig] | None = None) -> 
                          Step(1, epoch, config.learning_rate, labels[batch], loss.detach(), hits, 0.0))  # fmt: skip
                 time.sleep(epoch_s)
                 measured = evaluated(layer, inputs[POINTS:], labels[POINTS:])
-                tell(callbacks, "on_epoch_end",
-                     EpochMetrics(epoch, loss.item(), 0.0, measured.loss, measured.accuracy, 0.0, 0.0))  # fmt: skip
+                history.append(EpochMetrics(epoch, loss.item(), 0.0, measured.loss, measured.accuracy, 0.0, 0.0))
+                tell(callbacks, "on_epoch_end", history[-1])
         except StopTraining as exc:
             error = exc
         except BaseException as exc:
             tell(callbacks, "on_run_end", exc)
             raise
         tell(callbacks, "on_run_end", error)
-        return Fitted(measured, epoch)
+        return Fitted(measured, history)
 
     return train
 
