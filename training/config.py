@@ -7,15 +7,23 @@ accepted) and a SageMaker hyperparameter (`learning_rate`); an unknown name is r
 import argparse
 import difflib
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from service.model.architecture import BLOCKS, MAX_HIDDEN_UNITS, Block
 from training.data.folder import BrokenFiles
 from training.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+FILES = {
+    "recipe": f"settings to start from: {', '.join(sorted(p.stem for p in RECIPES.glob('*.toml')))}, or a TOML file",
+    "from_tuning": "best.json of a tuning (training.hpo), whose settings to take",
+}
+"""Options that name files of settings; SageMaker's hyperparameters may be called so too."""
 
 REFERENCE_FROZEN: tuple[Block, ...] = ("stem", "layer1", "layer2", "layer3")
 """What the reference freezes: residual blocks 1 to 3, stem included."""
@@ -50,12 +58,52 @@ class TrainingConfig(BaseModel):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="pull of the weights towards zero")
-    schedule: Literal["constant", "one-cycle"] = Field(
-        "constant",
-        description="learning rate over the run: constant, or one-cycle (up over the first tenth, then down)",
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of a block as a share of the next one's, towards the stem"
     )
-    augment: Literal["none", "flip", "flip-crop"] = Field(
-        "flip", description="random changes to training images: flip left-right, crop shifts by up to an eighth"
+    schedule: Literal["constant", "one-cycle", "cosine"] = Field(
+        "constant",
+        description="learning rate over the run: constant, one-cycle (up over the first tenth, then down), or cosine",
+    )
+    warmup_epochs: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="epochs over which the learning rate rises in a line"
+    )
+    unfreeze_at: int | None = Field(
+        None, ge=2, description="epoch from which every block is trained, at unfreeze_rate; default: never"
+    )
+    unfreeze_rate: float = Field(
+        0.1, gt=0, le=1, description="peak learning rate after unfreeze_at, as a share of learning_rate"
+    )
+    augment: Literal["none", "flip", "flip-crop", "rand"] = Field(
+        "flip",
+        description="random changes to training images: flip left-right; crop shifts by up to an eighth; rand: both "
+        "and RandAugment",
+    )
+    mixup: float = Field(0.0, ge=0, le=10, description="alpha of mixup, which blends pairs of images; 0: off")
+    cutmix: float = Field(0.0, ge=0, le=10, description="alpha of cutmix, which patches pairs of images; 0: off")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each label spread over all classes")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of a moving average of the weights, which is what is kept; 0: off"
+    )
+    clip_norm: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="largest norm of all gradients together; 0: no limit"
+    )
+    early_stopping: int = Field(
+        0,
+        ge=0,
+        description="stop after this many epochs without a better validation accuracy and keep the best epoch's "
+        "weights; 0: never, keep the last",
+    )
+    feature_cache: Literal["off", "on", "auto"] = Field(
+        "auto",
+        description="compute what the frozen blocks make of the images once and train from that; auto: where the "
+        "settings allow it",
+    )
+    cache_folder: Path = Field(
+        Path("artifacts/features"), description="folder of the feature caches, which all runs share"
+    )
+    cache_crops: int = Field(
+        0, ge=0, le=64, description="random crops of each image to cache with augment flip-crop; 0: new ones each epoch"
     )
     side: int = Field(32, ge=8, le=1024, description="input side in pixels: smaller is faster, larger sees more")
     hidden_units: int = Field(
@@ -64,6 +112,10 @@ class TrainingConfig(BaseModel):
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "fp32", description="arithmetic of training steps; auto: bf16 where the hardware has it; results are fp32"
     )
+    compile: bool = Field(False, description="compile the network (torch.compile), which pays in long runs on a GPU")
+    deterministic: bool = Field(
+        False, description="bitwise the same results in each run on a GPU too, where that is slower"
+    )
     seed: int = Field(
         0, ge=0, le=2**63 - 1, description="of the initial head, the order of images, augmentation and split"
     )
@@ -71,6 +123,15 @@ class TrainingConfig(BaseModel):
         0.1, gt=0, lt=1, description="share of each class to validate on, where the data is not split yet"
     )
     broken_files: BrokenFiles = Field("refuse", description="image files that cannot be decoded: refuse or skip")
+    run_folder: Path | None = Field(
+        None, description="folder for metrics, report and what else tells of the run; default: OUTPUT-run"
+    )
+    checkpoints: Path | None = Field(
+        None, description="folder of checkpoints; one in it is resumed; default: RUN_FOLDER/checkpoints"
+    )
+    checkpoint_every_s: float = Field(
+        60.0, ge=0, allow_inf_nan=False, description="seconds between checkpoints, which are written at an epoch's end"
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="auto: cuda where there is a GPU, else cpu"
     )
@@ -95,6 +156,47 @@ class TrainingConfig(BaseModel):
             return self.freeze
         return () if self.weights == "none" else REFERENCE_FROZEN
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder: as asked for, else beside the artifact."""
+        return self.run_folder or self.output.parent / f"{self.output.name}-run"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where checkpoints lie."""
+        return self.checkpoints or self.folder / "checkpoints"
+
+    def plain_reason(self) -> str | None:
+        """Why these settings cannot train from cached features; None if they can."""
+        if "stem" not in self.frozen:
+            return "the stem is trained"
+        if self.mixup or self.cutmix:
+            return "mixup and cutmix blend images"
+        if self.augment == "rand":
+            return "RandAugment changes images anew each epoch"
+        if self.augment == "flip-crop" and not self.cache_crops:
+            return "crops are drawn anew each epoch (--cache-crops N caches N of them)"
+        return None
+
+    @model_validator(mode="after")
+    def _cache_is_possible(self) -> Self:
+        reason = self.plain_reason()
+        if self.feature_cache == "on" and reason:
+            raise ValueError(f"--feature-cache on is not possible: {reason}; --feature-cache auto trains without it")
+        return self
+
+    @classmethod
+    def resolve(cls, values: Mapping[str, object]) -> Self:
+        """Defaults < recipe < tuning's best < `values`, which name both files. Raises: ConfigError."""
+        given = dict(values)
+        recipe, tuned = given.pop("recipe", None), given.pop("from_tuning", None)
+        below = read_recipe(str(recipe)) if recipe else {}
+        if tuned:
+            from training.tuning import read_best
+
+            below |= read_best(Path(str(tuned)))
+        return cls.create({**below, **given})
+
     @classmethod
     def create(cls, values: Mapping[str, object]) -> Self:
         """Validate. Raises: ConfigError that names each value that is not allowed."""
@@ -107,9 +209,23 @@ class TrainingConfig(BaseModel):
             raise ConfigError("; ".join(_problem(error) for error in exc.errors())) from exc
 
 
+def read_recipe(name: str) -> dict[str, object]:
+    """The settings of a recipe: one of ours by name, or a TOML file. Raises: ConfigError."""
+    ours = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    path = RECIPES / f"{name}.toml" if name in ours else Path(name)
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as exc:
+        raise ConfigError(
+            f"--recipe {name}: there is no such recipe ({', '.join(ours)}) and no such file ({exc.strerror})."
+        ) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"--recipe {name} is not TOML: {exc}.") from exc
+
+
 def unknown_name(name: str) -> str:
     """A sentence that refuses a name and lists the known ones."""
-    known = list(TrainingConfig.model_fields)
+    known = [*TrainingConfig.model_fields, *FILES]
     close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"Unknown hyperparameter {name}.{hint} Known are: {', '.join(known)}."
@@ -127,6 +243,8 @@ def parse_arguments(arguments: Sequence[str]) -> dict[str, object]:
         flags = [f"--{name.replace('_', '-')}"] + ([f"--{name}"] if "_" in name else [])
         default = "" if field.is_required() or field.default is None else f" (default: {_shown(field.default)})"
         parser.add_argument(*flags, dest=name, metavar="X", help=f"{field.description}{default}".replace("%", "%%"))
+    for name, description in FILES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="X", help=description)
     known, rest = parser.parse_known_args(list(arguments))
     if rest:
         raise ConfigError(unknown_name(rest[0].split("=")[0]))
@@ -151,6 +269,8 @@ def _unquoted(value: str) -> object:
 
 def _problem(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
+    if not name:  # of the settings together
+        return str(error["ctx"]["error"])
     if error["type"] == "missing":
         return f"--{name} is missing: {TrainingConfig.model_fields[name].description}"
     return f"--{name.replace('_', '-')} {error['input']}: {error['msg']}"

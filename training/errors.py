@@ -5,6 +5,7 @@ TrainingError
 ├── DataError        no data there, damaged data, a class without images
 ├── WeightsError     pretrained weights cannot be had or do not fit
 ├── DivergedError    the loss is no longer a number
+├── CheckpointError  a checkpoint cannot be written, read, or is of another run
 └── ExportError      the artifact cannot be written
 """
 
@@ -27,6 +28,10 @@ class WeightsError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss is not finite."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint cannot be written, read, or belongs to another run."""
 
 
 class ExportError(TrainingError):

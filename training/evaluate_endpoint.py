@@ -21,9 +21,9 @@ from service.model.errors import ArtifactError
 from service.model.images import MEDIA_TYPES
 from training.data.dataset import Dataset, LabelledImages
 from training.data.layouts import open_dataset
+from training.entry import configure_logging
 from training.errors import ConfigError, DataError, TrainingError
 from training.progress import progress
-from training.train_model import configure_logging
 
 log = logging.getLogger("training")
 

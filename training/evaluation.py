@@ -1,6 +1,6 @@
 """How good a network is: figures of a pass over labelled images, and of an epoch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,3 @@ class EpochMetrics:
     validation_accuracy: float
     learning_rate: float
     seconds: float
-
-    def line(self, epochs: int) -> str:
-        """The epoch as one line of `name=value` pairs."""
-        figures = {name: f"{value:.4g}" for name, value in asdict(self).items() if name != "epoch"}
-        for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
-            figures[name] = f"{getattr(self, name):.4f}"
-        return " ".join([f"epoch={self.epoch}/{epochs}", *(f"{name}={value}" for name, value in figures.items())])

@@ -20,12 +20,13 @@ from training.evaluation import EpochMetrics, Evaluation
 
 SELF_CHECK_INPUTS = 4
 EXAMPLE_CANDIDATES = 32
+PLACES = {"data", "validation", "output", "run_folder", "checkpoints", "cache_folder"}
+"""Settings that say where things lie, which is nobody's business where the artifact goes."""
 PACKAGES = ("numpy", "pillow", "safetensors", "torch", "torchvision")
 
 
 def export(
     network: Network,
-    preprocessing: Preprocessing,
     config: TrainingConfig,
     dataset: Dataset,
     validation: Loader,
@@ -33,6 +34,7 @@ def export(
     pretrained: str,
     history: list[EpochMetrics],
     evaluation: Evaluation,
+    stopped: str | None,
 ) -> Artifact:
     """Write the artifact of `network` into `config.output`. Raises: ExportError."""
     network = network.cpu().float().eval()
@@ -47,20 +49,20 @@ def export(
         "name": config.model_name,
         "architecture": network.architecture,
         "classes": dataset.classes,
-        "preprocessing": preprocessing,
+        "preprocessing": Preprocessing(side_px=config.side),
         "example": {
             "label": dataset.classes[int(dataset.validation.labels[index])],
             "media_type": MEDIA_TYPES[ending],
         },
         "hyperparameters": {
-            **config.model_dump(mode="json", exclude={"data", "validation", "output"}),
+            **config.model_dump(mode="json", exclude=PLACES),
             "weights": pretrained, "freeze": network.architecture.frozen,
         },
         "dataset": {
             "name": dataset.name, "train_images": len(dataset.train), "validation_images": len(dataset.validation),
             **dataset.facts,
         },
-        "metrics": metrics(history, evaluation, len(dataset.train)),
+        "metrics": metrics(history, evaluation, len(dataset.train), stopped),
         "packages": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
     }  # fmt: skip
     weights = {name: tensor.contiguous().numpy() for name, tensor in network.state_dict().items()}
@@ -73,11 +75,14 @@ def export(
         ) from exc
 
 
-def metrics(history: list[EpochMetrics], evaluation: Evaluation, train_images: int) -> Mapping[str, Any]:
+def metrics(
+    history: list[EpochMetrics], evaluation: Evaluation, train_images: int, stopped: str | None = None
+) -> Mapping[str, Any]:
     """What was measured: `train` over the last epoch's steps, `validation` with the exported weights."""
     last = history[-1]
     return {
         "train": {"loss": last.train_loss, "accuracy": last.train_accuracy, "n": train_images},
         "validation": vars(evaluation),
         "history": [vars(epoch) for epoch in history],
+        **({"stopped": stopped} if stopped else {}),
     }

@@ -4,7 +4,8 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,29 +15,91 @@ from service.model.artifact import Artifact
 from service.model.machine import cores
 from service.model.network import Network
 from service.model.preprocess import Preprocessing
+from training import checkpoint
+from training.callbacks import Callback, RunContext, StopTraining, tell
 from training.config import TrainingConfig
+from training.data.dataset import Dataset
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
+from training.distributed import ALONE, Group
 from training.errors import ConfigError, DivergedError
 from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
-from training.loop import Trainer
+from training.features import Views, cache_bytes, open_cache, require_space
+from training.interruption import Interrupted, watched
+from training.loop import Trainer, evaluate
+from training.metric_lines import VALIDATION, epoch_line, pass_title
+from training.prefix_engines import choose_engine
 from training.pretrained import load_pretrained, require_available
+from training.sources import FeatureSource, ImageSource, Source
 
 log = logging.getLogger(__name__)
 
 
-def run(config: TrainingConfig) -> Artifact:
-    """Train as `config` says and write the artifact; nothing is written before the last epoch is over.
+@dataclass
+class Prepared:
+    """What trainings that differ in learning rate, batch size, epochs and seed share: data and cached features."""
 
-    Raises: TrainingError.
+    dataset: Dataset
+    train: Loader
+    validation: Loader
+    device: torch.device
+    bf16: bool
+    features: tuple[FeatureSource, FeatureSource] | None
+    """Cached features to train on and to validate on; None where the plain loop runs."""
+
+
+@dataclass
+class Fitted:
+    """A network that was trained, and how it went."""
+
+    network: Network
+    history: list[EpochMetrics]
+    evaluation: Evaluation
+    """Of the weights that are kept, in float32, on the validation images (see `fit` for when it is the loop's own)."""
+    pretrained: str
+    """Where the initial weights came from."""
+    stopped: str | None
+    """Why the run ended before its last epoch."""
+
+
+def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group = ALONE) -> Artifact | None:
+    """Train as `config` says and write the artifact; it is not touched before the last epoch is over.
+
+    Returns: the artifact; None in processes other than the first. Raises: TrainingError, Interrupted.
     """
-    log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
-    _require_writable(config.output)
-    device = pick_device(config.device)
+    if group.is_first:
+        log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
+        for folder, flag in ((config.output, "output"), (config.folder, "run-folder")):
+            require_writable(folder, flag)
+    device = pick_device(config.device, group)
+    group.join(device)
+    try:
+        prepared = prepare(config, group, device)
+        fitted = fit(config, prepared, callbacks, group, checkpoints=True)
+        if not group.is_first:
+            return None
+        artifact = export(
+            fitted.network, config, prepared.dataset, prepared.validation,
+            pretrained=fitted.pretrained, history=fitted.history, evaluation=fitted.evaluation, stopped=fitted.stopped,
+        )  # fmt: skip
+        checkpoint.remove(config.checkpoint_folder)
+        found = fitted.evaluation
+        log.info(
+            "validation: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, n=%d; artifact %s version %s in %s",
+            100 * found.accuracy, 100 * found.top5_accuracy, found.loss, found.n,
+            artifact.manifest.name, artifact.manifest.version, artifact.folder,
+        )  # fmt: skip
+        return artifact
+    finally:
+        group.leave()
+
+
+def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device | None = None) -> Prepared:
+    """Open the data and, where the settings allow it, compute or find the cached features. Raises: TrainingError."""
+    device = device or pick_device(config.device, group)
     require_available(config.weights)  # before the images, whose decoding may take long
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    set_up_torch(config)
     dataset = open_dataset(
         config.data,
         validation_fraction=config.validation_fraction,
@@ -44,100 +107,247 @@ def run(config: TrainingConfig) -> Artifact:
         broken_files=config.broken_files,
         validation_root=config.validation,
     )
-    log.info(
-        "data: %s, %d classes, %d images to train on, %d to validate on",
-        dataset.name, len(dataset.classes), len(dataset.train), len(dataset.validation),
-    )  # fmt: skip
-    preprocessing = Preprocessing(side_px=config.side)
+    if group.is_first:
+        log.info(
+            "data: %s, %d classes, %d images to train on, %d to validate on",
+            dataset.name, len(dataset.classes), len(dataset.train), len(dataset.validation),
+        )  # fmt: skip
+    train = Loader(dataset.train, config.side, config.loader_workers, "train", device)
+    validation = Loader(dataset.validation, config.side, config.loader_workers, "validation", device)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
+    features = _features(config, dataset, train, validation, device, bf16)
+    return Prepared(dataset, train, validation, device, bf16, features)
+
+
+def fit(
+    config: TrainingConfig,
+    prepared: Prepared,
+    callbacks: Sequence[Callback] = (),
+    group: Group = ALONE,
+    *,
+    checkpoints: bool = False,
+) -> Fitted:
+    """Train a network on `prepared` data; writes no artifact.
+
+    With `checkpoints` it goes on from the one in the checkpoint folder, and its evaluation is a pass of float32 over
+    the validation images; without (tuning trials) it is that of the last epoch. The first process tells the callbacks.
+
+    Raises: TrainingError; Interrupted on SIGTERM or SIGINT, after the checkpoint is written.
+    """
+    callbacks = callbacks if group.is_first else ()
+    torch.manual_seed(config.seed)
+    network, pretrained = _network(config, prepared.dataset)
+    if pretrained == "none" and config.frozen and group.is_first:
+        log.warning("frozen blocks without pretrained weights stay random; --freeze none trains them")
+    error: BaseException | None = None
+    with watched() as interruption:
+        trainer = Trainer(
+            network, config, images=len(prepared.train), device=prepared.device, bf16=prepared.bf16,
+            group=group, callbacks=callbacks, interruption=interruption,
+        )  # fmt: skip
+        run_ = _Run(config, prepared, trainer, group, checkpoints)
+        run_.resume()
+        if group.is_first:
+            _describe(config, prepared, trainer)
+            config.folder.mkdir(parents=True, exist_ok=True)
+        steps = trainer.steps_per_epoch
+        tell(callbacks, "on_run_start", RunContext(
+            config, network, trainer.criterion, prepared.dataset, config.folder, prepared.device,
+            steps, steps * config.epochs, trainer.progress.step + 1,
+        ))  # fmt: skip
+        try:
+            run_.epochs(callbacks)
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            tell(callbacks, "on_run_end", error or (StopTraining(run_.stopped) if run_.stopped else None))
+    evaluation = run_.evaluation
+    assert evaluation is not None
+    trainer.keep_final()
+    if checkpoints and group.is_first:
+        images = ImageSource(prepared.validation, config)
+        evaluation = evaluate(network, images, prepared.device, "final validation")
+        if not math.isfinite(evaluation.loss):
+            raise DivergedError(
+                f"The validation loss is {evaluation.loss}; start again with a smaller --learning-rate."
+            )
+    return Fitted(network, run_.history, evaluation, pretrained, run_.stopped)
+
+
+class _Run:
+    """The epochs of one training, and its checkpoints."""
+
+    def __init__(
+        self, config: TrainingConfig, prepared: Prepared, trainer: Trainer, group: Group, checkpoints: bool
+    ) -> None:
+        self._config, self._prepared, self._trainer, self._group = config, prepared, trainer, group
+        self._checkpoints = checkpoints
+        self._saved_s = time.monotonic()
+        self.history: list[EpochMetrics] = []
+        self.evaluation: Evaluation | None = None
+        self.stopped: str | None = None
+        dataset = prepared.dataset
+        self._facts = {
+            "dataset": dataset.name, "classes": len(dataset.classes),
+            "train": len(dataset.train), "validation": len(dataset.validation),
+        }  # fmt: skip
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if not self._checkpoints:
+            return
+        state = checkpoint.load(self._config.checkpoint_folder, self._config, self._facts)
+        if state is None:
+            return
+        self._trainer.load_state_dict(state["trainer"])
+        self.history = [EpochMetrics(**epoch) for epoch in self._trainer.progress.history]
+        log.info(
+            "resumed from %s: epoch %d, step %d of it",
+            self._config.checkpoint_folder, self._trainer.progress.epoch, self._trainer.progress.steps,
+        )  # fmt: skip
+
+    def epochs(self, callbacks: Sequence[Callback]) -> None:
+        """Every epoch that is left. Raises: TrainingError, Interrupted."""
+        trainer, config = self._trainer, self._config
+        progress = trainer.progress
+        started_s, first = time.monotonic(), progress.epoch
+        while progress.epoch <= config.epochs:
+            trainer.start_epoch()
+            tell(callbacks, "on_epoch_start", progress.epoch)
+            train, validation = self._sources()
+            try:
+                train_loss, train_accuracy = trainer.train_epoch(train)
+            except StopTraining as exc:
+                self.stopped = str(exc)
+                train_loss, train_accuracy = progress.loss_sum / progress.seen, progress.hits / progress.seen
+            except Interrupted:
+                self.save()
+                raise
+            metrics = self._validated(validation, train_loss, train_accuracy, callbacks)
+            self._next_epoch(metrics)
+            if self._group.is_first:
+                left_s = (time.monotonic() - started_s) / (metrics.epoch + 1 - first) * (config.epochs - metrics.epoch)
+                log.info("%s remaining_minutes=%.1f", epoch_line(metrics, config.epochs), left_s / 60)
+            try:
+                tell(callbacks, "on_epoch_end", metrics)
+            except StopTraining as exc:
+                self.stopped = self.stopped or str(exc)
+            if self._stops():
+                break
+            if time.monotonic() - self._saved_s >= config.checkpoint_every_s:
+                self.save()
+        if self.stopped:
+            log.info("stopped after epoch %d of %d: %s", len(self.history), config.epochs, self.stopped)
+        if self.evaluation is None:  # resumed after the last epoch
+            self.evaluation = trainer.evaluate(self._sources()[1], "validation")
+
+    def _validated(
+        self, source: Source, train_loss: float, train_accuracy: float, callbacks: Sequence[Callback]
+    ) -> EpochMetrics:
+        progress = self._trainer.progress
+        started_s = time.perf_counter()
+        tell(callbacks, "on_validation_start", progress.epoch)
+        title = pass_title(progress.epoch, self._config.epochs, VALIDATION)
+        self.evaluation = found = self._trainer.evaluate(source, title)
+        seconds = progress.seconds + time.perf_counter() - started_s
+        rate = self._trainer.rate_of_epoch(progress.epoch)
+        return EpochMetrics(progress.epoch, train_loss, train_accuracy, found.loss, found.accuracy, rate, seconds)
+
+    def _next_epoch(self, metrics: EpochMetrics) -> None:
+        self.history.append(metrics)
+        self._trainer.remember_best(metrics.validation_accuracy)
+        progress = self._trainer.progress
+        progress.history.append(asdict(metrics))
+        progress.epoch, progress.steps = progress.epoch + 1, 0
+        progress.loss_sum, progress.hits, progress.seen, progress.seconds = 0.0, 0.0, 0.0, 0.0
+
+    def _stops(self) -> bool:
+        """Whether the run ends before its last epoch: because a callback said so, or early stopping."""
+        progress, patience = self._trainer.progress, self._config.early_stopping
+        if patience and progress.epoch - 1 - progress.best_epoch >= patience and self.stopped is None:
+            self.stopped = f"no better validation accuracy in {patience} epochs"
+        if self._group.any(self.stopped is not None, self._prepared.device):
+            self.stopped = self.stopped or "another process stopped the training"
+        return self.stopped is not None
+
+    def _sources(self) -> tuple[Source, Source]:
+        """What to train and validate on: features as long as the blocks that made them are frozen."""
+        prepared = self._prepared
+        if prepared.features is not None and self._trainer.network.prefix:
+            return prepared.features
+        return ImageSource(prepared.train, self._config), ImageSource(prepared.validation, self._config)
+
+    def save(self) -> None:
+        """Write a checkpoint (the first process does)."""
+        self._saved_s = time.monotonic()
+        if self._checkpoints and self._group.is_first:
+            state = {"trainer": self._trainer.state_dict()}
+            checkpoint.save(self._config.checkpoint_folder, self._config, self._facts, state)
+
+
+def _network(config: TrainingConfig, dataset: Dataset) -> tuple[Network, str]:
+    """A network with its initial weights, and where those came from."""
     architecture = Architecture(
         num_classes=len(dataset.classes), hidden_units=config.hidden_units, frozen=config.frozen
     )
-    network = Network(architecture, preprocessing)
+    network = Network(architecture, Preprocessing(side_px=config.side))
     pretrained = load_pretrained(network, config.weights)
-    if pretrained == "none" and config.frozen:
-        log.warning("frozen blocks without pretrained weights stay random; --freeze none trains them")
-    train = Loader(dataset.train, config.side, config.batch_size, config.loader_workers, "train")
-    validation = Loader(dataset.validation, config.side, config.batch_size, config.loader_workers, "validation")
-    trainer = make_trainer(config, network, device, steps=steps_per_epoch(len(train), config.batch_size))
-    started_s = time.monotonic()
-    history: list[EpochMetrics] = []
-    for epoch in range(1, config.epochs + 1):
-        metrics, evaluation = _epoch(trainer, train, validation, epoch, config.epochs)
-        history.append(metrics)
-        log.info("%s %s", metrics.line(config.epochs), _remaining(started_s, epoch, config.epochs))
-    if not math.isfinite(evaluation.loss):
-        raise DivergedError(f"The validation loss is {evaluation.loss}; start again with a smaller --learning-rate.")
-    artifact = export(
-        network, preprocessing, config, dataset, validation,
-        pretrained=pretrained, history=history, evaluation=evaluation,
-    )  # fmt: skip
+    return network, pretrained
+
+
+def _features(
+    config: TrainingConfig, dataset: Dataset, train: Loader, validation: Loader, device: torch.device, bf16: bool
+) -> tuple[FeatureSource, FeatureSource] | None:
+    """Cached features for training and validation; None, and why in the log, where the plain loop runs."""
+    reason = config.plain_reason()
+    if config.feature_cache == "off" or reason:
+        if reason and config.frozen:
+            log.info("feature cache: not used, as %s", reason)
+        return None
+    torch.manual_seed(config.seed)  # the frozen blocks that `fit` will make
+    network = _network(config, dataset)[0].eval()
+    crops = config.cache_crops if config.augment == "flip-crop" else 0
+    views = Views(flip=config.augment != "none", crops=crops)
+    size = cache_bytes(network, train, views) + cache_bytes(network, validation, Views())
+    try:
+        require_space(config.cache_folder, size)
+    except ConfigError as exc:
+        if config.feature_cache == "on":
+            raise
+        log.warning("feature cache: not used. %s", exc)
+        return None
+    engine = choose_engine(network, device, bf16)
+    caches = [
+        open_cache(config.cache_folder, network, loader, some, engine)
+        for loader, some in ((train, views), (validation, Views()))
+    ]
+    return FeatureSource(caches[0], device), FeatureSource(caches[1], device)
+
+
+def _describe(config: TrainingConfig, prepared: Prepared, trainer: Trainer) -> None:
+    count = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
     log.info(
-        "validation: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, n=%d; artifact %s version %s in %s",
-        100 * evaluation.accuracy, 100 * evaluation.top5_accuracy, evaluation.loss, evaluation.n,
-        artifact.manifest.name, artifact.manifest.version, artifact.folder,
-    )  # fmt: skip
-    return artifact
-
-
-def make_trainer(config: TrainingConfig, network: Network, device: torch.device, steps: int) -> Trainer:
-    """Optimizer, schedule and precision for `network`, which is moved to `device`. Raises: ConfigError."""
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    count = sum(parameter.numel() for parameter in trained)
-    log.info("training %s parameters on %s in %s", f"{count:,}", device, "bf16" if bf16 else "fp32")
-    if bf16 or device.type == "cuda":
-        # Measured on 2 cores of an AVX512-BF16 EPYC, torch 2.13, 32 px, batch 128: bf16 447 img/s with it, 407
-        # without; fp32 299 with it, 341 without (n = 8 steps).
-        network.to(memory_format=torch.channels_last)
-    network.to(device)
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "adamw":  # Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101
-        # Fused: 24 ms a step instead of 76 for all of ResNet-34 on 2 EPYC cores, torch 2.13 (n = 5).
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    else:
-        optimizer = torch.optim.SGD(
-            trained, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    scheduler = None
-    if config.schedule == "one-cycle":
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle(steps * config.epochs))
-    generator = torch.Generator().manual_seed(config.seed)
-    return Trainer(
-        network, optimizer, scheduler,
-        device=device, bf16=bf16, augmentation=config.augment, generator=generator,
+        "training %s parameters on %s in %s from %s", f"{count:,}", prepared.device,
+        "bf16" if prepared.bf16 else "fp32", "cached features" if prepared.features else "images",
     )  # fmt: skip
 
 
-def one_cycle(total_steps: int) -> Callable[[int], float]:
-    """The share of the peak learning rate at each step: up in a line over the first tenth, down along a cosine.
-
-    After Smith & Topin 2017 (https://arxiv.org/abs/1708.07120) and Loshchilov & Hutter 2016
-    (https://arxiv.org/abs/1608.03983); momentum stays as it is.
-    """
-    rising = max(1, total_steps // 10)
-
-    def share(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (total_steps - rising + 1)))
-
-    return share
+def set_up_torch(config: TrainingConfig) -> None:
+    """Threads and determinism."""
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Batches of one epoch; a last batch of a single image is left out (see `Trainer`)."""
-    full, rest = divmod(images, batch_size)
-    return full + (rest > 1)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device asked for, or the best there is. Raises: ConfigError."""
+def pick_device(name: str, group: Group = ALONE) -> torch.device:
+    """The device asked for, or the best there is; with several processes each has its own GPU. Raises: ConfigError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available[name]:
         raise ConfigError(f"--device {name}: this machine has none that PyTorch can use; --device cpu always works.")
-    return torch.device(name)
+    return torch.device(name, group.local_rank) if name == "cuda" else torch.device(name)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -148,31 +358,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _epoch(
-    trainer: Trainer, train: Loader, validation: Loader, epoch: int, epochs: int
-) -> tuple[EpochMetrics, Evaluation]:
-    """Train and validate once; validation is in float32, so its last figures are those of the exported weights."""
-    started_s = time.perf_counter()
-    learning_rate = trainer.learning_rate
-    train_loss, train_accuracy = trainer.train_epoch(train, f"epoch {epoch}/{epochs} train")
-    measured = trainer.evaluate(validation, f"epoch {epoch}/{epochs} validation")
-    metrics = EpochMetrics(
-        epoch, train_loss, train_accuracy, measured.loss, measured.accuracy, learning_rate,
-        time.perf_counter() - started_s,
-    )  # fmt: skip
-    return metrics, measured
-
-
-def _remaining(started_s: float, done: int, epochs: int) -> str:
-    left_s = (time.monotonic() - started_s) / done * (epochs - done)
-    return f"remaining_minutes={left_s / 60:.1f}"
-
-
-def _require_writable(output: Path) -> None:
-    """Find out now, not after the last epoch."""
+def require_writable(folder: Path, flag: str) -> None:
+    """Find out now, not after the last epoch. Raises: ConfigError."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as exc:
-        raise ConfigError(f"--output {output}: the folder cannot be written to ({exc.strerror}).") from exc
+        raise ConfigError(f"--{flag} {folder}: the folder cannot be written to ({exc.strerror}).") from exc

@@ -11,30 +11,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.config import TrainingConfig
+from training.config import TrainingConfig, read_recipe
 from training.data import cifar100, sample
 from training.data.layouts import SAMPLE
-from training.errors import DataError, TrainingError, WeightsError
+from training.entry import configure_logging, exit_status
+from training.errors import DataError, WeightsError
 from training.pretrained import imagenet_state
 from training.run import run
-from training.train_model import configure_logging
 
 log = logging.getLogger("training")
-
-# Accuracy not measured yet: data and weights could not be downloaded where this was written. Time, from the rate of the
-# same settings on 10,000 other images (2 EPYC cores, torch 2.13, bf16, n = 1): about 8 minutes.
-QUICK_CIFAR100: dict[str, object] = {
-    "weights": "imagenet", "side": 64, "epochs": 2, "batch_size": 128, "learning_rate": 0.05,
-    "schedule": "one-cycle", "precision": "auto", "model_name": "resnet34-cifar100-quick",
-}  # fmt: skip
-
-# python -m training.starter on 2 cores of an AVX512-BF16 EPYC (virtual machine), torch 2.13, bf16, 2026-11-22:
-# 185 s with drawing the sample, validation accuracy 97.35 % (n = 2,000; one run from a fresh clone).
-QUICK_SAMPLE: dict[str, object] = {
-    "weights": "none", "freeze": "none", "side": 32, "epochs": 4, "batch_size": 64, "optimizer": "adamw",
-    "learning_rate": 1e-3, "weight_decay": 0.01, "schedule": "one-cycle", "precision": "auto",
-    "model_name": "resnet34-sample",
-}  # fmt: skip
 
 
 def choose(data: Path) -> dict[str, object]:
@@ -49,9 +34,9 @@ def choose(data: Path) -> dict[str, object]:
             "weights: enough to try the service, useless for real pictures."
         )
         sample.write(data / SAMPLE)
-        return {**QUICK_SAMPLE, "data": data / SAMPLE}
+        return {**read_recipe("sample"), "data": data / SAMPLE}
     log.info("The starter model is fine-tuned on CIFAR-100 from ImageNet weights: both are here.")
-    return {**QUICK_CIFAR100, "data": data}
+    return {**read_recipe("quick"), "data": data}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,14 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     configure_logging()
     started_s = time.monotonic()
-    try:
-        run(TrainingConfig.create({**choose(options.data), "output": options.output}))
-    except (TrainingError, OSError) as exc:
-        log.error("%s", exc)
-        return 1
-    except KeyboardInterrupt:
-        log.error("Stopped before the end: no model was written, the next start trains anew.")
-        return 130
+    status = exit_status(lambda: run(TrainingConfig.create({**choose(options.data), "output": options.output})))
+    if status:
+        return status
     log.info("the starter model took %.0f s", time.monotonic() - started_s)
     return 0
 

@@ -5,13 +5,14 @@ that runs it gets the same numbers.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from service.model.architecture import Architecture
+from service.model.architecture import BLOCKS, Architecture, Block
 from service.model.preprocess import Preprocessing
 
 STEM = ("conv1", "bn1")
@@ -29,7 +30,7 @@ class Network(ResNet):  # type: ignore[misc]  # torchvision has no types
         # training from random weights start sooner; pretrained weights overwrite it.
         super().__init__(BasicBlock, [3, 4, 6, 3], num_classes=architecture.num_classes, zero_init_residual=True)
         self.architecture = architecture
-        self.fc = nn.Sequential(  # ResNet.forward calls whatever `fc` is
+        self.fc = nn.Sequential(
             OrderedDict(
                 hidden=nn.Linear(512 * BasicBlock.expansion, architecture.hidden_units),
                 activation=nn.ReLU(inplace=True),
@@ -43,10 +44,26 @@ class Network(ResNet):  # type: ignore[misc]  # torchvision has no types
             module.requires_grad_(False)
         self.train()
 
+    @property
+    def prefix(self) -> tuple[Block, ...]:
+        """The frozen blocks at the start, with no trained one before them: what `features` runs."""
+        frozen = self.architecture.frozen
+        return tuple(block for i, block in enumerate(BLOCKS) if set(BLOCKS[: i + 1]) <= set(frozen))
+
     def frozen_modules(self) -> list[nn.Module]:
         """The modules of the frozen blocks, the stem's two among them."""
-        names = [name for block in self.architecture.frozen for name in (STEM if block == "stem" else (block,))]
-        return [self.get_submodule(name) for name in names]
+        return [module for block in self.architecture.frozen for module in self.block_modules(block)]
+
+    def block_modules(self, block: Block) -> list[nn.Module]:
+        """The modules of a block that have parameters."""
+        return [self.get_submodule(name) for name in (STEM if block == "stem" else (block,))]
+
+    def unfreeze(self) -> None:
+        """Let every block be trained from now on."""
+        for module in self.frozen_modules():
+            module.requires_grad_(True)
+        self.architecture = self.architecture.model_copy(update={"frozen": ()})
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, but for the frozen blocks, which stay in eval mode."""
@@ -55,8 +72,25 @@ class Network(ResNet):  # type: ignore[misc]  # torchvision has no types
             module.eval()
         return self
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """uint8 (or float in 0..255) `[N, S, S, 3]` -> logits `[N, K]`."""
+    def features(self, batch: Tensor) -> Tensor:
+        """uint8 (or float in 0..255) `[N, S, S, 3]` -> what the frozen prefix makes of it, `[N, C, h, w]`."""
         planes = batch.permute(0, 3, 1, 2).to(self.mean.dtype)  # [N, 3, S, S]
-        logits: Tensor = super().forward((planes - self.mean) / self.std)
+        return self._through(self.prefix, (planes - self.mean) / self.std)
+
+    def forward(self, batch: Tensor, *, from_features: bool = False) -> Tensor:
+        """uint8 (or float in 0..255) `[N, S, S, 3]` -> logits `[N, K]`.
+
+        With `from_features`, `batch` is what `features` gave, and only the rest of the network runs.
+        """
+        features = batch if from_features else self.features(batch)
+        features = self._through(BLOCKS[len(self.prefix) :], features)  # [N, 512, h, w]
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(features), 1))
         return logits
+
+    def _through(self, blocks: Sequence[Block], tensor: Tensor) -> Tensor:
+        for block in blocks:
+            if block == "stem":
+                tensor = self.maxpool(self.relu(self.bn1(self.conv1(tensor))))
+            else:
+                tensor = self.get_submodule(block)(tensor)
+        return tensor

@@ -3,6 +3,8 @@
 Every source gives decoded images (uint8 `[H, W, 3]`) and, for trying a served model, the bytes of a file.
 """
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image
 
 from service.model.errors import ImageError
 from service.model.images import RgbImage, decode
+from service.model.machine import cores
 from training.errors import DataError
 
 Labels = npt.NDArray[np.int64]
@@ -41,6 +44,10 @@ class LabelledImages(Protocol):
 
     def file_name(self, index: int) -> str:
         """A file name for the payload; its ending tells the format."""
+        ...
+
+    def digest(self) -> bytes:
+        """sha256 of all images' bytes, in order: other images give another. Raises: DataError."""
         ...
 
 
@@ -82,6 +89,12 @@ class ArrayImages:
         """See `LabelledImages.file_name`."""
         return f"{index}.png"
 
+    def digest(self) -> bytes:
+        """See `LabelledImages.digest`."""
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        digest.update(np.ascontiguousarray(self.pixels).data)
+        return digest.digest()
+
 
 @dataclass(frozen=True)
 class FileImages:
@@ -110,3 +123,9 @@ class FileImages:
     def file_name(self, index: int) -> str:
         """See `LabelledImages.file_name`."""
         return self.paths[index].name
+
+    def digest(self) -> bytes:
+        """See `LabelledImages.digest`."""
+        with ThreadPoolExecutor(cores()) as threads:
+            each = threads.map(lambda i: hashlib.sha256(self.payload(i)).digest(), range(len(self)))
+            return hashlib.sha256(b"".join(each)).digest()

@@ -1,14 +1,17 @@
 """Labelled images -> batches for the network: uint8 `[N, S, S, 3]` and int64 `[N]`.
 
-Images that fit into memory are decoded and resized once, and every epoch takes its batches from one tensor;
-others are decoded again each epoch by worker processes. Both give the same batches.
+Images that fit into memory are decoded and resized once, at the first batch, and every epoch takes its batches from
+one tensor (on a GPU: of its own memory, if they fit there); others are decoded again each epoch by worker processes.
+All give the same batches.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,6 +28,9 @@ log = logging.getLogger(__name__)
 MEMORY_SHARE = 0.25
 """Share of the machine's memory that resized images may take."""
 
+GPU_MEMORY_SHARE = 0.4
+"""Share of a GPU's free memory that images or features may take."""
+
 Batch = tuple[Tensor, Tensor]
 """Images uint8 `[N, S, S, 3]` and labels int64 `[N]`."""
 
@@ -32,49 +38,84 @@ Batch = tuple[Tensor, Tensor]
 class Loader:
     """Batches of `images`, cropped and resized to `side_px`."""
 
-    def __init__(self, images: LabelledImages, side_px: int, batch_size: int, workers: int | None, what: str) -> None:
-        """Decodes everything now if it fits into memory. Raises: DataError."""
+    def __init__(
+        self,
+        images: LabelledImages,
+        side_px: int,
+        workers: int | None,
+        what: str,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  # immutable
+    ) -> None:
+        """Decodes nothing yet. `what` names the images in the log, `device` is where batches shall lie."""
         self.labels = torch.from_numpy(images.labels)
-        self._batch_size = batch_size
+        self.images = images
+        self.side_px = side_px
+        self.device = device
         self._lazy = _Resized(images, side_px)
         self._workers = workers if workers is not None else cores()
-        size = len(images) * side_px * side_px * 3
-        self.in_memory = size <= MEMORY_SHARE * memory_bytes()
-        log.info(
-            "%s: %d images, %.2f GB at %d px, %s",
-            what, len(images), size / 1e9, side_px, "held in memory" if self.in_memory else "decoded in every epoch",
-        )  # fmt: skip
-        self._pixels = _resize_all(images, side_px, what) if self.in_memory else None
+        self._what = what
+        self._size = len(images) * side_px * side_px * 3
+        self.in_memory = self._size <= MEMORY_SHARE * memory_bytes()
+        self._pixels: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.labels)
 
-    def batches(self, order: Tensor | None = None) -> Iterator[Batch]:
-        """One pass, in the given order (int64 `[N]`), else as they are."""
-        order = torch.arange(len(self)) if order is None else order
-        if self._pixels is not None:
-            for start in range(0, len(order), self._batch_size):
-                indices = order[start : start + self._batch_size]
-                yield self._pixels[indices], self.labels[indices]
-        else:
-            for batch in DataLoader(
-                self._lazy, self._batch_size, sampler=order.tolist(), num_workers=self._workers, collate_fn=_stack
-            ):
-                if isinstance(batch, DataError):
-                    raise batch
-                yield batch
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[Batch]:
+        """The images of each of `indices` (int64 `[N]`), on `device`. Raises: DataError."""
+        pixels = self._resized()
+        if pixels is not None:
+            for batch in indices:
+                yield pixels[batch.to(pixels.device)].to(self.device), self.labels[batch].to(self.device)
+            return
+        for loaded in DataLoader(
+            self._lazy,
+            batch_sampler=[batch.tolist() for batch in indices],
+            num_workers=self._workers,
+            collate_fn=_stack,
+            pin_memory=self.device.type == "cuda",
+        ):
+            if isinstance(loaded, DataError):
+                raise loaded
+            images, labels = loaded
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def in_order(self, batch_size: int) -> Iterator[Batch]:
+        """One pass over all images as they are."""
+        return self.batches(list(torch.split(torch.arange(len(self)), batch_size)))
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """Up to `count` images spread evenly over all (class folders lie one after the other).
 
-        Returns: their indices int64 `[n]`, and the images uint8 `[n, S, S, 3]`.
+        Returns: their indices int64 `[n]`, and the images uint8 `[n, S, S, 3]`, both on the CPU.
         """
         indices = torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
         return indices, torch.stack([torch.from_numpy(self._lazy[i][0].copy()) for i in indices.tolist()])
 
+    def _resized(self) -> Tensor | None:
+        """All images uint8 `[N, S, S, 3]`, decoded at the first call; None if they do not fit into memory."""
+        if self._pixels is None:
+            log.info(
+                "%s: %d images, %.2f GB at %d px, %s",
+                self._what,
+                len(self),
+                self._size / 1e9,
+                self.side_px,
+                "held in memory" if self.in_memory else "decoded in every epoch",
+            )
+            if self.in_memory:
+                pixels = _resize_all(self.images, self.side_px, self._what)
+                self._pixels = pixels.to(self.device) if fits_on(self.device, self._size) else pixels
+        return self._pixels
 
-class _Resized(TorchDataset[tuple[np.ndarray, int]]):
+
+def fits_on(device: torch.device, size: int) -> bool:
+    """Whether `size` bytes may be kept in the memory of a GPU; False for other devices, which need no copy."""
+    return device.type == "cuda" and size <= GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+class _Resized(TorchDataset[Any]):
     def __init__(self, images: LabelledImages, side_px: int) -> None:
         self._images = images
         self._side_px = side_px
@@ -82,10 +123,10 @@ class _Resized(TorchDataset[tuple[np.ndarray, int]]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint8], int]:
         return crop_resize(self._images.image(index), self._side_px), int(self._images.labels[index])
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, int]] | DataError:
+    def __getitems__(self, indices: list[int]) -> list[tuple[npt.NDArray[np.uint8], int]] | DataError:
         """A batch at once, as torch's fetcher asks for it where this method is."""
         try:
             return [self[index] for index in indices]
@@ -93,7 +134,7 @@ class _Resized(TorchDataset[tuple[np.ndarray, int]]):
             return exc
 
 
-def _stack(samples: list[tuple[np.ndarray, int]] | DataError) -> Batch | DataError:
+def _stack(samples: list[tuple[npt.NDArray[np.uint8], int]] | DataError) -> Batch | DataError:
     if isinstance(samples, DataError):
         return samples
     pixels, labels = zip(*samples, strict=True)
@@ -106,7 +147,7 @@ def _resize_all(images: LabelledImages, side_px: int, what: str) -> Tensor:
     def fill(index: int) -> None:
         pixels[index] = crop_resize(images.image(index), side_px)
 
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(cores()) as threads:
         for _ in progress(threads.map(fill, range(len(images))), f"{what}: decoding", total=len(images)):
             pass
     return torch.from_numpy(pixels)

@@ -1,0 +1,148 @@
+"""The entry of the container: what it runs, and that torchrun's processes find each other, save and end."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from training.__main__ import main, split_entry, take_flag
+from training.environment import SageMakerJob, environment_with
+from training.errors import ConfigError
+from training.torchrun import command, run_child, variables, wait_for_name
+
+SUMS = """
+import json, os, pathlib, sys
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+total = torch.tensor([float(dist.get_rank() + 1)])
+dist.all_reduce(total)
+path = pathlib.Path(sys.argv[1]) / str(dist.get_rank())
+path.write_text(json.dumps([total.item(), os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]]))
+dist.destroy_process_group()
+"""
+SAVES_ON_SIGTERM = """
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+def save(*_):
+    (folder / f"saved-{rank}").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+(folder / f"started-{rank}").touch()
+time.sleep(60)
+"""
+LIMIT_S = 90
+
+
+def job(*hosts: str, current: str) -> SageMakerJob:
+    return SageMakerJob(None, current, hosts, "lo", Path(), Path(), None, None, {})
+
+
+def module(folder: Path, name: str, code: str) -> dict[str, str]:
+    """Write a module; returns the variables a process needs to find it."""
+    (folder / f"{name}.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_two_hosts_meet_and_add_up(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        master = f"127.0.0.1:{probe.getsockname()[1]}"
+    extra = module(tmp_path, "sums", SUMS)
+    running = []
+    for host in ("algo-1", "algo-2"):
+        here = job("algo-1", "algo-2", current=host)
+        line = command("sums", [str(tmp_path)], 1, here, master)
+        environ = environment_with({**variables(1, here), **extra})
+        running.append(subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for process in running:
+        output, _ = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0, output
+    assert [json.loads((tmp_path / name).read_text()) for name in "01"] == [[3.0, "2", "0"], [3.0, "2", "0"]]
+
+
+def test_sigterm_reaches_every_process_which_saves(tmp_path: Path) -> None:
+    extra = module(tmp_path, "saves", SAVES_ON_SIGTERM)
+    line = command("saves", [str(tmp_path)], 2, None)
+    code = f"import sys; from training.torchrun import run_child; sys.exit(run_child({line!r}, {{}}))"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=environment_with({**variables(2, None), **extra}),
+        stderr=subprocess.DEVNULL,
+    )
+    deadline_s = time.monotonic() + LIMIT_S
+    while len(list(tmp_path.glob("started-*"))) < 2:
+        assert parent.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(LIMIT_S) != 0  # torchrun says so although its processes ended well
+    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+
+
+def test_the_exit_status_of_the_child_is_returned() -> None:
+    assert run_child([sys.executable, "-c", "raise SystemExit(3)"], {}) == 3
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run_child([sys.executable, "-c", killed], {}) == 128 + signal.SIGKILL
+
+
+def test_signals_go_to_the_child_and_later_to_this_process_again() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    waits = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); time.sleep(60)"
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert run_child([sys.executable, "-c", waits], {}) in (7, 128 + signal.SIGTERM)
+    timer.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_one_host_needs_no_address() -> None:
+    line = command("training.train_model", ["--epochs", "1"], 8, None)
+    assert line[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--standalone" in line
+    assert line[-4:] == ["-m", "training.train_model", "--epochs", "1"]
+
+
+def test_several_hosts_meet_at_the_first() -> None:
+    line = " ".join(command("x", [], 4, job("algo-1", "algo-2", current="algo-2")))
+    assert "--nnodes 2 --nproc-per-node 4" in line
+    assert "--node-rank 1 --master-addr algo-1 --master-port 29500" in line
+    assert variables(4, job("algo-1", "algo-2", current="algo-2"))["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_a_name_that_the_network_does_not_know_is_waited_for_and_then_refused() -> None:
+    wait_for_name("localhost")
+    with pytest.raises(ConfigError, match=r"algo-9\.invalid.*start the job again"):
+        wait_for_name("algo-9.invalid", limit_s=0)
+
+
+def test_flags_are_taken_in_both_spellings() -> None:
+    assert take_flag(["--a", "1", "--entry=hpo", "--b"], "entry") == ("hpo", ["--a", "1", "--b"])
+    assert take_flag(["--entry", "hpo", "--a"], "entry") == ("hpo", ["--a"])
+    assert take_flag(["--a", "1"], "entry") == (None, ["--a", "1"])
+    assert split_entry(["--epochs", "1"], "train_model") == ("train_model", ["--epochs", "1"])
+
+
+@pytest.mark.parametrize("arguments", [["--entry", "serve"], ["--entry"], ["--entry="]])
+def test_an_unknown_entry_is_refused_and_the_known_are_listed(
+    arguments: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        assert main(arguments) == 2
+    assert "known are train_model, hpo" in caplog.text
+
+
+def test_without_gpus_the_training_runs_in_this_process(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert main(["--device", "cpu", "--epoch", "3"]) == 2
+    assert "Did you mean epochs?" in caplog.text
+    assert "torchrun" not in caplog.text

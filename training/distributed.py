@@ -1,0 +1,105 @@
+"""Several processes train one network: who takes which images, and the sums over all of them.
+
+Each process takes every world-th image of a global batch. Loss, gradients and batch norm statistics are those of
+the global batch, so that any number of processes makes the same steps up to rounding.
+"""
+
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.environment import Ranks
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others: the first may take long to decode or to compute features."""
+
+
+@dataclass(frozen=True)
+class Group(Ranks):
+    """This process among those that train together, and what they do together; alone by default."""
+
+    def share(self, size: int) -> slice:
+        """This process's places in a global batch of `size`."""
+        return slice(self.rank, size, self.world_size)
+
+    def join(self, device: torch.device) -> None:
+        """Meet the other processes (torchrun's environment says where)."""
+        if self.world_size > 1 and not dist.is_initialized():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+    def leave(self) -> None:
+        """Part from the others."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is set in any process."""
+        return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+
+    def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """`network` with gradients averaged over all processes."""
+        if self.world_size == 1:
+            return network
+        devices = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
+
+ALONE = Group()
+"""The group of a process that trains by itself."""
+
+
+def share_statistics(network: nn.Module, group: Group) -> None:
+    """Let the batch norms that train take mean and variance over the global batch, in place."""
+    if group.world_size == 1:
+        return
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes.
+
+    torch's SyncBatchNorm does the same on GPUs alone; this one runs on any device. (Ioffe & Szegedy 2015,
+    https://arxiv.org/abs/1502.03167)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[N, C, H, W]` -> the same shape."""
+        if not self.training:
+            return super().forward(input)
+        from torch.distributed.nn.functional import all_reduce  # a sum through which gradients flow
+
+        values = input.float()
+        count = torch.tensor([values.numel() / values.shape[1]], device=input.device)
+        dist.all_reduce(count)
+        # Two passes, as one over squares loses digits: mean first, then the squares of what is left.
+        mean: Tensor = all_reduce(values.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]  # [C]
+        centred = values - mean[:, None, None]
+        squares: Tensor = all_reduce(centred.square().sum((0, 2, 3)))  # type: ignore[no-untyped-call]
+        variance = squares / count  # [C]
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            momentum = 0.1 if self.momentum is None else self.momentum
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+        scaled: Tensor = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        if self.affine:
+            scaled = scaled * self.weight[:, None, None] + self.bias[:, None, None]
+        return scaled.to(input.dtype)

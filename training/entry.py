@@ -1,0 +1,45 @@
+"""What the commands of `training` share: log lines, and what ends them.
+
+Exit status: 0 done; 1 data, weights or the run failed; 2 wrong settings; 128 + the signal's number when stopped by one
+(130 Ctrl-C, 143 SIGTERM), after which the same command resumes. Inside a SageMaker job the reason goes to
+/opt/ml/output/failure too.
+"""
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+
+from training.environment import write_failure
+from training.errors import ConfigError, TrainingError
+from training.interruption import Interrupted
+
+log = logging.getLogger("training")
+
+
+def configure_logging() -> None:
+    """Plain lines on stdout, where SageMaker reads them."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+
+
+def exit_status(program: Callable[[], object]) -> int:
+    """Run `program`; returns the exit status, with a sentence in the log for what ended it."""
+    try:
+        program()
+    except TrainingError as exc:
+        log.error("%s", exc)
+        write_failure(str(exc), traceback.format_exc())
+        return 2 if isinstance(exc, ConfigError) else 1
+    except Interrupted as exc:
+        log.error("%s: a checkpoint is written, the same command goes on from there; no artifact was touched.", exc)
+        return 128 + exc.signal_number
+    except KeyboardInterrupt:
+        log.error("Stopped before the end: no artifact was written, one that was there is as it was.")
+        return 130
+    except Exception as exc:
+        log.error("A fault of this program: %s: %s. Please report it with the lines below.", type(exc).__name__, exc)
+        write_failure(f"{type(exc).__name__}: {exc}", traceback.format_exc())
+        raise
+    return 0

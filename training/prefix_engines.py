@@ -1,0 +1,74 @@
+"""Engines for the one pass that fills the feature cache: resized images -> what the frozen blocks make of them.
+
+An engine is a function: uint8 `[n, S, S, 3]` -> bfloat16 `[n, h, w, C]` on the CPU. OpenVINO runs it on CPUs where it
+is installed, else torch; on a GPU torch, in bfloat16 if the run is.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from service.model.network import Network
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrefixEngine:
+    """One way to run the frozen blocks."""
+
+    name: str
+    """Tells engines apart whose results differ: part of the cache's key."""
+    batch_size: int
+    run: Callable[[Tensor], Tensor]
+
+
+def choose_engine(network: Network, device: torch.device, bf16: bool) -> PrefixEngine:
+    """The fastest at hand; `bf16`: compute in bfloat16, else in float32 (results are stored as bfloat16 either way)."""
+    if device.type == "cpu":
+        try:
+            return _openvino(network, bf16)
+        except ImportError:
+            log.info("OpenVINO is not installed: torch computes the features, which takes longer")
+    return _torch(network, device, bf16)
+
+
+def _torch(network: Network, device: torch.device, bf16: bool) -> PrefixEngine:
+    network = network.to(device).to(memory_format=torch.channels_last).eval()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            return network.features(images.to(device)).permute(0, 2, 3, 1).to("cpu", torch.bfloat16)
+
+    return PrefixEngine(f"torch-{device.type}-{'bf16' if bf16 else 'fp32'}", 512 if device.type == "cuda" else 64, run)
+
+
+def _openvino(network: Network, bf16: bool) -> PrefixEngine:
+    # Measured on 2 cores of an AVX512-BF16 EPYC, 224 px, batches of 32, img/s: fp32 38 (torch 30), bf16 75 (torch 55).
+    import openvino
+
+    side_px = 64  # any: the sides are left open below
+    example = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8)
+    model = openvino.convert_model(_Features(network).eval(), example_input=example)
+    model.reshape([-1, -1, -1, 3])
+    hints = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(model, "CPU", hints)
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(compiled(images.contiguous().numpy())[0]).to(torch.bfloat16)
+
+    return PrefixEngine(f"openvino-{'bf16' if bf16 else 'fp32'}", 64, run)
+
+
+class _Features(nn.Module):
+    """The frozen blocks as a module of their own, channels last as the cache lays them down."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.network.features(batch).permute(0, 2, 3, 1)
