@@ -1,28 +1,26 @@
 """`python -m training.hpo --data DIR --output DIR`: tune learning rate, batch size and number of epochs.
 
 On one's own machine: a study of ten trials, which ends with best.json for `train_model --from-tuning`. In a job that
-SageMaker's tuner has started: the one training with the hyperparameters it gave, and its artifact.
-
-Exit status: as `training.train_model`, and 143 after SIGTERM.
+SageMaker's tuner has started: the one training with the hyperparameters it gave, without instrumentation, and its
+artifact. With the hyperparameter `trials` a job makes a study of its own. Exit status: see `training.entry`.
 """
 
 import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from training.config import TrainingConfig, parse_arguments
-from training.environment import sagemaker_values
-from training.errors import ConfigError, TrainingError
+from training.entry import configure_logging, exit_status
+from training.environment import ranks, sagemaker_values
+from training.errors import ConfigError
 from training.interruption import Interrupted
-from training.train_model import configure_logging
-from training.tuning_config import TuningConfig, parse_tuning_arguments, require_something_to_tune, split
+from training.tuning_config import SOURCES, TuningConfig, parse_tuning_arguments, split
 
 if TYPE_CHECKING:
-    from training.tuning import Train
+    from training.trials import Train
 
 log = logging.getLogger("training")
 
@@ -30,44 +28,59 @@ log = logging.getLogger("training")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a study, or in a SageMaker job one training; returns the exit status."""
     configure_logging()
+    stopped = 0
+
+    def program() -> None:
+        nonlocal stopped
+        stopped = tune_or_train(sys.argv[1:] if arguments is None else arguments)
+
+    return exit_status(program) or stopped
+
+
+def tune_or_train(arguments: Sequence[str]) -> int:
+    """What the job and `arguments` say. Returns: 0, or 128 and the number of the signal that stopped a study.
+
+    Raises: TrainingError; Interrupted, KeyboardInterrupt from a single training.
+    """
+    given, rest = parse_tuning_arguments(arguments)
+    job = sagemaker_values()
+    tuning, training = split({**job, **given, **_training_arguments(rest)})
+    if job and "trials" not in tuning:
+        train_once(tuning, training)
+        return 0
     before = signal.signal(signal.SIGTERM, _terminate)
-    how_to_go_on = "Stopped before the end: no artifact was written."
     try:
-        given, rest = parse_tuning_arguments(sys.argv[1:] if arguments is None else arguments)
-        job = sagemaker_values()
-        tuning, training = split({**job, **given, **_training_arguments(rest)})
-        if job and "trials" not in tuning:
-            train_once(tuning, training)
-        else:
-            how_to_go_on = "Stopped before the end: the same command goes on, the trial under way begins again."
-            run_study(tuning, training)
-    except ConfigError as exc:
-        log.error("%s", exc)
-        return 2
-    except TrainingError as exc:
-        log.error("%s", exc)
-        return 1
-    except (KeyboardInterrupt, Interrupted) as exc:
-        log.error("%s", how_to_go_on)
-        number = exc.signal_number if isinstance(exc, Interrupted) else signal.SIGINT
-        return 128 + number
+        run_study(tuning, training)
+    except (Interrupted, KeyboardInterrupt) as exc:
+        log.error("Stopped before the end: the same command goes on; the trial under way begins again.")
+        return 128 + (exc.signal_number if isinstance(exc, Interrupted) else signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def run_study(tuning: Mapping[str, object], training: Mapping[str, object]) -> Path:
-    """The study in the output folder, begun or continued. Returns: best.json. Raises: TrainingError."""
+def run_study(tuning: Mapping[str, object], training: Mapping[str, object]) -> None:
+    """Begin or continue the study in the output folder. Raises: TrainingError, Interrupted."""
+    if ranks().is_distributed:
+        raise ConfigError(
+            "A study is not for torchrun; start python -m training.hpo several times to share its trials."
+        )
     settings = TuningConfig.create(tuning)
-    require_something_to_tune(training)
-    base = TrainingConfig.create({**training, **settings.nearest(training)})
+    start = TrainingConfig.resolve(training)
+    # A recipe says where to start from; only what is given by itself is not tuned.
+    fixed = {
+        name: getattr(start, name) for name in start.model_fields_set if name not in SOURCES or name in training
+    }  # fmt: skip
+    if set(SOURCES) <= set(fixed):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in SOURCES)
+        raise ConfigError(f"{names} are all given, so nothing is left to tune; leave one out.")
     try:
-        base.output.mkdir(parents=True, exist_ok=True)
+        start.output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise ConfigError(f"--output {base.output}: the folder cannot be made ({exc.strerror}).") from exc
-    from training.tuning import Tuner  # torch takes seconds to import: not before the settings are right
+        raise ConfigError(f"--output {start.output}: the folder cannot be made ({exc.strerror}).") from exc
+    from training.trials import Tuner  # torch takes seconds to import: not before the settings are right
 
-    return Tuner(settings, training, base.output, prepared).run()
+    Tuner(settings, fixed, start, prepared).run()
 
 
 def train_once(tuning: Mapping[str, object], training: Mapping[str, object]) -> None:
@@ -77,14 +90,16 @@ def train_once(tuning: Mapping[str, object], training: Mapping[str, object]) -> 
             f"{', '.join(tuning)} are settings of a study, which SageMaker's tuner makes itself; to make one inside "
             "this job, give the hyperparameter trials too."
         )
-    config = TrainingConfig.create(training)
+    config = TrainingConfig.resolve(training)
+    place = ranks()
+    from training.distributed import Group
     from training.run import run
 
-    run(config)
+    run(config, (), Group(**vars(place)))
 
 
 def prepared(config: TrainingConfig) -> "tuple[Train, dict[str, object]]":
-    """Data and cached features, once for all trials of this process. See `training.tuning.Prepare`."""
+    """Data and cached features, once for all trials of this process. See `training.trials.Prepare`."""
     from training.run import fit, prepare
 
     ready = prepare(config)

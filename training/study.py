@@ -36,11 +36,11 @@ class Study:
     """Claims and finishes trials. Open it once in a process."""
 
     def __init__(
-        self, folder: Path, tuning: TuningConfig, fixed: Mapping[str, object], facts: Mapping[str, object], seed: int
+        self, folder: Path, tuning: TuningConfig, first: Mapping[str, object], facts: Mapping[str, object], seed: int
     ) -> None:
         """Open the study in `folder`, or begin one.
 
-        `fixed`: hyperparameters that are not tuned. `facts`: what must be the same in every trial (JSON).
+        `first`: the hyperparameters that are tuned, with the values to try first. `facts`: what must be the same in every trial (JSON).
 
         Raises: ConfigError when the study there was begun with other facts, or cannot be read.
         """
@@ -49,7 +49,7 @@ class Study:
         optuna.logging.disable_default_handler()  # its lines repeat ours
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._tuning, self._seed = tuning, seed
-        self._distributions: dict[str, BaseDistribution] = tuning.distributions(fixed)
+        self._distributions: dict[str, BaseDistribution] = tuning.distributions(first)
         # With few trials of the default ten drawn at random, TPE has something to learn from and to do.
         self._startup = max(3, tuning.trials // 3)
         self._lock = StudyLock(folder / "study.lock")
@@ -61,7 +61,7 @@ class Study:
             facts = json.loads(json.dumps({**facts, **ranges, "metric": tuning.metric}))
             known = self._study.user_attrs.get("facts")
             if known is None:  # the queue first: whoever is killed in between begins again
-                self._study.enqueue_trial(tuning.nearest(fixed), skip_if_exists=True)
+                self._study.enqueue_trial(dict(first), skip_if_exists=True)
                 self._study.set_user_attr("facts", facts)
             elif known != facts:
                 raise ConfigError(f"--output {folder}: {_difference(known, facts)}; give those, or another folder.")

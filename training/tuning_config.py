@@ -1,13 +1,12 @@
 """What the tuner may try, and for how long: the flags of `python -m training.hpo` beyond those of a training run.
 
 The ranges lie around the published reference (learning rate 0.0175, batch size 128, 70 epochs), which is also the
-first trial. A hyperparameter that is given as a value of its own (`--epochs 30`) is fixed and not tuned.
+first trial, unless a recipe says otherwise. A hyperparameter that is given as a value of its own (`--epochs 30`) is fixed and not tuned.
 """
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -88,8 +87,8 @@ class TuningConfig(BaseModel):
                 problems[name] = f"--{name.replace('_', '-')} {values[name]}: {error['msg']}{what}"
             raise ConfigError("; ".join(problems.values())) from exc
 
-    def distributions(self, fixed: Mapping[str, object]) -> "dict[str, BaseDistribution]":
-        """What each hyperparameter that is not fixed is drawn from, for Optuna."""
+    def distributions(self, tuned: Collection[str]) -> "dict[str, BaseDistribution]":
+        """What each of the tuned hyperparameters is drawn from, for Optuna."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         all_of_them: dict[str, BaseDistribution] = {
@@ -97,17 +96,16 @@ class TuningConfig(BaseModel):
             "batch_size": CategoricalDistribution(self.batch_sizes),
             "epochs": IntDistribution(*self.epochs_range),
         }
-        return {name: each for name, each in all_of_them.items() if name not in fixed}
+        return {name: each for name, each in all_of_them.items() if name in tuned}
 
-    def nearest(self, fixed: Mapping[str, object]) -> dict[str, object]:
-        """The reference recipe, each hyperparameter moved into its range: what is tried first."""
-        base = TrainingConfig(data=Path(), output=Path())
+    def nearest(self, fixed: Mapping[str, object], start: TrainingConfig) -> dict[str, object]:
+        """What is tried first: the values of `start`, each moved into its range."""
         low, high = self.learning_rate_range
         first, last = self.epochs_range
         all_of_them: dict[str, object] = {
-            "learning_rate": min(max(base.learning_rate, low), high),
-            "batch_size": min(self.batch_sizes, key=lambda size: abs(math.log(size / base.batch_size))),
-            "epochs": min(max(base.epochs, first), last),
+            "learning_rate": min(max(start.learning_rate, low), high),
+            "batch_size": min(self.batch_sizes, key=lambda size: abs(math.log(size / start.batch_size))),
+            "epochs": min(max(start.epochs, first), last),
         }
         return {name: value for name, value in all_of_them.items() if name not in fixed}
 
@@ -115,22 +113,14 @@ class TuningConfig(BaseModel):
 def split(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """Values by field name -> those of `TuningConfig`, and the rest, which are a training run's.
 
-    Raises: ConfigError when a hyperparameter is both fixed and given a range, or nothing is left to tune.
+    Raises: ConfigError when a hyperparameter is both fixed and given a range.
     """
     tuning = {name: value for name, value in values.items() if name in TuningConfig.model_fields}
     training = {name: value for name, value in values.items() if name not in tuning}
-    if tuning:
-        for name, source in SOURCES.items():
-            if name in training and source in tuning:
-                raise ConfigError(f"{_flag(name)} fixes what {_flag(source)} would tune; give one of the two.")
+    for name, source in SOURCES.items():
+        if name in training and source in tuning:
+            raise ConfigError(f"{_flag(name)} fixes what {_flag(source)} would tune; give one of the two.")
     return tuning, training
-
-
-def require_something_to_tune(fixed: Mapping[str, object]) -> None:
-    """Raises: ConfigError when every hyperparameter of the search is fixed."""
-    if set(SOURCES) <= set(fixed):
-        names = ", ".join(_flag(name) for name in SOURCES)
-        raise ConfigError(f"{names} are all given, so nothing is left to tune; leave one out.")
 
 
 def parse_tuning_arguments(arguments: Sequence[str]) -> tuple[dict[str, object], list[str]]:

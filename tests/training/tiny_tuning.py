@@ -1,7 +1,7 @@
-"""A study over a real, tiny training, as a process of its own: `python tiny_tuning.py FOLDER TRIALS [SECONDS]`.
+"""A study over a real, tiny training: a linear network on points of two classes, with callbacks as in the real loop.
 
-The training is a linear network on points of two classes; it calls callbacks as the training loop does. With
-SECONDS each epoch also takes so long, for tests that come in between.
+`python tiny_tuning.py LOG:FOLDER:TRIALS:SECONDS ...` runs each as a process of its own, forked from one that has
+imported torch. SECONDS are what an epoch takes at least, for tests that come in between.
 """
 
 import logging
@@ -24,7 +24,7 @@ from training.config import TrainingConfig
 from training.data.dataset import ArrayImages, Dataset
 from training.errors import DivergedError
 from training.evaluation import EpochMetrics, Evaluation
-from training.tuning import Prepare, Train, Tuner
+from training.trials import Prepare, Train, Tuner
 from training.tuning_config import TuningConfig
 
 POINTS = 64
@@ -123,11 +123,30 @@ def tuner(
     """A tuner with small ranges."""
     ranges = {"epochs_range": "2:6", "batch_sizes": "8,16,32", **tuning}
     values = {"data": folder, "output": folder, **(fixed or {})}
-    return Tuner(TuningConfig.create(ranges), values, folder, prepare)
+    return Tuner(TuningConfig.create(ranges), values, TrainingConfig.create(values), prepare)
+
+
+def run_forked(job: str) -> int:
+    """Start one study; its log begins with its process id. Returns: the process id."""
+    log, folder, trials, epoch_s = job.split(":")
+    pid = os.fork()
+    if pid:
+        return pid
+    logging.basicConfig(level=logging.INFO, filename=log, format="%(message)s")
+    logging.info("pid %d", os.getpid())
+    status = 1
+    try:
+        tuner(Path(folder), preparation(float(epoch_s)), trials=trials).run()
+        status = 0
+    except BaseException:
+        logging.exception("ended")
+    finally:
+        logging.info("status %d", status)
+        os._exit(status)
 
 
 if __name__ == "__main__":
     os.nice(5)
     torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-    tuner(Path(sys.argv[1]), preparation(float(sys.argv[3])), trials=sys.argv[2]).run()
+    for child in [run_forked(job) for job in sys.argv[1:]]:
+        os.waitpid(child, 0)
