@@ -192,7 +192,7 @@ class TrainingConfig(BaseModel):
         recipe, tuned = given.pop("recipe", None), given.pop("from_tuning", None)
         below = read_recipe(str(recipe)) if recipe else {}
         if tuned:
-            from training.tuning import read_best
+            from training.tuning_result import read_best
 
             below |= read_best(Path(str(tuned)))
         return cls.create({**below, **given})

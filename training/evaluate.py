@@ -11,14 +11,12 @@ import argparse
 import json
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from service.model.archive import model_folder
@@ -30,13 +28,12 @@ from service.model.network import Network
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
+from training.devices import pick_device
+from training.entry import configure_logging
 from training.errors import ConfigError, DataError, TrainingError
 from training.figures import Figures, figures
-from training.progress import LINE_EVERY_S
 from training.report.sources import numbers
 from training.report.write import write_report
-from training.run import pick_device
-from training.train_model import configure_logging
 
 log = logging.getLogger("training")
 
@@ -66,22 +63,9 @@ class Relabelled:
         """See `LabelledImages.file_name`."""
         return self.images.file_name(index)
 
-
-def logits_of(network: Network, loader: Loader, device: torch.device) -> tuple[npt.NDArray[np.float32], Labels]:
-    """One pass in eval mode and float32, in the loader's order: logits `[N, K]`, labels `[N]`."""
-    network.eval()
-    logits, labels = [], []
-    done = 0
-    last_s = time.monotonic()
-    with torch.inference_mode():
-        for images, truth in loader.batches():
-            logits.append(network(images.to(device)).float().cpu().numpy())
-            labels.append(truth.numpy())
-            done += len(truth)
-            if time.monotonic() - last_s >= LINE_EVERY_S:
-                last_s = time.monotonic()
-                log.info("evaluating: %d of %d images", done, len(loader))
-    return np.concatenate(logits), np.concatenate(labels)
+    def digest(self) -> bytes:
+        """See `LabelledImages.digest`."""
+        return self.images.digest()
 
 
 def network_of(artifact: Artifact, device: torch.device) -> Network:

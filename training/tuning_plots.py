@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from training.tuning_config import SOURCES, TuningConfig
 
 if TYPE_CHECKING:
-    import optuna
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial

@@ -20,8 +20,8 @@ from training.config import TrainingConfig
 from training.errors import ConfigError, DataError, TrainingError
 from training.study import MAX_ATTEMPTS, Study
 from training.trials import comparable_step
-from training.tuning_config import TuningConfig
 from training.tuning import read_best
+from training.tuning_config import TuningConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "tiny_tuning.py"
