@@ -18,9 +18,9 @@ from training.errors import DivergedError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
 from training.interruption import Interrupted
 from training.study import INTERRUPTED, Study
+from training.tuning import settings_of, write_best
 from training.tuning_config import SOURCES, TuningConfig
 from training.tuning_plots import draw
-from training.tuning import settings_of, write_best
 
 if TYPE_CHECKING:
     import optuna
