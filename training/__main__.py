@@ -8,9 +8,10 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from training.entry import configure_logging
-from training.environment import ENTRY, SageMakerJob, ranks, sagemaker_job, write_failure
+from training.environment import ENTRY, ROOT, SageMakerJob, ranks, sagemaker_job, write_failure
 from training.errors import ConfigError
 from training.torchrun import command, run_child, variables, wait_for_name
 
@@ -19,12 +20,12 @@ log = logging.getLogger("training")
 ENTRIES = {"train_model": "training.train_model", "hpo": "training.hpo"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Run what is asked for; returns the exit status."""
     configure_logging()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        job = sagemaker_job()
+        job = sagemaker_job(root)
         implied = dict(job.hyperparameters) if job is not None else {}
         entry, rest = split_entry(given, str(implied.get(ENTRY, "train_model")))
         if entry == "hpo" and job is not None and len(job.hosts) > 1:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_child(command(ENTRIES[entry], rest, processes, job), log_start(processes, job))
     except ConfigError as exc:
         log.error("%s", exc)
-        write_failure(str(exc))
+        write_failure(str(exc), root=root)
         return 2
 
 

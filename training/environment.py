@@ -156,6 +156,11 @@ def environment_with(extra: Mapping[str, str], environ: Mapping[str, str] = os.e
     return {**extra, **environ}
 
 
+def quiet_profiler_library() -> None:
+    """Keep the library under torch's profiler from writing lines of its own to stderr, unless asked for."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
 def write_failure(sentence: str, trace: str = "", root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> None:
     """Say why the job failed where SageMaker looks for it: the sentence first, then the trace.
 

@@ -7,6 +7,7 @@
 Accuracies in 0..1; `seconds` of a step with its wait for images. A figure that is no number (nan, inf) is null.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -46,7 +47,7 @@ class MetricsLog(Callback):
         path = context.folder / FILE
         try:
             kept = [line for line in _lines(path) if self._last_step(line) < context.first_step]
-            self._epochs_written = {int(line["epoch"]) for line in kept if line["kind"] == "epoch"}
+            self._epochs_written = {int(str(line["epoch"])) for line in kept if line["kind"] == "epoch"}
             _replace(path, kept)
             self._file = path.open("a", encoding="utf-8")
         except OSError as exc:
@@ -93,10 +94,8 @@ class MetricsLog(Callback):
         log.warning("%s cannot be written (%s); the run goes on without it", FILE, exc)
         file, self._file = self._file, None
         if file is not None:
-            try:
+            with contextlib.suppress(OSError):  # it flushes once more
                 file.close()
-            except OSError:  # it flushes once more
-                pass
 
 
 def _lines(path: Path) -> Iterable[dict[str, object]]:

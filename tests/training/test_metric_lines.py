@@ -92,7 +92,7 @@ def test_every_way_to_write_a_number_is_read(value: str) -> None:
     [
         batch_line(pass_title(1, 2, VALIDATION), 10, 20, 1.0, 0.5),
         "settings: data=/d epochs=70 learning_rate=0.0174 seconds=3 train_loss=1 validation_accuracy=1",
-        "validation: accuracy 76.76 %, top-5 90.00 %, loss 1.0000, n=10000; artifact resnet34 version 1 in /opt/ml/model",
+        "validation: accuracy 76.76 %, top-5 90.00 %, loss 1.0000, n=10000; artifact resnet34 version 1 in /m",
         "epoch=3/70 remaining_minutes=3",
         "batch_loss=1.0 batch_accuracy=0.5",
         "epoch 1/2 validation train images=1/2 batch_loss=1.0",

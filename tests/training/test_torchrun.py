@@ -146,3 +146,12 @@ def test_without_gpus_the_training_runs_in_this_process(caplog: pytest.LogCaptur
         assert main(["--device", "cpu", "--epoch", "3"]) == 2
     assert "Did you mean epochs?" in caplog.text
     assert "torchrun" not in caplog.text
+
+
+def test_a_search_on_several_hosts_is_refused_and_the_platform_told(tmp_path: Path) -> None:
+    config = tmp_path / "input" / "config"
+    config.mkdir(parents=True)
+    (config / "hyperparameters.json").write_text('{"entry": "\\"hpo\\""}')
+    (config / "resourceconfig.json").write_text('{"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]}')
+    assert main([], root=tmp_path) == 2
+    assert "entry hpo runs on one host, this job has 2" in (tmp_path / "output" / "failure").read_text()

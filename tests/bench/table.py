@@ -1,0 +1,42 @@
+"""Tables of measurements: Markdown beside JSON, with the machine they were made on."""
+
+import json
+import platform
+from collections.abc import Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """The machine in a line: processor, cores, GPU, versions."""
+    import torch
+
+    from service.model.machine import cores
+
+    processor = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    flags = torch.cpu.get_capabilities()
+    known = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if flags.get(name)]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "openvino"))
+    return f"{cores()} cores of {processor} ({', '.join(known)}), {gpu}, Python {platform.python_version()}, {packages}"
+
+
+def save(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str]) -> None:
+    """Write results/NAME.md and NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    lines = [f"# {title}", "", f"{date.today()}, {machine()}", "", "| " + " | ".join(header) + " |"]
+    lines.append("|" + "---|" * len(header))
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    lines += ["", *[f"- {note}" for note in notes], ""]
+    (RESULTS / f"{name}.md").write_text("\n".join(lines))
+    facts: dict[str, Any] = {"title": title, "date": str(date.today()), "machine": machine()}
+    content = {**facts, "header": list(header), "rows": [list(row) for row in rows], "notes": list(notes)}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,205 @@
+"""Each rule fires on a run with its disease and is silent on a healthy one."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from training.debugging.__main__ import main
+from training.debugging.configuration import RULES, create_rules, read_rules
+from training.debugging.observations import Observation, read, scalar
+from training.debugging.observer import Observer
+from training.debugging.rules_metrics import StalledTrainingRule
+from training.debugging.verdicts import evaluate
+from training.errors import ConfigError
+
+
+def watched(rule: str, action: str | None = None, interval: int = 1, **parameters: object) -> Observer:
+    return Observer(interval, create_rules([{"rule": rule, "parameters": parameters, "action": action}]))
+
+
+def test_a_healthy_run_has_no_issues(train: Any, small: Any, points: Any) -> None:
+    run = train(small(), points(400, spread=2.0), [Observer(5, create_rules())], epochs=3, learning_rate=0.005)
+    assert {name: entry["firings"] for name, entry in run.verdicts.items() if entry["firings"]} == {}
+    assert {entry["status"] for entry in run.verdicts.values()} == {"NoIssuesFound"}
+    assert set(run.verdicts) == set(RULES)
+    assert main([str(run.folder)]) == 0
+
+
+def test_random_weights_whose_residual_branches_start_at_zero_are_not_ill(train: Any, tail: Any) -> None:
+    network, data = tail()
+    kept = Observer(3, create_rules(["VanishingGradient", "AllZero", "DeadRelu", "WeightUpdateRatio"]))
+    run = train(network, data, [kept], epochs=9, learning_rate=0.01, batch_size=8)
+    assert {entry["status"] for entry in run.verdicts.values()} == {"NoIssuesFound"}
+
+
+def test_vanishing_gradient_fires_behind_many_sigmoids(train: Any, points: Any) -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(12) for layer in (nn.Linear(24, 24), nn.Sigmoid())]
+    run = train(nn.Sequential(*layers, nn.Linear(24, 4)), points(200), [watched("VanishingGradient")])
+    firing = run.verdicts["VanishingGradient"]["firings"][0]
+    assert firing["tensor"].startswith("gradient/Sequential_") and firing["value"] < firing["threshold"] == 1e-7
+    assert firing["step"] == 23  # the third observation in a row, once a run has settled
+
+
+def test_exploding_tensor_fires_when_the_learning_rate_is_absurd(train: Any, points: Any) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
+    run = train(network, points(200), [watched("ExplodingTensor", interval=50)], learning_rate=1e20)
+    assert run.error is not None
+    assert run.status("ExplodingTensor") == "IssuesFound"  # seen after the failure, between two observed steps
+
+
+def test_poor_initialization_fires_when_one_layer_is_far_too_large(train: Any, points: Any) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)
+    )  # fmt: skip
+    with torch.no_grad():
+        network[2].weight.mul_(1e-6)
+        network[4].weight.mul_(1e-6)
+    rule = watched("PoorWeightInitialization", activation_inputs_regex=".*_input")
+    run = train(network, points(400), [rule], epochs=1, learning_rate=1e-7)
+    firing = run.verdicts["PoorWeightInitialization"]["firings"][0]
+    assert firing["value"] > firing["threshold"] == 10
+
+
+def test_dead_relu_fires_when_biases_are_far_below_zero(train: Any, small: Any, points: Any) -> None:
+    network = small()
+    with torch.no_grad():
+        network.bn.bias.fill_(-100)
+    run = train(network, points(100), [watched("DeadRelu")], epochs=1)
+    assert run.verdicts["DeadRelu"]["firings"][0]["tensor"] == "relu_output_0"
+    assert run.verdicts["DeadRelu"]["firings"][0]["value"] == 100
+
+
+def test_all_zero_fires_when_weights_are_zero(train: Any, points: Any) -> None:
+    network = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 4))
+    for parameter in network.parameters():
+        nn.init.zeros_(parameter)
+    run = train(network, points(100), [watched("AllZero")], epochs=5)
+    assert "Sequential_0.weight" in {firing["tensor"] for firing in run.verdicts["AllZero"]["firings"]}
+
+
+@pytest.mark.parametrize("rule", ["UnchangedTensor", "WeightUpdateRatio"])
+def test_weights_that_do_not_move_are_found(train: Any, small: Any, points: Any, rule: str) -> None:
+    run = train(small(), points(100), [watched(rule)], epochs=5, learning_rate=0.0)
+    assert {firing["tensor"] for firing in run.verdicts[rule]["firings"]} >= {"Small_hidden.weight"}
+
+
+def test_updates_far_larger_than_the_weights_are_found(train: Any, small: Any, points: Any) -> None:
+    run = train(small(), points(100), [watched("WeightUpdateRatio")], epochs=1, learning_rate=1e4)
+    assert run.verdicts["WeightUpdateRatio"]["firings"][0]["threshold"] == 10
+
+
+def test_loss_not_decreasing_fires_when_nothing_is_learned(train: Any, small: Any, points: Any) -> None:
+    run = train(small(), points(200), [watched("LossNotDecreasing")], learning_rate=0.0)
+    assert run.verdicts["LossNotDecreasing"]["firings"][0]["tensor"] == "CrossEntropyLoss_output_0"
+
+
+def test_overfit_and_overtraining_fire_when_few_points_are_memorised(train: Any, small: Any, points: Any) -> None:
+    rules = [{"rule": "Overfit"}, {"rule": "Overtraining"}]
+    run = train(small(), points(40, spread=4.0), [Observer(10, create_rules(rules))], epochs=25)
+    assert run.status("Overfit") == "IssuesFound"
+    assert run.verdicts["Overtraining"]["firings"][0]["tensor"].startswith("scalar/")
+
+
+def test_class_imbalance_fires_when_one_class_has_most_images(train: Any, small: Any, points: Any) -> None:
+    run = train(small(), points(800, shares=(95, 2, 2, 1)), [watched("ClassImbalance")], epochs=2)
+    assert run.verdicts["ClassImbalance"]["firings"][0]["value"] > 10
+
+
+def test_rare_classes_that_are_predicted_wrong_are_found(train: Any, small: Any, points: Any) -> None:
+    data = points(800, shares=(8, 8, 8, 1), spread=4.0)
+    rule = watched("ClassImbalance", threshold_imbalance=100)
+    run = train(small(), data, [rule], epochs=3, learning_rate=0.01)
+    assert any("predicted wrong" in firing["message"] for firing in run.verdicts["ClassImbalance"]["firings"])
+
+
+def test_a_stalled_run_is_reported_by_the_watchdog_and_stopped(train: Any, small: Any, points: Any) -> None:
+    rule = StalledTrainingRule(stop_training_on_fire=True)
+    rules = create_rules(["StalledTrainingRule"])
+    rule.threshold = 0.2  # type: ignore[assignment]  # AWS counts whole seconds
+    rules.verdicts[0].rule = rule
+    run = train(
+        small(), points(200), [Observer(1, rules)],
+        after_step=lambda number: time.sleep(0.6) if number == 3 else None,
+    )  # fmt: skip
+    assert run.status("StalledTrainingRule") == "IssuesFound"
+    assert len(run.losses) == 3 and "nothing happened" in str(run.error)
+
+
+def test_a_gap_in_the_times_is_found_afterwards() -> None:
+    seen = [scalar(step, "scalar/batch_loss", 1.0, time_s) for step, time_s in ((1, 0.0), (2, 10.0), (3, 5000.0))]
+    rules = evaluate(create_rules(["StalledTrainingRule"]), seen)
+    assert [firing.step for firing in rules.verdicts[0].firings] == [3]
+    resumed = [seen[0], seen[1], Observation(2, "run", "start", 5000.0), seen[2]]
+    assert evaluate(create_rules(["StalledTrainingRule"]), resumed).verdicts[0].count == 0
+
+
+def test_the_action_stop_ends_the_run(train: Any, small: Any, points: Any) -> None:
+    run = train(small(), points(200), [watched("UnchangedTensor", "stop")], learning_rate=0.0)
+    assert len(run.losses) == 21  # step 22 is not counted: it ended the run
+    assert "UnchangedTensor" in str(run.error) and "observations ago" in str(run.error)
+    assert run.status("UnchangedTensor") == "IssuesFound"
+
+
+def test_verdicts_are_the_same_live_and_afterwards(train: Any, small: Any, points: Any, tmp_path: Path) -> None:
+    run = train(small(), points(200), [Observer(1, create_rules())], learning_rate=0.0)
+    afterwards = evaluate(create_rules(), read(run.folder / "observations.jsonl"))
+    assert {v.rule.name: (v.status, v.count) for v in afterwards.verdicts} == {
+        name: (entry["status"], entry["count"]) for name, entry in run.verdicts.items()
+    }
+    assert main([str(run.folder)]) == 3
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[rules]]\nrule = "DeadRelu"\n')
+    assert main([str(run.folder), "--rules", str(rules)]) == 0
+    assert main([str(tmp_path / "nothing")]) == 2
+
+
+def test_parameters_are_taken_as_aws_passes_them() -> None:
+    given = [
+        {"rule": "WeightUpdateRatio", "parameters": {"num_steps": "5", "rule_to_invoke": "WeightUpdateRatio"}},
+        {"rule": "ExplodingTensor", "parameters": {"only_nan": "True", "collection_names": ["losses", "weights"]}},
+    ]
+    ratio, exploding = (verdict.rule for verdict in create_rules(given).verdicts)
+    assert ratio.parameters["num_steps"] == 5 and ratio.parameters["large_threshold"] == 10
+    assert exploding.parameters == {"collection_names": "losses,weights", "tensor_regex": None, "only_nan": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ([{"rule": "Overfitting"}], "known are: VanishingGradient"),
+        ([{"rule": "Overfit", "parameters": {"ratio": 1}}], "known are: start_step, patience, ratio_threshold"),
+        ([{"rule": "Overfit", "parameters": {"patience": "many"}}], "is not of the type of the default 1"),
+        ([{"rule": "Overfit", "action": "email"}], 'known are "none" and "stop"'),
+        ([{"rule": "AllZero", "parameters": {"tensor_regex": "("}}], "not a regular expression"),
+        ([{"rule": "AllZero", "parameters": {"collection_names": "weight"}}], "known are: weights"),
+        ([{"name": "Overfit"}], "A rule is an object"),
+        ({"rule": "Overfit"}, "Rules are a list"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_with_what_is_known(given: object, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
+        create_rules(given)
+
+
+def test_a_rule_that_cannot_judge_says_so(train: Any, small: Any, points: Any) -> None:
+    run = train(small(), points(100), [Observer(1)], epochs=1)
+    rules = create_rules([{"rule": "UnchangedTensor", "parameters": {"atol": 1e-3}}])
+    verdict = evaluate(rules, read(run.folder / "observations.jsonl")).verdicts[0]
+    assert verdict.status == "Error" and "atol" in str(verdict.error)
+
+
+def test_rules_can_be_read_from_json(tmp_path: Path) -> None:
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps([{"rule": "DeadRelu", "action": "stop"}]))
+    assert [verdict.stop for verdict in read_rules(path).verdicts] == [True]
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as a list of rules"):
+        read_rules(path)

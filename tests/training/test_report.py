@@ -1,0 +1,305 @@
+"""The report: one page that stands alone, says the right numbers, and lets no text become markup."""
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.model.architecture import Architecture
+from service.model.artifact import Manifest
+from service.model.preprocess import Preprocessing
+from training.data import sample
+from training.data.dataset import ArrayImages, FileImages
+from training.errors import ExportError
+from training.figures import Figures, figures
+from training.report.sources import read_sources
+from training.report.write import write_report
+
+ROOT = Path(__file__).parent.parent.parent
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+SECTIONS = {"result", "training", "rules", "confusion", "classes", "mistakes", "calibration", "profile", "settings"}
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)> $\\frac{$ 狗',
+    "</script><b>'{{ 7*7 }}",
+    "d&lt;og",
+)
+
+
+class Page(HTMLParser):
+    """The tags of a page; refuses those that are closed in another order than opened."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] == "script":
+            attributes, text = self.scripts[-1]
+            self.scripts[-1] = (attributes, text + data)
+        elif self._open and self._open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def ids(self) -> set[str | None]:
+        return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
+
+
+def manifest_of(classes: tuple[str, ...], n: int, history: list[dict[str, Any]] | None = None) -> Manifest:
+    entry = {"path": "x.bin", "sha256": "0" * 64, "bytes": 1}
+    return Manifest.model_validate(
+        {
+            "format_version": 1, "name": "pets", "version": "0123456789ab", "created_at": datetime.now(UTC),
+            "architecture": Architecture(num_classes=len(classes), hidden_units=8, frozen=()), "classes": classes,
+            "preprocessing": Preprocessing(side_px=32),
+            "example": {"label": classes[0], "media_type": "image/png"},
+            "hyperparameters": {"learning_rate": 0.1, "freeze": ["stem"], "validation": None},
+            "dataset": {"name": "pictures", "validation_images": n, "split": "by seed"},
+            "metrics": {"history": history or []}, "packages": {"torch": "2.13.0"},
+            "files": dict.fromkeys(("weights", "self_check", "example"), entry),
+        }
+    )  # fmt: skip
+
+
+def some_figures(classes: int, per_class: int, seed: int = 0) -> Figures:
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), per_class)
+    logits = rng.normal(0, 1, (len(labels), classes)).astype(np.float32)
+    logits[np.arange(len(labels)), labels] += 1.5
+    return figures(logits, labels)
+
+
+def some_images(measured: Figures) -> ArrayImages:
+    pixels = np.random.default_rng(0).integers(0, 255, (measured.n, 32, 32, 3), dtype=np.uint8)
+    return ArrayImages(pixels, measured.labels)
+
+
+def write_run(folder: Path) -> None:
+    """The files of a run of three epochs of four steps, resumed in the second, interrupted while writing."""
+    lines: list[Any] = []
+    for epoch in (1, 2, 2, 3):
+        lines += [
+            {"kind": "step", "step": 4 * epoch - 3 + i, "epoch": epoch, "batch_loss": 3 / (epoch + i),
+             "batch_accuracy": 0.3, "learning_rate": 0.1}
+            for i in range(4)
+        ]  # fmt: skip
+        lines.append(
+            {"kind": "epoch", "epoch": epoch, "epochs": 3, "train_loss": 1 / epoch, "train_accuracy": 0.9,
+             "validation_loss": float("nan") if epoch == 3 else 2 / epoch, "validation_accuracy": 0.1 * epoch,
+             "learning_rate": 0.1, "seconds": 3.0}
+        )  # fmt: skip
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"kind": "step", "st'
+    (folder / "metrics.jsonl").write_text(text)
+    firing = {
+        "step": 3,
+        "tensor": "fc.weight",
+        "value": 0.5,
+        "threshold": 0.1,
+        "message": "It <b>grew</b>.",
+        "advice": "Stop.",
+    }
+    rules = [
+        {"rule": "Overfit", "status": "IssuesFound", "parameters": {}, "firings": [firing, {**firing, "step": 7}]},
+        {"rule": "DeadRelu", "status": "NoIssuesFound", "parameters": {"share": 0.5}, "firings": []},
+    ]
+    (folder / "rules.json").write_text(json.dumps({"rules": rules}))
+    profile = {
+        "summary": "The loader is the bottleneck.", "shares": {"data_wait": 0.7, "step": 0.3},
+        "step_ms": {"median": 12.5, "p95": 20.0},
+        "samples": [{"t_s": t, "cpu_percent": 50 + t, "memory_gb": 1.0} for t in range(5)],
+        "top_operators": [{"name": "aten::convolution", "total_ms": 100.0, "share": 0.6}],
+    }  # fmt: skip
+    (folder / "profile.json").write_text(json.dumps(profile))
+    (folder / "settings.json").write_text(json.dumps({"epochs": 3, "momentum": 0.875}))
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole report of the sample's 100 classes, with the files of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder)
+    rng = np.random.default_rng(0)
+    measured = some_figures(100, 3)
+    images = ArrayImages(np.stack([sample.render(sample.CLASSES[k], rng) for k in measured.labels]), measured.labels)
+    write_report(folder, manifest_of(sample.CLASSES, measured.n), images, measured, note="An example.")
+    return folder
+
+
+def test_the_page_has_every_section_and_stands_alone(hundred: Path) -> None:
+    text = (hundred / "report.html").read_text()
+    page = Page(text)
+    assert page.ids() >= SECTIONS
+    assert text.lstrip().startswith("<!doctype html>")
+    assert not re.search(r"https?:|url\(|@import", text)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "base")
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "#"))
+    assert len(text) < 5_000_000
+    assert {path.name for path in hundred.glob("*.png")} == {
+        "confusion.png", "classes.png", "calibration.png", "curves.png",
+    }  # fmt: skip
+    for path in hundred.glob("*.png"):
+        with Image.open(path) as picture:
+            picture.verify()
+
+
+def test_the_page_lets_no_script_run_but_its_own(hundred: Path) -> None:
+    page = Page((hundred / "report.html").read_text())
+    policy = next(
+        a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
+    (own,) = (text for attributes, text in page.scripts if attributes.get("type") != "application/json")
+    digest = base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+    assert policy is not None and f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+
+
+def test_the_run_is_told_of(hundred: Path) -> None:
+    text = Page((hundred / "report.html").read_text()).text
+    for said in (
+        "An example.", "Batch accuracy", "Learning rate", "Seconds per epoch", "issues found",
+        "Steps 3, 7: It <b>grew</b>.", "Stop.", "The loader is the bottleneck.", "12.5 ms",
+        "aten::convolution", "Load in percent", "0.875",
+        "Debugging rules that found issues: Overfit.", "of the mistakes stay within the superclass",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_page_and_json_state_the_same_figures(hundred: Path) -> None:
+    stated = json.loads((hundred / "evaluation.json").read_text())
+    measured = some_figures(100, 3)
+    assert stated["accuracy"] == measured.accuracy
+    assert [each["name"] for each in stated["classes"]] == list(sample.CLASSES)
+    assert stated["confusion"] == measured.confusion.tolist()
+    assert stated["worst"][0]["loss"] == max(measured.losses)
+    assert stated["worst"][0]["file"] == f"{int(measured.losses.argmax())}.png"
+    assert f"{100 * measured.accuracy:.1f}\u00a0%" in (hundred / "report.html").read_text()
+
+
+def test_matrices_hold_every_image_in_the_order_of_superclasses(hundred: Path) -> None:
+    page = Page((hundred / "report.html").read_text())
+    classes, groups = (json.loads(text) for attributes, text in page.scripts if "type" in attributes)
+    assert classes["groups"] == sorted(classes["groups"])
+    assert sorted(classes["names"]) == sorted(sample.CLASSES)
+    assert groups["names"] == list(sample.SUPERCLASSES)
+    measured = some_figures(100, 3)
+    for data in (classes, groups):
+        assert sum(count for *_, count in data["cells"]) == sum(data["totals"]) == 300
+    for i, j, count in classes["cells"]:
+        true, predicted = (sample.CLASSES.index(classes["names"][k]) for k in (i, j))
+        assert measured.confusion[true, predicted] == count
+
+
+def test_hostile_names_stay_names(tmp_path: Path) -> None:
+    measured = some_figures(4, 6)
+    firing = {"step": "<i>", "message": HOSTILE[1], "advice": HOSTILE[0], "value": "x"}
+    (tmp_path / "rules.json").write_text(
+        json.dumps({"rules": [{"rule": HOSTILE[0], "status": HOSTILE[1], "firings": [firing, 3]}, 7]})
+    )
+    (tmp_path / "profile.json").write_text(
+        json.dumps({"summary": HOSTILE[0], "shares": {HOSTILE[1]: 2.0}, "top_operators": [{"name": HOSTILE[0]}, None]})
+    )
+    (tmp_path / "settings.json").write_text(json.dumps({HOSTILE[0]: HOSTILE}))
+    write_report(tmp_path, manifest_of(HOSTILE, measured.n), some_images(measured), measured, note=HOSTILE[0])
+    page = Page((tmp_path / "report.html").read_text())
+    assert [attributes.get("type") for attributes, _ in page.scripts] == ["application/json", None]
+    assert json.loads(page.scripts[0][1])["names"] == list(HOSTILE)
+    for tag, attributes in page.tags:
+        assert tag not in ("b", "i") or not attributes.get("onerror")
+        assert not [name for name in attributes if name.startswith("on")]
+    assert all((a.get("src") or "").startswith("data:") for tag, a in page.tags if tag == "img")
+    for name in HOSTILE:
+        assert re.sub(r"\s+", " ", name) in page.text
+
+
+def test_a_run_without_its_files_still_has_a_report(tmp_path: Path) -> None:
+    measured = some_figures(2, 10)
+    path = write_report(tmp_path / "new", manifest_of(("cat", "dog"), 20), some_images(measured), measured)
+    page = Page(path.read_text())
+    assert page.ids() >= SECTIONS
+    for sentence in (
+        "No epochs are recorded for this model.", "No rules watched this run.", "No profile was taken of this run.",
+    ):  # fmt: skip
+        assert sentence in page.text
+    assert "top-5" not in page.text
+    assert not (tmp_path / "new" / "curves.png").exists()
+
+
+def test_without_recorded_metrics_the_manifests_history_is_drawn(tmp_path: Path) -> None:
+    history = [{"epoch": e, "train_loss": 1.0, "validation_loss": 2.0, "seconds": 1.0} for e in (1, 2)]
+    measured = some_figures(2, 10)
+    path = write_report(tmp_path, manifest_of(("cat", "dog"), 20, history), some_images(measured), measured)
+    assert "epoch 2: validation 2" in Page(path.read_text()).text
+
+
+def test_no_mistakes_and_one_image_make_a_report_too(tmp_path: Path) -> None:
+    measured = figures(np.array([[9.0, 0.0]]), [0])
+    text = Page(write_report(tmp_path, manifest_of(("a", "b"), 1), some_images(measured), measured).read_text()).text
+    assert "Not one image is taken for another class." in text
+    assert "no image" in text
+
+
+def test_an_image_that_is_gone_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    measured = figures(np.array([[0.0, 2.0], [0.0, 1.0]]), [0, 1])
+    Image.new("RGB", (120, 90), "red").save(tmp_path / "there.jpg")
+    images = FileImages((tmp_path / "gone.png", tmp_path / "there.jpg"), measured.labels)
+    page = Page(write_report(tmp_path / "r", manifest_of(("a", "b"), 2), images, measured).read_text())
+    assert "image no longer readable" in page.text
+    assert any((a.get("src") or "").startswith("data:image/jpeg") for tag, a in page.tags if tag == "img")
+    assert "gone.png" in caplog.text
+
+
+def test_damaged_files_are_left_out_with_a_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_run(tmp_path)
+    (tmp_path / "rules.json").write_text("[1")
+    (tmp_path / "profile.json").write_text("[]")
+    sources = read_sources(tmp_path, [])
+    assert (sources.rules, sources.profile) == (None, None)
+    assert [step["step"] for step in sources.steps] == list(range(1, 13))  # those made twice once
+    assert [epoch["epoch"] for epoch in sources.epochs] == [1, 2, 3]
+    for name in ("rules.json", "profile.json", "metrics.jsonl: 1 of 21 lines"):
+        assert name in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    measured = some_figures(2, 2)
+    with pytest.raises(ExportError, match="name another folder"):
+        write_report(tmp_path / "file", manifest_of(("a", "b"), 4), some_images(measured), measured)
+
+
+def test_matplotlib_and_jinja_are_imported_only_when_a_report_is_written() -> None:
+    code = "import sys, training.evaluate; sys.exit(bool({'matplotlib', 'jinja2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,220 @@
+"""Rules about losses, labels and time."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from training.debugging.observations import Observation
+from training.debugging.rules import Firing, Rule, selected
+
+TRAIN_LOSS, VALIDATION_LOSS = "scalar/epoch_loss", "scalar/validation_loss"
+
+
+@dataclass
+class LossNotDecreasing(Rule):
+    """The loss fell by less than `diff_percent` over at least `num_steps` steps, or rose.
+
+    AWS compares the losses of two batches, which differ by chance; here means are compared: of all steps since the
+    last check, with a check at the end of an epoch, or every `num_steps` in files of smdebug, which keep no epochs.
+    `mode`: GLOBAL and TRAIN look at the training loss, EVAL at the validation loss. A rise of more than
+    `increase_threshold_percent` is reported as one.
+    """
+
+    collection_names: str | None = None
+    tensor_regex: str | None = None
+    use_losses_collection: bool = True
+    num_steps: int = 10
+    diff_percent: float = 0.1
+    increase_threshold_percent: float = 5.0
+    mode: str = "GLOBAL"
+
+    advice = (
+        "At the start of a run: change the learning rate, check labels and normalisation. Late in a run it has "
+        "converged: lower the learning rate or stop."
+    )
+
+    def __post_init__(self) -> None:
+        self._by_epoch = False
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, tuple[int, float]] = {}
+
+    def observe(self, seen: Observation) -> Iterator[Firing]:
+        """See `Rule`."""
+        if seen.kind == "start":
+            self._by_epoch = True
+        elif self.mode.upper() == "EVAL":
+            if seen.name == VALIDATION_LOSS:
+                self._add(seen)
+                yield from self._check(seen)
+        elif seen.kind == "loss" and self._takes(seen):
+            self._add(seen)
+            if not self._by_epoch:
+                yield from self._check(seen)
+        elif self._by_epoch and seen.name == TRAIN_LOSS:
+            for name in [*self._sums]:
+                yield from self._check(Observation(seen.step, name, "loss", seen.time_s))
+
+    def _takes(self, seen: Observation) -> bool:
+        return selected(seen, self.collection_names, self.tensor_regex, "losses" if self.use_losses_collection else "")
+
+    def _add(self, seen: Observation) -> None:
+        total, count = self._sums.get(seen.name, (0.0, 0))
+        self._sums[seen.name] = total + seen.stats.get("mean", seen.value), count + 1
+
+    def _check(self, seen: Observation) -> Iterator[Firing]:
+        total, count = self._sums[seen.name]
+        if not count or (seen.name in self._last and seen.step - self._last[seen.name][0] < self.num_steps):
+            return
+        now = total / count
+        self._sums[seen.name] = 0.0, 0
+        earlier_step, earlier = self._last.get(seen.name, (0, math.nan))
+        self._last[seen.name] = seen.step, now
+        if math.isnan(earlier) or not earlier:
+            return
+        fell = 100 * (earlier - now) / abs(earlier)  # percent
+        if not fell >= self.diff_percent:
+            rose = -fell > self.increase_threshold_percent
+            what = f"rose by {-fell:.3g} %" if rose else f"fell by {fell:.3g} % only"
+            threshold = -self.increase_threshold_percent if rose else self.diff_percent
+            yield self.fire(seen, fell, threshold, f"the loss {what} since step {earlier_step}, from {earlier:.4g} to "
+                            f"{now:.4g}.")  # fmt: skip
+
+
+@dataclass
+class Overfit(Rule):
+    """(validation loss - training loss) / training loss is above `ratio_threshold` for more than `patience` epochs.
+
+    AWS counts saved steps; here an epoch is the step, since that is how often there is a validation loss.
+    """
+
+    start_step: int = 0
+    patience: int = 1
+    ratio_threshold: float = 0.1
+
+    advice = "More images, augmentation, weight decay, label smoothing, more frozen blocks, or fewer epochs."
+
+    def __post_init__(self) -> None:
+        self._train, self._exceeded = math.nan, 0
+
+    def observe(self, seen: Observation) -> Iterator[Firing]:
+        """See `Rule`."""
+        if seen.name == TRAIN_LOSS:
+            self._train = seen.value
+        elif seen.name == VALIDATION_LOSS and seen.step >= self.start_step:
+            ratio = (seen.value - self._train) / self._train if self._train > 0 else math.nan
+            self._exceeded = self._exceeded + 1 if ratio > self.ratio_threshold else 0
+            if self._exceeded > self.patience:
+                message = (
+                    f"the validation loss {seen.value:.4g} is {100 * ratio:.0f} % above the training loss "
+                    f"{self._train:.4g}, for {self._exceeded} epochs in a row."
+                )
+                yield self.fire(seen, ratio, self.ratio_threshold, message)
+
+
+@dataclass
+class Overtraining(Rule):
+    """A loss has not improved by `delta` for more epochs than its patience; an epoch is the step, as for `Overfit`."""
+
+    patience_train: int = 5
+    patience_validation: int = 10
+    delta: float = 0.01
+
+    advice = "Stop earlier and take the weights of the best epoch, or lower the learning rate."
+
+    def __post_init__(self) -> None:
+        self._best: dict[str, tuple[float, int]] = {}
+
+    def observe(self, seen: Observation) -> Iterator[Firing]:
+        """See `Rule`."""
+        patience = {TRAIN_LOSS: self.patience_train, VALIDATION_LOSS: self.patience_validation}.get(seen.name)
+        if patience is None:
+            return
+        best, waited = self._best.get(seen.name, (math.inf, 0))
+        if seen.value < best - self.delta:
+            best, waited = seen.value, -1
+        self._best[seen.name] = best, waited + 1
+        if waited + 1 > patience:
+            message = f"the loss has not gone {self.delta:g} below {best:.4g} for {waited + 1} epochs."
+            yield self.fire(seen, waited + 1, patience, message)
+
+
+@dataclass
+class ClassImbalance(Rule):
+    """Classes are unequally frequent by more than `threshold_imbalance`, or rare classes are mostly predicted wrong.
+
+    Judged once `samples` labels were seen, but at least 50 for each class: AWS's 500 are meant for 10 classes, and of
+    100 equal ones chance alone would make some look rare. AWS also reports every class with more than
+    `threshold_misprediction` predicted wrong, which at the start of a run is each; here only those count that have
+    less than half as many images as the average class.
+    """
+
+    threshold_imbalance: float = 10.0
+    threshold_misprediction: float = 0.7
+    samples: int = 500
+
+    advice = "Collect more images of the rare classes, sample them more often, or weight the loss by class."
+
+    def __post_init__(self) -> None:
+        self._counts: npt.NDArray[np.float64] = np.zeros((3, 0))
+        self._next = 0.0
+
+    def observe(self, seen: Observation) -> Iterator[Firing]:
+        """See `Rule`."""
+        if seen.kind != "labels":
+            return
+        counts = np.reshape(seen.series, (3, -1))  # seen, predicted, predicted wrong
+        self._counts = counts + (self._counts if self._counts.shape == counts.shape else 0)
+        labels, predicted, wrong = self._counts
+        enough = max(self.samples, 50 * len(labels), self._next)
+        if labels.sum() < enough or len(labels) < 2:
+            return
+        self._next = 2 * labels.sum()  # counts change slowly: look again when there are twice as many
+        ratio = float(labels.max() / max(1.0, labels.min()))
+        if ratio > self.threshold_imbalance:
+            message = (
+                f"class {int(labels.argmax())} has {labels.max():.0f} of {labels.sum():.0f} labels, class "
+                f"{int(labels.argmin())} {labels.min():.0f}."
+            )
+            yield self.fire(seen, ratio, self.threshold_imbalance, message)
+        for rare in np.flatnonzero((labels < labels.mean() / 2) & (predicted >= 10)):
+            share = float(wrong[rare] / predicted[rare])
+            if share > self.threshold_misprediction:
+                message = f"{100 * share:.0f} % of the images of the rare class {rare} are predicted wrong."
+                yield self.fire(seen, share, self.threshold_misprediction, message)
+        self._counts[1:] = 0  # predictions of a worse network no longer count
+
+
+@dataclass
+class StalledTrainingRule(Rule):
+    """No progress for `threshold` seconds: live, no step ends (a watchdog looks); afterwards, a gap in the times.
+
+    `stop_training_on_fire` is the action "stop"; a step that never ends can only be reported, not stopped.
+    """
+
+    threshold: int = 1800
+    stop_training_on_fire: bool = False
+
+    advice = "Look at the loader's processes, the network file system, and the GPU (nvidia-smi); start again."
+
+    def __post_init__(self) -> None:
+        self.live = False
+        self._last: Observation | None = None
+
+    def observe(self, seen: Observation) -> Iterator[Firing]:
+        """See `Rule`; nothing when live."""
+        earlier, self._last = self._last, seen
+        if self.live or earlier is None or seen.kind == "start":
+            return
+        if seen.time_s - earlier.time_s > self.threshold:
+            yield self.stalled(seen.step, seen.time_s - earlier.time_s)
+
+    def stalled(self, step: int, seconds: float) -> Firing:
+        """The firing about `seconds` without progress after `step`."""
+        message = f"nothing happened for {seconds:.0f} s after step {step}."
+        return Firing(step, "", seconds, self.threshold, message, self.advice)
+
+
+ALL = (LossNotDecreasing, Overfit, Overtraining, ClassImbalance, StalledTrainingRule)
