@@ -62,9 +62,7 @@ def tune_or_train(arguments: Sequence[str]) -> int:
 def run_study(tuning: Mapping[str, object], training: Mapping[str, object]) -> None:
     """Begin or continue the study in the output folder. Raises: TrainingError, Interrupted."""
     if ranks().is_distributed:
-        raise ConfigError(
-            "A study is not for torchrun; start python -m training.hpo several times to share its trials."
-        )
+        raise ConfigError("A study is not for torchrun; several processes of python -m training.hpo share one.")
     settings = TuningConfig.create(tuning)
     start = TrainingConfig.resolve(training)
     # A recipe says where to start from; only what is given by itself is not tuned.

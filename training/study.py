@@ -40,7 +40,8 @@ class Study:
     ) -> None:
         """Open the study in `folder`, or begin one.
 
-        `first`: the hyperparameters that are tuned, with the values to try first. `facts`: what must be the same in every trial (JSON).
+        `first`: the hyperparameters that are tuned, with the values to try first. `facts`: what must be the same in
+        every trial (JSON).
 
         Raises: ConfigError when the study there was begun with other facts, or cannot be read.
         """

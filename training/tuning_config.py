@@ -1,7 +1,8 @@
 """What the tuner may try, and for how long: the flags of `python -m training.hpo` beyond those of a training run.
 
 The ranges lie around the published reference (learning rate 0.0175, batch size 128, 70 epochs), which is also the
-first trial, unless a recipe says otherwise. A hyperparameter that is given as a value of its own (`--epochs 30`) is fixed and not tuned.
+first trial, unless a recipe says otherwise. A hyperparameter that is given as a value of its own (`--epochs 30`) is
+fixed and not tuned.
 """
 
 import argparse

@@ -33,6 +33,8 @@ def draw(trials: "Sequence[FrozenTrial]", tuning: TuningConfig, folder: Path) ->
 
 def _history(made: "list[FrozenTrial]", tuning: TuningConfig, path: Path) -> Path:
     """The result of each trial, and the best until then."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _page(7, 4)
     best_so_far: list[tuple[int, float]] = []
     best = max if tuning.direction == "maximize" else min
@@ -52,7 +54,7 @@ def _history(made: "list[FrozenTrial]", tuning: TuningConfig, path: Path) -> Pat
         axes.set_ylim(low - 0.05 * (high - low), high)
     axes.set_xlabel("trial")
     axes.set_ylabel(_name(tuning.metric))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=4, fontsize=9)
     return _save(figure, path)
 
@@ -88,9 +90,10 @@ def _parallel(made: "list[FrozenTrial]", tuning: TuningConfig, names: list[str],
     shown = [trial for trial in made if trial.value is not None and all(name in trial.params for name in names)]
     figure, axes = _page(8, 4.2)
     columns = [_Axis([trial.params[name] for trial in shown], tuning, name) for name in names]
-    columns.append(_Axis([trial.value for trial in shown], tuning, tuning.metric))
+    columns.append(_Axis([trial.value or 0.0 for trial in shown], tuning, tuning.metric))
     result = columns[-1]
-    order = sorted(range(len(shown)), key=lambda i: result.heights[i], reverse=tuning.direction == "minimize")
+    sign = -1 if tuning.direction == "minimize" else 1
+    order = sorted(range(len(shown)), key=lambda i: (shown[i].state.name == "COMPLETE", sign * result.heights[i]))
     for rank, i in enumerate(order):
         pruned = shown[i].state.name == "PRUNED"
         best = rank == len(order) - 1
@@ -135,7 +138,8 @@ class _Axis:
     def _marks(ends: tuple[float, ...], log: bool) -> list[float]:
         import numpy as np
 
-        spaced = np.geomspace(*ends, 4) if log else np.linspace(*ends, 4)
+        low, high = ends
+        spaced = np.geomspace(low, high, 4) if log else np.linspace(low, high, 4)
         return [float(mark) for mark in spaced]
 
 

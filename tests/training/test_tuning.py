@@ -261,7 +261,7 @@ def test_a_study_without_any_result_says_so(tmp_path: Path) -> None:
 
 def test_a_study_goes_on_with_the_same_settings_and_data_only(tmp_path: Path) -> None:
     tiny.tuner(tmp_path, tiny.preparation(), trials=1).run()
-    with pytest.raises(ConfigError, match="was begun with side=32, not 64; epochs_range=.*not"):
+    with pytest.raises(ConfigError, match=r"was begun with side=32, not 64; epochs_range=.*not"):
         tiny.tuner(tmp_path, tiny.preparation(), {"side": 64}, trials=2, epochs_range="2:9").run()
     with pytest.raises(ConfigError, match=r"--data: the study there was begun with name=points, not others"):
         tiny.tuner(tmp_path, tiny.preparation(dataset={**tiny.DATASET, "name": "others"}), trials=2).run()
