@@ -52,7 +52,9 @@ def seen_in(folder: Path, atol: float) -> Iterator[Observation]:
 def table(rules: RuleSet) -> Iterator[str]:
     """The verdicts, a line a rule and one below for each firing."""
     for verdict in rules.verdicts:
-        note = verdict.error or (f"{verdict.count} times" if verdict.count else "")
+        note = verdict.error or (
+            f"{verdict.count} times" if verdict.count else "" if verdict.observed else "nothing to judge"
+        )
         yield f"{verdict.rule.name:<26} {verdict.status:<14} {note}".rstrip()
         for firing in verdict.firings:
             yield f"    step {firing.step:<7} {firing.tensor}: {firing.message}"

@@ -4,7 +4,8 @@
                 "firings": [{"step", "tensor", "value", "threshold", "message", "advice"}]}]}
 
 `status` is one of SageMaker's (RuleEvaluationStatus of DescribeTrainingJob): InProgress, NoIssuesFound, IssuesFound,
-Error. `count` counts all firings; `firings` holds the first of each tensor.
+Error. `observed` 0: there was nothing for the rule to judge. `count` counts all firings; `firings` holds the first of
+each tensor.
 """
 
 import json
@@ -38,7 +39,7 @@ class Verdict:
     firings: list[Firing] = field(default_factory=list)
     count: int = 0
     observed: int = 0
-    """Observations the rule was given; none: it could not judge."""
+    """Observations of the kinds that the rule looks at; none: there was nothing to judge."""
     error: str | None = None
     over: bool = False
 
@@ -155,7 +156,7 @@ class RuleSet:
     def _look(self, verdict: Verdict, seen: Observation) -> list[Firing]:
         if verdict.error is not None:
             return []
-        verdict.observed += 1
+        verdict.observed += seen.kind in verdict.rule.kinds
         try:
             firings = list(verdict.rule.observe(seen))
         except Exception as exc:  # noqa: BLE001  # a rule must not end a training run; its status hands the error on
