@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rules", type=Path, help="a .json or .toml file with rules; default: all of them")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("training.debugging.verdicts").setLevel(logging.ERROR)  # the table says it all
     try:
         rules = read_rules(options.rules) if options.rules else create_rules()
         evaluate(rules, seen_in(options.folder, rules.atol))

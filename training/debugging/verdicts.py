@@ -128,6 +128,8 @@ class RuleSet:
         for verdict in self.verdicts:
             verdict.over = True
         self.write()
+        if self._folder is None:
+            return  # evaluated afterwards: whoever asked shows the verdicts
         found = [verdict.rule.name for verdict in self.verdicts if verdict.count]
         log.info(
             "rules: %d of %d found issues%s", len(found), len(self.verdicts), ": " + ", ".join(found) if found else ""
@@ -144,11 +146,11 @@ class RuleSet:
             part.replace(self._folder / FILE)
 
     def add(self, verdict: Verdict, firing: Firing) -> None:
-        """Note a firing; the first of a rule is logged as a warning."""
+        """Note a firing; live, the first of a rule is logged as a warning."""
         with self._lock:
             verdict.add(firing)
         log.log(
-            logging.WARNING if verdict.count == 1 else logging.DEBUG,
+            logging.WARNING if verdict.count == 1 and self._folder is not None else logging.DEBUG,
             "rule=%s step=%d %s",
             verdict.rule.name, firing.step, self._sentence(verdict, firing),
         )  # fmt: skip
