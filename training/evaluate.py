@@ -150,8 +150,8 @@ def evaluate(options: argparse.Namespace) -> bool | None:
         device = pick_device(options.device)
         torch.set_num_threads(min(torch.get_num_threads(), cores()))
         network = network_of(artifact, device)
-    loader = Loader(images, manifest.preprocessing.side_px, options.batch_size, options.loader_workers, options.split)
-    logits, labels = logits_of(network, loader, device)
+    loader = Loader(images, manifest.preprocessing.side_px, options.loader_workers, options.split, device)
+    logits, labels = predict(network, loader, device, options.split)
     measured = figures(logits, labels)
     log.info(
         "%s: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, ece %.4f, macro_f1 %.4f, n=%d",
@@ -181,7 +181,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=Path, help="class folders to evaluate on, instead of a part of --data")
     parser.add_argument("--split", choices=("validation", "train"), default="validation", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the report (default: beside the model, -evaluation)")
-    parser.add_argument("--batch-size", type=_positive, default=256, help="images at once (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
     parser.add_argument("--loader-workers", type=_positive, help="processes that decode what does not fit into memory")
     try:
