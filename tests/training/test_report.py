@@ -191,7 +191,8 @@ def test_the_run_is_told_of(hundred: Path) -> None:
         "An example.", "Batch accuracy", "Learning rate", "Seconds per epoch", "issues found",
         "Steps 3, 7: It <b>grew</b>.", "Stop.", "The loader is the bottleneck.", "12.5 ms",
         "aten::convolution", "Load in percent", "0.875",
-        "Debugging rules that found issues: Overfit.", "ended before its last epoch: No gain in 5 epochs.", "of the mistakes stay within the superclass",
+        "Debugging rules that found issues: Overfit.", "ended before its last epoch: No gain in 5 epochs.",
+        "of the mistakes stay within the superclass",
     ):  # fmt: skip
         assert said in text, said
 
