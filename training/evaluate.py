@@ -3,8 +3,7 @@
 Runs the network in float32 over the images, logs one line, and writes evaluation.json, report.html and PNGs. On the
 images that the model was validated on in training, the figures are compared with the manifest's.
 
-Exit status: 0 when the figures are written, 1 when model or data cannot be used, or the figures differ from the
-manifest's, 2 for wrong settings, 130 after Ctrl-C.
+Exit status: see `training.entry`; 1 also when the figures differ from the manifest's.
 """
 
 import argparse
@@ -28,12 +27,13 @@ from service.model.network import Network
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
-from training.devices import pick_device
-from training.entry import configure_logging
-from training.errors import ConfigError, DataError, TrainingError
+from training.entry import configure_logging, exit_status
+from training.errors import DataError, TrainingError
 from training.figures import Figures, figures
+from training.logits import BATCH, logits_of
 from training.report.sources import numbers
 from training.report.write import write_report
+from training.run import pick_device
 
 log = logging.getLogger("training")
 
@@ -141,17 +141,20 @@ def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures)
     return agrees
 
 
-def evaluate(options: argparse.Namespace) -> bool | None:
-    """Load, run, write; returns what `compare` says. Raises: TrainingError, ArtifactError."""
-    with model_folder(options.model) as folder:
-        artifact = open_artifact(folder)
-        manifest = artifact.manifest
-        dataset, images = open_images(manifest, options.data, options.validation, options.split)
-        device = pick_device(options.device)
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))
-        network = network_of(artifact, device)
+def evaluate(options: argparse.Namespace) -> None:
+    """Load, run, write, compare. Raises: TrainingError."""
+    device = pick_device(options.device)
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    try:
+        with model_folder(options.model) as folder:
+            artifact = open_artifact(folder)
+            manifest = artifact.manifest
+            network = network_of(artifact, device)
+    except ArtifactError as exc:
+        raise TrainingError(str(exc)) from exc
+    dataset, images = open_images(manifest, options.data, options.validation, options.split)
     loader = Loader(images, manifest.preprocessing.side_px, options.loader_workers, options.split, device)
-    logits, labels = predict(network, loader, device, options.split)
+    logits, labels = logits_of(network, loader, device, "evaluating", options.batch_size)
     measured = figures(logits, labels)
     log.info(
         "%s: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, ece %.4f, macro_f1 %.4f, n=%d",
@@ -162,7 +165,11 @@ def evaluate(options: argparse.Namespace) -> bool | None:
         options.output or default_output(options.model), manifest, images, measured,
         split=options.split, dataset=facts_of(dataset),
     )  # fmt: skip
-    return compare(manifest, dataset, options.split, measured)
+    if compare(manifest, dataset, options.split, measured) is False:
+        raise TrainingError(
+            "The figures differ from those the manifest states of the same images; "
+            "is this the data, unchanged, that the model was trained on?"
+        )
 
 
 def default_output(model: Path) -> Path:
@@ -181,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=Path, help="class folders to evaluate on, instead of a part of --data")
     parser.add_argument("--split", choices=("validation", "train"), default="validation", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the report (default: beside the model, -evaluation)")
+    parser.add_argument("--batch-size", type=_positive, default=BATCH, help="images at once (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
     parser.add_argument("--loader-workers", type=_positive, help="processes that decode what does not fit into memory")
     try:
@@ -188,17 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exc:  # argparse has told why, or printed --help
         return int(exc.code or 0)
     configure_logging()
-    try:
-        return 1 if evaluate(options) is False else 0
-    except ConfigError as exc:
-        log.error("%s", exc)
-        return 2
-    except (TrainingError, ArtifactError) as exc:
-        log.error("%s", exc)
-        return 1
-    except KeyboardInterrupt:
-        log.error("Stopped before the end: no report was written.")
-        return 130
+    return exit_status(lambda: evaluate(options))
 
 
 def _listed(names: Sequence[str]) -> str:
