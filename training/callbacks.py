@@ -106,6 +106,12 @@ class Callback:
 
 
 def tell(callbacks: Sequence[Callback], moment: str, *arguments: object) -> None:
-    """Call the method `moment` of each callback."""
+    """Call the method `moment` of each callback. Raises: StopTraining after the last, if any of them raised it."""
+    stop: StopTraining | None = None
     for callback in callbacks:
-        getattr(callback, moment)(*arguments)
+        try:
+            getattr(callback, moment)(*arguments)
+        except StopTraining as exc:
+            stop = stop or exc
+    if stop is not None:
+        raise stop

@@ -1,22 +1,19 @@
 """A training run's settings: one frozen model whose fields are the hyperparameters.
 
-Defaults < SageMaker's hyperparameters < command line. Each field is a flag (`--learning-rate`, underscores
-accepted) and a SageMaker hyperparameter (`learning_rate`); an unknown name is refused and the known are listed.
+Defaults < recipe < tuning's best < SageMaker's hyperparameters < command line (see `training.flags`).
 """
 
-import argparse
-import difflib
-import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from service.model.architecture import BLOCKS, MAX_HIDDEN_UNITS, Block
 from training.data.folder import BrokenFiles
 from training.errors import ConfigError
+from training.flags import Settings
 
 RECIPES = Path(__file__).parent / "recipes"
 FILES = {
@@ -31,6 +28,8 @@ REFERENCE_FROZEN: tuple[Block, ...] = ("stem", "layer1", "layer2", "layer3")
 
 class TrainingConfig(Settings):
     """What a run does. The defaults are the reference recipe, whose published result is 40.71 % validation accuracy."""
+
+    OTHERS: ClassVar[tuple[str, ...]] = tuple(FILES)
 
     data: Path = Field(description="folder with cifar-100-python/, or with one folder of images per class")
     validation: Path | None = Field(
@@ -190,7 +189,7 @@ class TrainingConfig(Settings):
         recipe, tuned = given.pop("recipe", None), given.pop("from_tuning", None)
         below = read_recipe(str(recipe)) if recipe else {}
         if tuned:
-            from training.tuning_result import read_best
+            from training.tuning import read_best
 
             below |= read_best(Path(str(tuned)))
         return cls.create({**below, **given})

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import parse_hyperparameters
 from training.errors import ConfigError
+from training.flags import parse_hyperparameters
 
 log = logging.getLogger(__name__)
 

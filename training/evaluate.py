@@ -27,13 +27,13 @@ from service.model.network import Network
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
+from training.devices import pick_device
 from training.entry import configure_logging, exit_status
 from training.errors import DataError, TrainingError
 from training.figures import Figures, figures
 from training.logits import BATCH, logits_of
 from training.report.sources import numbers
 from training.report.write import write_report
-from training.run import pick_device
 
 log = logging.getLogger("training")
 

@@ -81,7 +81,9 @@ def parse_flags(
     described = dict(others)
     for model in models:
         for name, field in model.model_fields.items():
-            default = "" if field.is_required() or field.default is None else f" (default: {_shown(name, field.default)})"
+            default = (
+                "" if field.is_required() or field.default is None else f" (default: {_shown(name, field.default)})"
+            )
             described[name] = f"{field.description}{default}"
     for name, text in described.items():
         flags = [flag(name)] + ([f"--{name}"] if "_" in name else [])

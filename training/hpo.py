@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from training.config import TrainingConfig, parse_arguments
+from training.config import FILES, TrainingConfig
 from training.entry import configure_logging, exit_status
 from training.environment import ranks, sagemaker_values
 from training.errors import ConfigError
+from training.flags import parse_flags
 from training.interruption import Interrupted
-from training.tuning_config import SOURCES, TuningConfig, parse_tuning_arguments, split
+from training.tuning_config import SOURCES, TuningConfig, split_tuning
 
 if TYPE_CHECKING:
     from training.trials import Train
@@ -42,9 +43,16 @@ def tune_or_train(arguments: Sequence[str]) -> int:
 
     Raises: TrainingError; Interrupted, KeyboardInterrupt from a single training.
     """
-    given, rest = parse_tuning_arguments(arguments)
+    given = parse_flags(
+        arguments, "training.hpo",
+        "Find the learning rate, batch size and number of epochs that validate best; `python -m training.train_model "
+        "--from-tuning OUTPUT/best.json` then trains with them.",
+        (TuningConfig, TrainingConfig), FILES,
+        "Needed: --data DIR and --output DIR, the study's folder; a study that lies there is continued, by several "
+        "processes at once if you like. Settings of a training are the same in every trial.",
+    )  # fmt: skip
     job = sagemaker_values()
-    tuning, training = split({**job, **given, **_training_arguments(rest)})
+    tuning, training = split_tuning({**job, **given})
     if job and "trials" not in tuning:
         train_once(tuning, training)
         return 0
@@ -110,14 +118,6 @@ def prepared(config: TrainingConfig) -> "tuple[Train, dict[str, object]]":
         "validation_images": len(dataset.validation),
     }
     return (lambda config, callbacks: fit(config, ready, callbacks)), facts
-
-
-def _training_arguments(arguments: Sequence[str]) -> dict[str, object]:
-    """As `parse_arguments`; an unknown name is refused with the study's names too."""
-    try:
-        return parse_arguments(arguments)
-    except ConfigError as exc:
-        raise ConfigError(f"{exc} And of the study: {', '.join(TuningConfig.model_fields)}.") from exc
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:

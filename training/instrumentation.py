@@ -5,14 +5,15 @@ trained, unless a rule with the action "stop" ends the run.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from training.callbacks import Callback
-from training.config import Settings
 from training.environment import SageMakerJob
-from training.metrics_log import MetricsLog
+from training.flags import Settings
+
+if TYPE_CHECKING:
+    from training.callbacks import Callback
 
 
 class Instrumentation(Settings):
@@ -38,28 +39,29 @@ class Instrumentation(Settings):
         True, description="find out where the time goes: profile.json and a trace of a few steps in RUN_FOLDER"
     )
 
-    def callbacks(self, job: SageMakerJob | None) -> list[Callback]:
+    def callbacks(self, job: SageMakerJob | None) -> "list[Callback]":
         """The instruments, in the order in which they are told. Raises: ConfigError for rules that are none."""
         from training.debugging.configuration import create_rules, read_rules
         from training.debugging.mlflow_log import MlflowLog
         from training.debugging.observer import Observer
         from training.debugging.smdebug_hook import SmdebugHook
         from training.debugging.tensorboard import TensorBoardLog
+        from training.metrics_log import MetricsLog
         from training.profiling.profiler import Profiler
 
         chosen: list[Callback] = [MetricsLog()]
-        if self.tensorboard:
-            chosen.append(TensorBoardLog())
-        if self.mlflow_uri:
-            chosen.append(MlflowLog(self.mlflow_uri, run_name=job.name if job else None))
         hook_config = job.debug_hook_config if job else None
         if self.debugger == "on" or (self.debugger == "auto" and hook_config is not None):
             chosen.append(SmdebugHook(hook_config, save_interval=self.debugger_interval))
-        if self.profile:
-            chosen.append(Profiler())
         if self.observe_every:
             rules = None
             if self.rules != "none":
                 rules = create_rules() if self.rules == "all" else read_rules(Path(self.rules))
-            chosen.append(Observer(self.observe_every, rules))  # last: a rule may end the run
+            chosen.append(Observer(self.observe_every, rules))
+        if self.tensorboard:
+            chosen.append(TensorBoardLog())
+        if self.mlflow_uri:  # after the observer, whose verdicts it reports
+            chosen.append(MlflowLog(self.mlflow_uri, run_name=job.name if job else None))
+        if self.profile:
+            chosen.append(Profiler())
         return chosen

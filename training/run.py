@@ -21,12 +21,12 @@ from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
 from training.figures import Figures, figures
 from training.interruption import Interrupted, watched
+from training.logits import logits_of
 from training.loop import Trainer
 from training.metric_lines import VALIDATION, epoch_line, pass_title
 from training.preparation import Prepared, new_network, prepare
 from training.report.write import write_report
 from training.sources import ImageSource, Source
-from training.validation import predict
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ def fit(
         if group.is_first:
             _describe(config, prepared, trainer)
             config.folder.mkdir(parents=True, exist_ok=True)
+            (config.folder / "settings.json").write_text(config.model_dump_json(indent=1))
         steps = trainer.steps_per_epoch
         tell(callbacks, "on_run_start", RunContext(
             config, network, trainer.criterion, prepared.dataset, config.folder, prepared.device,
@@ -135,7 +136,7 @@ def fit(
     trainer.keep_final()
     found = None
     if checkpoints and group.is_first:
-        found = figures(*predict(network, prepared.validation, prepared.device, "final validation"))
+        found = figures(*logits_of(network, prepared.validation, prepared.device, "final validation"))
     return Fitted(network, run_.history, run_.evaluation, found, pretrained, run_.stopped)
 
 

@@ -7,9 +7,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from training.config import TrainingConfig, parse_arguments
+from training.config import FILES, TrainingConfig
 from training.entry import configure_logging, exit_status
-from training.environment import ranks, sagemaker_values
+from training.environment import ranks, sagemaker_job, sagemaker_values
+from training.flags import parse_flags, split
+from training.instrumentation import Instrumentation
 
 log = logging.getLogger("training")
 
@@ -22,12 +24,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> None:
     """One training as the job and `arguments` say. Raises: TrainingError, Interrupted."""
-    config = TrainingConfig.resolve({**sagemaker_values(), **parse_arguments(arguments)})
+    given = parse_flags(
+        arguments, "training.train_model",
+        "Fine-tune ResNet-34 and write an artifact that `python -m service` serves.",
+        (TrainingConfig, Instrumentation), FILES,
+    )  # fmt: skip
+    watching, training = split({**sagemaker_values(), **given}, Instrumentation)
+    instrumentation = Instrumentation.create(watching)
+    config = TrainingConfig.resolve(training)
     place = ranks()
     from training.distributed import Group  # torch takes seconds to import: not before the settings are right
     from training.run import run
 
-    run(config, (), Group(**vars(place)))
+    run(config, instrumentation.callbacks(sagemaker_job()) if place.is_first else (), Group(**vars(place)))
 
 
 if __name__ == "__main__":

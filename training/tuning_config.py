@@ -5,15 +5,15 @@ first trial, unless a recipe says otherwise. A hyperparameter that is given as a
 fixed and not tuned.
 """
 
-import argparse
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NoReturn, Self
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from training.config import TrainingConfig
 from training.errors import ConfigError
+from training.flags import Settings, flag, split
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -24,10 +24,8 @@ SOURCES = {"learning_rate": "learning_rate_range", "batch_size": "batch_sizes", 
 Metric = Literal["validation_accuracy", "validation_loss"]
 
 
-class TuningConfig(BaseModel):
+class TuningConfig(Settings):
     """The settings of a study."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     trials: int = Field(10, ge=1, description="trainings in all, those of earlier calls and other processes included")
     learning_rate_range: tuple[float, float] = Field(
@@ -75,19 +73,6 @@ class TuningConfig(BaseModel):
         """Which values of the metric are good."""
         return "minimize" if self.metric == "validation_loss" else "maximize"
 
-    @classmethod
-    def create(cls, values: Mapping[str, object]) -> Self:
-        """Validate. Raises: ConfigError that names each value that is not allowed."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as exc:
-            problems = {}  # one sentence a setting, not one for each part of a range
-            for error in exc.errors():
-                name = str(error["loc"][0])
-                what = "" if error["type"] == "value_error" else f" ({cls.model_fields[name].description})"
-                problems[name] = f"--{name.replace('_', '-')} {values[name]}: {error['msg']}{what}"
-            raise ConfigError("; ".join(problems.values())) from exc
-
     def distributions(self, tuned: Collection[str]) -> "dict[str, BaseDistribution]":
         """What each of the tuned hyperparameters is drawn from, for Optuna."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -111,49 +96,13 @@ class TuningConfig(BaseModel):
         return {name: value for name, value in all_of_them.items() if name not in fixed}
 
 
-def split(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+def split_tuning(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """Values by field name -> those of `TuningConfig`, and the rest, which are a training run's.
 
     Raises: ConfigError when a hyperparameter is both fixed and given a range.
     """
-    tuning = {name: value for name, value in values.items() if name in TuningConfig.model_fields}
-    training = {name: value for name, value in values.items() if name not in tuning}
+    tuning, training = split(values, TuningConfig)
     for name, source in SOURCES.items():
         if name in training and source in tuning:
-            raise ConfigError(f"{_flag(name)} fixes what {_flag(source)} would tune; give one of the two.")
+            raise ConfigError(f"{flag(name)} fixes what {flag(source)} would tune; give one of the two.")
     return tuning, training
-
-
-def parse_tuning_arguments(arguments: Sequence[str]) -> tuple[dict[str, object], list[str]]:
-    """The tuning flags by field name, and the arguments that are none of them. Raises: ConfigError."""
-    parser = _Parser(
-        prog="python -m training.hpo",
-        description="Find the learning rate, batch size and number of epochs that validate best; `python -m "
-        "training.train_model --from-tuning OUTPUT/best.json` then trains with them.",
-        epilog="Needed: --data DIR and --output DIR, the study's folder; a study that lies there is continued, by "
-        "several processes at once if you like. All other flags of python -m training.train_model are taken too, "
-        "and are the same in every trial; its --help lists them.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    for name, field in TuningConfig.model_fields.items():
-        default = "" if field.default is None else f" (default: {_shown(name, field.default)})"
-        flags = [_flag(name)] + ([f"--{name}"] if "_" in name else [])
-        parser.add_argument(*flags, dest=name, metavar="X", help=f"{field.description}{default}")
-    known, rest = parser.parse_known_args(list(arguments))
-    return vars(known), rest
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _shown(name: str, value: object) -> str:
-    if not isinstance(value, tuple):
-        return str(value)
-    return (":" if name.endswith("_range") else ",").join(f"{part:g}" for part in value)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists what there is")

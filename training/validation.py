@@ -1,13 +1,9 @@
-"""Passes over images without training: figures during a run, logits at its end."""
+"""A pass without training: the figures of an epoch."""
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from service.model.network import Network
-from training.data.dataset import Labels
-from training.data.loader import Loader
 from training.distributed import ALONE, Group
 from training.evaluation import Evaluation
 from training.progress import BatchLines
@@ -38,19 +34,3 @@ def evaluate(
     total = group.sum(sums.to(device, torch.float32)) if group.world_size > 1 else sums
     loss_sum, right, top5, seen = total.tolist()
     return Evaluation(loss_sum / seen, right / seen, top5 / seen, int(seen))
-
-
-def predict(
-    network: Network, loader: Loader, device: torch.device, title: str
-) -> tuple[npt.NDArray[np.float32], Labels]:
-    """One pass in eval mode and float32, in the loader's order: logits `[N, K]`, labels `[N]`. Raises: DataError."""
-    network.eval()
-    logits, labels = [], []
-    with torch.inference_mode(), BatchLines(title, len(loader), 0, quiet=False) as lines:
-        for images, truth in loader.in_order(VALIDATION_BATCH):
-            scores = network(images).float()  # [N, K]
-            logits.append(scores.cpu().numpy())
-            labels.append(truth.cpu().numpy())
-            loss, hits = nn.functional.cross_entropy(scores, truth), (scores.argmax(1) == truth).float().mean()
-            lines.add(len(truth), float(loss), float(hits))
-    return np.concatenate(logits), np.concatenate(labels)

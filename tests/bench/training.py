@@ -1,4 +1,4 @@
-"""`make bench-training`: what the feature cache saves, what tuning and instrumentation cost. Writes results/training.md.
+"""`make bench-training`: what the feature cache saves, what tuning and instruments cost. Writes results/training.md.
 
 Times are medians of rounds in which all ways take turns; images are drawn by us (speed does not depend on what they
 show). Epochs count from the second on and have the validation pass that CIFAR-100 has: one image for five trained on.
