@@ -29,10 +29,8 @@ REFERENCE_FROZEN: tuple[Block, ...] = ("stem", "layer1", "layer2", "layer3")
 """What the reference freezes: residual blocks 1 to 3, stem included."""
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(Settings):
     """What a run does. The defaults are the reference recipe, whose published result is 40.71 % validation accuracy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Path = Field(description="folder with cifar-100-python/, or with one folder of images per class")
     validation: Path | None = Field(
@@ -192,21 +190,10 @@ class TrainingConfig(BaseModel):
         recipe, tuned = given.pop("recipe", None), given.pop("from_tuning", None)
         below = read_recipe(str(recipe)) if recipe else {}
         if tuned:
-            from training.tuning import read_best
+            from training.tuning_result import read_best
 
             below |= read_best(Path(str(tuned)))
         return cls.create({**below, **given})
-
-    @classmethod
-    def create(cls, values: Mapping[str, object]) -> Self:
-        """Validate. Raises: ConfigError that names each value that is not allowed."""
-        for name in values:
-            if name not in cls.model_fields:
-                raise ConfigError(unknown_name(name))
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as exc:
-            raise ConfigError("; ".join(_problem(error) for error in exc.errors())) from exc
 
 
 def read_recipe(name: str) -> dict[str, object]:
@@ -221,65 +208,3 @@ def read_recipe(name: str) -> dict[str, object]:
         ) from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"--recipe {name} is not TOML: {exc}.") from exc
-
-
-def unknown_name(name: str) -> str:
-    """A sentence that refuses a name and lists the known ones."""
-    known = [*TrainingConfig.model_fields, *FILES]
-    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"Unknown hyperparameter {name}.{hint} Known are: {', '.join(known)}."
-
-
-def parse_arguments(arguments: Sequence[str]) -> dict[str, object]:
-    """The values given on the command line, by field name. Raises: ConfigError."""
-    parser = _Parser(
-        prog="python -m training.train_model",
-        description="Fine-tune ResNet-34 and write an artifact that `python -m service` serves.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    for name, field in TrainingConfig.model_fields.items():
-        flags = [f"--{name.replace('_', '-')}"] + ([f"--{name}"] if "_" in name else [])
-        default = "" if field.is_required() or field.default is None else f" (default: {_shown(field.default)})"
-        parser.add_argument(*flags, dest=name, metavar="X", help=f"{field.description}{default}".replace("%", "%%"))
-    for name, description in FILES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name, metavar="X", help=description)
-    known, rest = parser.parse_known_args(list(arguments))
-    if rest:
-        raise ConfigError(unknown_name(rest[0].split("=")[0]))
-    return vars(known)
-
-
-def parse_hyperparameters(values: Mapping[str, str]) -> dict[str, object]:
-    """SageMaker's hyperparameters: strings, JSON-quoted by the SDK (`"\\"1\\""`) or not (`"1"`).
-
-    Names that SageMaker adds for itself (`sagemaker_*`, `_tuning_*`) are left out.
-    """
-    return {name: _unquoted(value) for name, value in values.items() if not name.startswith(("sagemaker_", "_tuning_"))}
-
-
-def _unquoted(value: str) -> object:
-    try:
-        decoded = json.loads(value)
-    except ValueError:
-        return value
-    return decoded if isinstance(decoded, str) else value
-
-
-def _problem(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if not name:  # of the settings together
-        return str(error["ctx"]["error"])
-    if error["type"] == "missing":
-        return f"--{name} is missing: {TrainingConfig.model_fields[name].description}"
-    return f"--{name.replace('_', '-')} {error['input']}: {error['msg']}"
-
-
-def _shown(value: object) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists what there is")

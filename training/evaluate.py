@@ -3,22 +3,19 @@
 Runs the network in float32 over the images, logs one line, and writes evaluation.json, report.html and PNGs. On the
 images that the model was validated on in training, the figures are compared with the manifest's.
 
-Exit status: 0 when the figures are written, 1 when model or data cannot be used, or the figures differ from the
-manifest's, 2 for wrong settings, 130 after Ctrl-C.
+Exit status: see `training.entry`; 1 also when the figures differ from the manifest's.
 """
 
 import argparse
 import json
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from service.model.archive import model_folder
@@ -30,13 +27,13 @@ from service.model.network import Network
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
-from training.errors import ConfigError, DataError, TrainingError
+from training.entry import configure_logging, exit_status
+from training.errors import DataError, TrainingError
 from training.figures import Figures, figures
-from training.progress import LINE_EVERY_S
+from training.logits import BATCH, logits_of
 from training.report.sources import numbers
 from training.report.write import write_report
 from training.run import pick_device
-from training.train_model import configure_logging
 
 log = logging.getLogger("training")
 
@@ -66,22 +63,9 @@ class Relabelled:
         """See `LabelledImages.file_name`."""
         return self.images.file_name(index)
 
-
-def logits_of(network: Network, loader: Loader, device: torch.device) -> tuple[npt.NDArray[np.float32], Labels]:
-    """One pass in eval mode and float32, in the loader's order: logits `[N, K]`, labels `[N]`."""
-    network.eval()
-    logits, labels = [], []
-    done = 0
-    last_s = time.monotonic()
-    with torch.inference_mode():
-        for images, truth in loader.batches():
-            logits.append(network(images.to(device)).float().cpu().numpy())
-            labels.append(truth.numpy())
-            done += len(truth)
-            if time.monotonic() - last_s >= LINE_EVERY_S:
-                last_s = time.monotonic()
-                log.info("evaluating: %d of %d images", done, len(loader))
-    return np.concatenate(logits), np.concatenate(labels)
+    def digest(self) -> bytes:
+        """See `LabelledImages.digest`."""
+        return self.images.digest()
 
 
 def network_of(artifact: Artifact, device: torch.device) -> Network:
@@ -157,17 +141,20 @@ def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures)
     return agrees
 
 
-def evaluate(options: argparse.Namespace) -> bool | None:
-    """Load, run, write; returns what `compare` says. Raises: TrainingError, ArtifactError."""
-    with model_folder(options.model) as folder:
-        artifact = open_artifact(folder)
-        manifest = artifact.manifest
-        dataset, images = open_images(manifest, options.data, options.validation, options.split)
-        device = pick_device(options.device)
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))
-        network = network_of(artifact, device)
-    loader = Loader(images, manifest.preprocessing.side_px, options.batch_size, options.loader_workers, options.split)
-    logits, labels = logits_of(network, loader, device)
+def evaluate(options: argparse.Namespace) -> None:
+    """Load, run, write, compare. Raises: TrainingError."""
+    device = pick_device(options.device)
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    try:
+        with model_folder(options.model) as folder:
+            artifact = open_artifact(folder)
+            manifest = artifact.manifest
+            network = network_of(artifact, device)
+    except ArtifactError as exc:
+        raise TrainingError(str(exc)) from exc
+    dataset, images = open_images(manifest, options.data, options.validation, options.split)
+    loader = Loader(images, manifest.preprocessing.side_px, options.loader_workers, options.split, device)
+    logits, labels = logits_of(network, loader, device, "evaluating", options.batch_size)
     measured = figures(logits, labels)
     log.info(
         "%s: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, ece %.4f, macro_f1 %.4f, n=%d",
@@ -178,7 +165,11 @@ def evaluate(options: argparse.Namespace) -> bool | None:
         options.output or default_output(options.model), manifest, images, measured,
         split=options.split, dataset=facts_of(dataset),
     )  # fmt: skip
-    return compare(manifest, dataset, options.split, measured)
+    if compare(manifest, dataset, options.split, measured) is False:
+        raise TrainingError(
+            "The figures differ from those the manifest states of the same images; "
+            "is this the data, unchanged, that the model was trained on?"
+        )
 
 
 def default_output(model: Path) -> Path:
@@ -197,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=Path, help="class folders to evaluate on, instead of a part of --data")
     parser.add_argument("--split", choices=("validation", "train"), default="validation", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the report (default: beside the model, -evaluation)")
-    parser.add_argument("--batch-size", type=_positive, default=256, help="images at once (default: %(default)s)")
+    parser.add_argument("--batch-size", type=_positive, default=BATCH, help="images at once (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
     parser.add_argument("--loader-workers", type=_positive, help="processes that decode what does not fit into memory")
     try:
@@ -205,17 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exc:  # argparse has told why, or printed --help
         return int(exc.code or 0)
     configure_logging()
-    try:
-        return 1 if evaluate(options) is False else 0
-    except ConfigError as exc:
-        log.error("%s", exc)
-        return 2
-    except (TrainingError, ArtifactError) as exc:
-        log.error("%s", exc)
-        return 1
-    except KeyboardInterrupt:
-        log.error("Stopped before the end: no report was written.")
-        return 130
+    return exit_status(lambda: evaluate(options))
 
 
 def _listed(names: Sequence[str]) -> str:

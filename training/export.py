@@ -16,7 +16,8 @@ from training.config import TrainingConfig
 from training.data.dataset import Dataset
 from training.data.loader import Loader
 from training.errors import ExportError
-from training.evaluation import EpochMetrics, Evaluation
+from training.evaluation import EpochMetrics
+from training.figures import Figures
 
 SELF_CHECK_INPUTS = 4
 EXAMPLE_CANDIDATES = 32
@@ -33,7 +34,7 @@ def export(
     *,
     pretrained: str,
     history: list[EpochMetrics],
-    evaluation: Evaluation,
+    figures: Figures,
     stopped: str | None,
 ) -> Artifact:
     """Write the artifact of `network` into `config.output`. Raises: ExportError."""
@@ -62,7 +63,7 @@ def export(
             "name": dataset.name, "train_images": len(dataset.train), "validation_images": len(dataset.validation),
             **dataset.facts,
         },
-        "metrics": metrics(history, evaluation, len(dataset.train), stopped),
+        "metrics": metrics(history, figures, len(dataset.train), stopped),
         "packages": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
     }  # fmt: skip
     weights = {name: tensor.contiguous().numpy() for name, tensor in network.state_dict().items()}
@@ -76,13 +77,13 @@ def export(
 
 
 def metrics(
-    history: list[EpochMetrics], evaluation: Evaluation, train_images: int, stopped: str | None = None
+    history: list[EpochMetrics], figures: Figures, train_images: int, stopped: str | None = None
 ) -> Mapping[str, Any]:
     """What was measured: `train` over the last epoch's steps, `validation` with the exported weights."""
     last = history[-1]
     return {
         "train": {"loss": last.train_loss, "accuracy": last.train_accuracy, "n": train_images},
-        "validation": vars(evaluation),
+        "validation": {**vars(figures.evaluation()), "ece": figures.ece},
         "history": [vars(epoch) for epoch in history],
         **({"stopped": stopped} if stopped else {}),
     }

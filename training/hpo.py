@@ -98,7 +98,8 @@ def train_once(tuning: Mapping[str, object], training: Mapping[str, object]) -> 
 
 def prepared(config: TrainingConfig) -> "tuple[Train, dict[str, object]]":
     """Data and cached features, once for all trials of this process. See `training.trials.Prepare`."""
-    from training.run import fit, prepare
+    from training.preparation import prepare
+    from training.run import fit
 
     ready = prepare(config)
     dataset = ready.dataset

@@ -9,23 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from service.model.network import Network
 from training.callbacks import Callback, Step, StopTraining, tell
 from training.checkpoint import Progress
 from training.config import TrainingConfig
 from training.data import augment
-from training.distributed import ALONE, Group, share_statistics
+from training.distributed import Group, share_statistics
 from training.errors import DivergedError
 from training.evaluation import Evaluation
 from training.interruption import Interrupted, Interruption
-from training.metric_lines import TRAIN, batch_line, pass_title
+from training.metric_lines import TRAIN, pass_title
 from training.optimization import Ema, make_optimizer, schedule, set_rate
-from training.progress import LINE_EVERY_S, in_terminal
+from training.progress import BatchLines
 from training.randomness import Draws, generator
 from training.sources import Source, StepPlan
+from training.validation import evaluate
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ class Trainer:
         plans = self._plans(done.epoch)[done.steps :]
         totals = torch.tensor([done.loss_sum, done.hits, done.seen], dtype=torch.float64)
         sums = torch.zeros(3, device=self._device)  # loss, hits, images since the last look
-        with _BatchLines(title, self._images, done.seen, quiet=not self._group.is_first) as lines:
+        with BatchLines(title, self._images, done.seen, quiet=not self._group.is_first) as lines:
             started_s = time.perf_counter()
             batches = source.training_batches([plan for _, plan in plans])
             for (size, plan), (inputs, labels) in zip(plans, batches, strict=True):
@@ -263,69 +262,7 @@ class Trainer:
         }
 
 
-VALIDATION_BATCH = 256
-"""Images per forward pass of a validation: figures do not depend on it."""
-
-
-def evaluate(
-    network: Network, source: Source, device: torch.device, title: str, *, bf16: bool = False, group: Group = ALONE
-) -> Evaluation:
-    """Loss and accuracy in eval mode, without augmentation, over the images of all processes of `group`."""
-    network.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    shares = torch.split(torch.arange(len(source))[group.share(len(source))], VALIDATION_BATCH)
-    with torch.inference_mode(), _BatchLines(title, len(source), 0, quiet=not group.is_first) as lines:
-        for inputs, labels in source.batches(list(shares)):
-            if source.from_features and not bf16:
-                inputs = inputs.float()
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                logits = network(inputs, from_features=source.from_features).float()  # [N, K]
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [N, 5]
-            some = torch.stack([loss, hits[:, 0].sum(), hits.sum(), hits.sum() * 0 + len(labels)]).double().cpu()
-            sums += some
-            lines.add(len(labels), float(some[0]) / len(labels), float(some[1]) / len(labels))
-    total = group.sum(sums.to(device, torch.float32)) if group.world_size > 1 else sums
-    loss_sum, right, top5, seen = total.tolist()
-    return Evaluation(loss_sum / seen, right / seen, top5 / seen, int(seen))
-
-
 def steps_per_epoch(images: int, batch_size: int, processes: int = 1) -> int:
     """Batches of one epoch; a last batch of a single image, or of fewer than `processes`, is left out."""
     full, rest = divmod(images, batch_size)
     return full + (rest >= max(2, processes))
-
-
-class _BatchLines:
-    """Shows batch loss and batch accuracy: in a bar, or in plain lines, every LINE_EVERY_S seconds and at the end."""
-
-    def __init__(self, title: str, total: int, seen: float, quiet: bool) -> None:
-        self._title, self._total, self._seen, self._quiet = title, total, int(seen), quiet
-        self._last_s = time.monotonic()
-        self._bar = tqdm(
-            desc=title, total=total, initial=self._seen, unit="img", leave=False, dynamic_ncols=True,
-            disable=quiet or not in_terminal(),
-        )  # fmt: skip
-        self._redirect = logging_redirect_tqdm()
-
-    def __enter__(self) -> "_BatchLines":
-        self._redirect.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-        self._redirect.__exit__(None, None, None)
-
-    def add(self, count: int, loss: float, accuracy: float) -> None:
-        """Show a batch of `count` images more."""
-        self.show(self._seen + count, loss, accuracy)
-
-    def show(self, seen: float, loss: float, accuracy: float) -> None:
-        """Show the last batch's figures; `seen` images are done."""
-        self._bar.update(int(seen) - self._seen)
-        self._seen = int(seen)
-        self._bar.set_postfix_str(f"batch_loss={loss:.4f} batch_accuracy={accuracy:.4f}", refresh=False)
-        due = time.monotonic() - self._last_s >= LINE_EVERY_S or self._seen == self._total
-        if self._bar.disable and not self._quiet and due:
-            self._last_s = time.monotonic()
-            log.info("%s", batch_line(self._title, self._seen, self._total, loss, accuracy))

@@ -9,6 +9,8 @@ from typing import TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from training.metric_lines import batch_line
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -34,3 +36,38 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         if time.monotonic() - last_s >= LINE_EVERY_S:
             last_s = time.monotonic()
             log.info("%s: %d of %d", what, count, total)
+
+
+class BatchLines:
+    """Shows batch loss and batch accuracy: in a bar, or in plain lines, every LINE_EVERY_S seconds and at the end."""
+
+    def __init__(self, title: str, total: int, seen: float, quiet: bool) -> None:
+        self._title, self._total, self._seen, self._quiet = title, total, int(seen), quiet
+        self._last_s = time.monotonic()
+        self._bar = tqdm(
+            desc=title, total=total, initial=self._seen, unit="img", leave=False, dynamic_ncols=True,
+            disable=quiet or not in_terminal(),
+        )  # fmt: skip
+        self._redirect = logging_redirect_tqdm()
+
+    def __enter__(self) -> "BatchLines":
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+        self._redirect.__exit__(None, None, None)
+
+    def add(self, count: int, loss: float, accuracy: float) -> None:
+        """Show a batch of `count` images more."""
+        self.show(self._seen + count, loss, accuracy)
+
+    def show(self, seen: float, loss: float, accuracy: float) -> None:
+        """Show the last batch's figures; `seen` images are done."""
+        self._bar.update(int(seen) - self._seen)
+        self._seen = int(seen)
+        self._bar.set_postfix_str(f"batch_loss={loss:.4f} batch_accuracy={accuracy:.4f}", refresh=False)
+        due = time.monotonic() - self._last_s >= LINE_EVERY_S or self._seen == self._total
+        if self._bar.disable and not self._quiet and due:
+            self._last_s = time.monotonic()
+            log.info("%s", batch_line(self._title, self._seen, self._total, loss, accuracy))

@@ -1,7 +1,6 @@
 """One training run: settings -> data -> network -> epochs -> artifact."""
 
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -10,43 +9,26 @@ from pathlib import Path
 
 import torch
 
-from service.model.architecture import Architecture
 from service.model.artifact import Artifact
-from service.model.machine import cores
 from service.model.network import Network
-from service.model.preprocess import Preprocessing
 from training import checkpoint
 from training.callbacks import Callback, RunContext, StopTraining, tell
 from training.config import TrainingConfig
-from training.data.dataset import Dataset
-from training.data.layouts import open_dataset
-from training.data.loader import Loader
+from training.devices import pick_device
 from training.distributed import ALONE, Group
-from training.errors import ConfigError, DivergedError
+from training.errors import ConfigError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
-from training.features import Views, cache_bytes, open_cache, require_space
+from training.figures import Figures, figures
 from training.interruption import Interrupted, watched
-from training.loop import Trainer, evaluate
+from training.loop import Trainer
 from training.metric_lines import VALIDATION, epoch_line, pass_title
-from training.prefix_engines import choose_engine
-from training.pretrained import load_pretrained, require_available
-from training.sources import FeatureSource, ImageSource, Source
+from training.preparation import Prepared, new_network, prepare
+from training.report.write import write_report
+from training.sources import ImageSource, Source
+from training.validation import predict
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Prepared:
-    """What trainings that differ in learning rate, batch size, epochs and seed share: data and cached features."""
-
-    dataset: Dataset
-    train: Loader
-    validation: Loader
-    device: torch.device
-    bf16: bool
-    features: tuple[FeatureSource, FeatureSource] | None
-    """Cached features to train on and to validate on; None where the plain loop runs."""
 
 
 @dataclass
@@ -56,7 +38,9 @@ class Fitted:
     network: Network
     history: list[EpochMetrics]
     evaluation: Evaluation
-    """Of the weights that are kept, in float32, on the validation images (see `fit` for when it is the loop's own)."""
+    """Of the last epoch, on the validation images."""
+    figures: Figures | None
+    """Of the weights that are kept, in float32; made in the first process, and not for tuning trials (see `fit`)."""
     pretrained: str
     """Where the initial weights came from."""
     stopped: str | None
@@ -77,46 +61,31 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
     try:
         prepared = prepare(config, group, device)
         fitted = fit(config, prepared, callbacks, group, checkpoints=True)
-        if not group.is_first:
+        if fitted.figures is None:
             return None
         artifact = export(
             fitted.network, config, prepared.dataset, prepared.validation,
-            pretrained=fitted.pretrained, history=fitted.history, evaluation=fitted.evaluation, stopped=fitted.stopped,
+            pretrained=fitted.pretrained, history=fitted.history, figures=fitted.figures, stopped=fitted.stopped,
         )  # fmt: skip
         checkpoint.remove(config.checkpoint_folder)
-        found = fitted.evaluation
+        found = fitted.figures
         log.info(
             "validation: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, n=%d; artifact %s version %s in %s",
             100 * found.accuracy, 100 * found.top5_accuracy, found.loss, found.n,
             artifact.manifest.name, artifact.manifest.version, artifact.folder,
         )  # fmt: skip
+        _report(config, prepared, artifact, found)
         return artifact
     finally:
         group.leave()
 
 
-def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device | None = None) -> Prepared:
-    """Open the data and, where the settings allow it, compute or find the cached features. Raises: TrainingError."""
-    device = device or pick_device(config.device, group)
-    require_available(config.weights)  # before the images, whose decoding may take long
-    set_up_torch(config)
-    dataset = open_dataset(
-        config.data,
-        validation_fraction=config.validation_fraction,
-        seed=config.seed,
-        broken_files=config.broken_files,
-        validation_root=config.validation,
-    )
-    if group.is_first:
-        log.info(
-            "data: %s, %d classes, %d images to train on, %d to validate on",
-            dataset.name, len(dataset.classes), len(dataset.train), len(dataset.validation),
-        )  # fmt: skip
-    train = Loader(dataset.train, config.side, config.loader_workers, "train", device)
-    validation = Loader(dataset.validation, config.side, config.loader_workers, "validation", device)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
-    features = _features(config, dataset, train, validation, device, bf16)
-    return Prepared(dataset, train, validation, device, bf16, features)
+def _report(config: TrainingConfig, prepared: Prepared, artifact: Artifact, found: Figures) -> None:
+    """Write the report into the run's folder; the artifact is there, so a failure costs a line, not the run."""
+    try:
+        write_report(config.folder, artifact.manifest, prepared.dataset.validation, found)
+    except (TrainingError, OSError) as exc:
+        log.warning("the report was not written: %s", exc)
 
 
 def fit(
@@ -129,14 +98,14 @@ def fit(
 ) -> Fitted:
     """Train a network on `prepared` data; writes no artifact.
 
-    With `checkpoints` it goes on from the one in the checkpoint folder, and its evaluation is a pass of float32 over
-    the validation images; without (tuning trials) it is that of the last epoch. The first process tells the callbacks.
+    With `checkpoints` it goes on from the one in the checkpoint folder, and ends with a pass of float32 over the
+    validation images for its figures; tuning trials do without. The first process tells the callbacks.
 
     Raises: TrainingError; Interrupted on SIGTERM or SIGINT, after the checkpoint is written.
     """
     callbacks = callbacks if group.is_first else ()
     torch.manual_seed(config.seed)
-    network, pretrained = _network(config, prepared.dataset)
+    network, pretrained = new_network(config, prepared.dataset)
     if pretrained == "none" and config.frozen and group.is_first:
         log.warning("frozen blocks without pretrained weights stay random; --freeze none trains them")
     error: BaseException | None = None
@@ -162,17 +131,12 @@ def fit(
             raise
         finally:
             tell(callbacks, "on_run_end", error or (StopTraining(run_.stopped) if run_.stopped else None))
-    evaluation = run_.evaluation
-    assert evaluation is not None
+    assert run_.evaluation is not None
     trainer.keep_final()
+    found = None
     if checkpoints and group.is_first:
-        images = ImageSource(prepared.validation, config)
-        evaluation = evaluate(network, images, prepared.device, "final validation")
-        if not math.isfinite(evaluation.loss):
-            raise DivergedError(
-                f"The validation loss is {evaluation.loss}; start again with a smaller --learning-rate."
-            )
-    return Fitted(network, run_.history, evaluation, pretrained, run_.stopped)
+        found = figures(*predict(network, prepared.validation, prepared.device, "final validation"))
+    return Fitted(network, run_.history, run_.evaluation, found, pretrained, run_.stopped)
 
 
 class _Run:
@@ -286,76 +250,12 @@ class _Run:
             checkpoint.save(self._config.checkpoint_folder, self._config, self._facts, state)
 
 
-def _network(config: TrainingConfig, dataset: Dataset) -> tuple[Network, str]:
-    """A network with its initial weights, and where those came from."""
-    architecture = Architecture(
-        num_classes=len(dataset.classes), hidden_units=config.hidden_units, frozen=config.frozen
-    )
-    network = Network(architecture, Preprocessing(side_px=config.side))
-    pretrained = load_pretrained(network, config.weights)
-    return network, pretrained
-
-
-def _features(
-    config: TrainingConfig, dataset: Dataset, train: Loader, validation: Loader, device: torch.device, bf16: bool
-) -> tuple[FeatureSource, FeatureSource] | None:
-    """Cached features for training and validation; None, and why in the log, where the plain loop runs."""
-    reason = config.plain_reason()
-    if config.feature_cache == "off" or reason:
-        if reason and config.frozen:
-            log.info("feature cache: not used, as %s", reason)
-        return None
-    torch.manual_seed(config.seed)  # the frozen blocks that `fit` will make
-    network = _network(config, dataset)[0].eval()
-    crops = config.cache_crops if config.augment == "flip-crop" else 0
-    views = Views(flip=config.augment != "none", crops=crops)
-    size = cache_bytes(network, train, views) + cache_bytes(network, validation, Views())
-    try:
-        require_space(config.cache_folder, size)
-    except ConfigError as exc:
-        if config.feature_cache == "on":
-            raise
-        log.warning("feature cache: not used. %s", exc)
-        return None
-    engine = choose_engine(network, device, bf16)
-    caches = [
-        open_cache(config.cache_folder, network, loader, some, engine)
-        for loader, some in ((train, views), (validation, Views()))
-    ]
-    return FeatureSource(caches[0], device), FeatureSource(caches[1], device)
-
-
 def _describe(config: TrainingConfig, prepared: Prepared, trainer: Trainer) -> None:
     count = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
     log.info(
         "training %s parameters on %s in %s from %s", f"{count:,}", prepared.device,
         "bf16" if prepared.bf16 else "fp32", "cached features" if prepared.features else "images",
     )  # fmt: skip
-
-
-def set_up_torch(config: TrainingConfig) -> None:
-    """Threads and determinism."""
-    torch.set_num_threads(min(torch.get_num_threads(), cores()))
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.backends.cudnn.benchmark = not config.deterministic
-
-
-def pick_device(name: str, group: Group = ALONE) -> torch.device:
-    """The device asked for, or the best there is; with several processes each has its own GPU. Raises: ConfigError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[name]:
-        raise ConfigError(f"--device {name}: this machine has none that PyTorch can use; --device cpu always works.")
-    return torch.device(name, group.local_rank) if name == "cuda" else torch.device(name)
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16, rather than emulating it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def require_writable(folder: Path, flag: str) -> None:

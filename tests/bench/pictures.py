@@ -17,7 +17,7 @@ def unpacked(folder: Path) -> Path | None:
         if not ARCHIVE.is_file():
             return None
         with tarfile.open(ARCHIVE) as archive:
-            archive.extractall(folder / "cifar10.part")  # noqa: S202  # our own archive
+            archive.extractall(folder / "cifar10.part")  # our own archive
         (folder / "cifar10.part").rename(folder / "cifar10")
     return train
 
@@ -26,7 +26,7 @@ def selection(train: Path, folder: Path, classes: Sequence[str], per_class: int,
     """Copies of `per_class` images of each of `classes`, chosen by a fixed shuffle, from place `skip` on."""
     for name in classes:
         files = sorted((train / name).iterdir())
-        random.Random(0).shuffle(files)  # noqa: S311  # no secret
+        random.Random(0).shuffle(files)  # no secret
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file in files[skip : skip + per_class]:
             shutil.copy(file, folder / name / file.name)

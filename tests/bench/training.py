@@ -23,7 +23,7 @@ from training.entry import configure_logging
 from training.features import Views, open_cache
 from training.loop import evaluate
 from training.prefix_engines import choose_engine
-from training.run import Prepared, fit, prepare
+from training.run import fit, prepare
 from training.sources import ImageSource
 
 log = logging.getLogger("bench")

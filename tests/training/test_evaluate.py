@@ -15,7 +15,9 @@ from service.model.artifact import open_artifact
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
 from training.errors import DataError
-from training.evaluate import default_output, logits_of, main, network_of, open_images
+from training.evaluate import compare, default_output, main, network_of, open_images
+from training.figures import figures
+from training.logits import logits_of
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +37,13 @@ def class_folders(root: Path, names: tuple[str, ...], count: int = 4) -> Path:
     return root
 
 
-def test_the_figures_are_the_manifests(
+def test_the_figures_of_an_archive_are_the_manifests(
     artifact: Path, sample_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    assert run(artifact, sample_root, tmp_path / "out", "--batch-size", "64") == 0
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz", compresslevel=1) as tar:
+        tar.add(artifact, "pets")
+    assert run(tmp_path / "model.tar.gz", sample_root, tmp_path / "out", "--batch-size", "64") == 0
     stated = json.loads((artifact / "manifest.json").read_text())
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     for name in ("accuracy", "top5_accuracy", "n"):
@@ -52,15 +56,18 @@ def test_the_figures_are_the_manifests(
     assert "Batch loss" not in page and "Loss</h3>" in page  # the manifest's history, but no steps
 
 
-def test_an_archive_and_the_training_images_will_do(
-    artifact: Path, sample_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_figures_of_other_images_than_the_manifests_are_not_compared(
+    artifact: Path, sample_root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as tar:
-        tar.add(artifact, "pets")
-    assert run(tmp_path / "model.tar.gz", sample_root, tmp_path / "out", "--split", "train") == 0
-    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["n"] == 200
+    manifest = open_artifact(artifact).manifest
+    dataset, images = open_images(manifest, sample_root, None, "train")
+    assert len(images) == 200
+    measured = figures(np.eye(100)[images.labels], images.labels)
+    assert compare(manifest, dataset, "train", measured) is None
     assert "not compared with the manifest" in caplog.text
+    elsewhere = manifest.model_copy(update={"dataset": {**manifest.dataset, "split": "by seed"}})
+    assert compare(elsewhere, dataset, "validation", measured) is None
 
 
 def test_figures_other_than_the_manifests_are_told_and_status_1(
@@ -105,8 +112,8 @@ def test_logits_do_not_depend_on_the_batch(artifact: Path, sample_root: Path) ->
     _, images = open_images(opened.manifest, sample_root, None, "validation")
     device = torch.device("cpu")
     network = network_of(opened, device)
-    many, labels = logits_of(network, Loader(images, 32, 100, 0, "all at once"), device)
-    few, _ = logits_of(network, Loader(images, 32, 30, 0, "thirty"), device)
+    many, labels = logits_of(network, Loader(images, 32, 0, "all at once"), device, "all at once", 100)
+    few, _ = logits_of(network, Loader(images, 32, 0, "thirty"), device, "thirty", 30)
     assert many.dtype == np.float32 and many.shape == (100, 100)
     assert np.allclose(many, few, atol=1e-4)
     assert labels.tolist() == images.labels.tolist()

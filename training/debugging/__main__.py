@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rules", type=Path, help="a .json or .toml file with rules; default: all of them")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("training.debugging.verdicts").setLevel(logging.ERROR)  # the table says it all
     try:
         rules = read_rules(options.rules) if options.rules else create_rules()
         evaluate(rules, seen_in(options.folder, rules.atol))
@@ -52,7 +51,9 @@ def seen_in(folder: Path, atol: float) -> Iterator[Observation]:
 def table(rules: RuleSet) -> Iterator[str]:
     """The verdicts, a line a rule and one below for each firing."""
     for verdict in rules.verdicts:
-        note = verdict.error or (f"{verdict.count} times" if verdict.count else "")
+        note = verdict.error or (
+            f"{verdict.count} times" if verdict.count else "" if verdict.observed else "nothing to judge"
+        )
         yield f"{verdict.rule.name:<26} {verdict.status:<14} {note}".rstrip()
         for firing in verdict.firings:
             yield f"    step {firing.step:<7} {firing.tensor}: {firing.message}"

@@ -60,11 +60,12 @@ class Observation:
 
     def line(self) -> str:
         """One line of JSON; a figure that is not finite becomes null, which JSON has, unlike NaN."""
-        stats = {name: value if math.isfinite(value) else None for name, value in self.stats.items()}
+        # Seven digits are what float32 has.
+        stats = {name: float(f"{value:.7g}") if math.isfinite(value) else None for name, value in self.stats.items()}
         entry: dict[str, Any] = {"step": self.step, "name": self.name, "kind": self.kind, "time_s": self.time_s}
         entry["stats"] = stats
         if self.series:
-            entry["series"] = self.series
+            entry["series"] = [int(part) if part == int(part) else part for part in self.series]
         return json.dumps(entry)
 
     @classmethod

@@ -44,6 +44,7 @@ class Observer(Callback):
         self._earlier_step = 0
         self._predicted: Tensor | None = None
         self._last_step = 0
+        self._file: ObservationFile | None = None
 
     def on_run_start(self, context: RunContext) -> None:
         """See `Callback`."""
@@ -124,6 +125,8 @@ class Observer(Callback):
 
     def on_run_end(self, error: BaseException | None) -> None:
         """See `Callback`. Of a run that failed, the state it failed in is observed as well."""
+        if self._file is None:
+            return  # it has not begun
         self._unhook()
         self._clear()
         try:
@@ -141,6 +144,7 @@ class Observer(Callback):
         return number % self._interval == 0 or number == self._context.first_step
 
     def _publish(self, seen: list[Observation]) -> None:
+        assert self._file is not None
         self._file.write(seen)
         if self._rules is not None:
             self._rules.observe(seen)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, get_args
 
-from training.debugging.observations import COLLECTIONS, Observation
+from training.debugging.observations import COLLECTIONS, Kind, Observation
 from training.errors import ConfigError
 
 Value = str | float | int | bool | None
@@ -37,6 +37,8 @@ class Rule:
     """Base of the rules: a dataclass whose fields are the parameters. `observe` keeps what it needs of the past."""
 
     advice: ClassVar[str] = ""
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+    """The kinds of observations that it looks at."""
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """Look at the next observation; in the order of steps. Yields: a firing for each disease found."""

@@ -31,6 +31,7 @@ class LossNotDecreasing(Rule):
     increase_threshold_percent: float = 5.0
     mode: str = "GLOBAL"
 
+    kinds = ("loss",)
     advice = (
         "At the start of a run: change the learning rate, check labels and normalisation. Late in a run it has "
         "converged: lower the learning rate or stop."
@@ -94,6 +95,7 @@ class Overfit(Rule):
     patience: int = 1
     ratio_threshold: float = 0.1
 
+    kinds = ("scalar",)
     advice = "More images, augmentation, weight decay, label smoothing, more frozen blocks, or fewer epochs."
 
     def __post_init__(self) -> None:
@@ -122,6 +124,7 @@ class Overtraining(Rule):
     patience_validation: int = 10
     delta: float = 0.01
 
+    kinds = ("scalar",)
     advice = "Stop earlier and take the weights of the best epoch, or lower the learning rate."
 
     def __post_init__(self) -> None:
@@ -155,6 +158,7 @@ class ClassImbalance(Rule):
     threshold_misprediction: float = 0.7
     samples: int = 500
 
+    kinds = ("labels",)
     advice = "Collect more images of the rare classes, sample them more often, or weight the loss by class."
 
     def __post_init__(self) -> None:
@@ -197,6 +201,7 @@ class StalledTrainingRule(Rule):
     threshold: int = 1800
     stop_training_on_fire: bool = False
 
+    kinds = ("loss", "scalar")
     advice = "Look at the loader's processes, the network file system, and the GPU (nvidia-smi); start again."
 
     def __post_init__(self) -> None:

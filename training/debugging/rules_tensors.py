@@ -37,6 +37,7 @@ class VanishingGradient(_Streaks):
 
     threshold: float = 0.0000001
 
+    kinds = ("gradient",)
     advice = (
         "Check that the layers above still pass gradients (saturated or dead activations), use ReLU, batch norm and "
         "residual connections, or a larger learning rate; with a loss near zero it only means that training is over."
@@ -58,6 +59,7 @@ class ExplodingTensor(Rule):
     tensor_regex: str | None = None
     only_nan: bool = False
 
+    kinds = ("loss", "scalar", "weight", "gradient", "activation_input", "activation_output")
     advice = (
         "Start again with a smaller learning rate, gradient clipping, or in fp32; check the images for broken ones."
     )
@@ -89,6 +91,7 @@ class PoorWeightInitialization(Rule):
     patience: int = 5
     steps: int = 10
 
+    kinds = ("loss", "activation_input", "gradient")
     advice = (
         "Start from pretrained weights, or initialise with He's or Xavier's method; check that inputs are normalised."
     )
@@ -149,6 +152,7 @@ class DeadRelu(Rule):
     threshold_inactivity: float = 1.0
     threshold_layer: float = 50.0
 
+    kinds = ("activation_output",)
     advice = "Use a smaller learning rate, look for large negative biases, or replace ReLU by LeakyReLU."
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
@@ -172,6 +176,7 @@ class AllZero(_Streaks):
     tensor_regex: str | None = None
     threshold: float = 100.0
 
+    kinds = ("weight", "gradient", "activation_input", "activation_output")
     advice = "Look for a layer that is cut off: dead activations before it, a wrong mask, weights set to zero."
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
@@ -199,6 +204,7 @@ class UnchangedTensor(Rule):
     atol: float = 1e-08
     equal_nan: bool = False
 
+    kinds = ("weight",)
     advice = "Check that the learning rate is not (almost) zero and that the optimizer was given this parameter."
 
     def __post_init__(self) -> None:
@@ -234,6 +240,7 @@ class WeightUpdateRatio(Rule):
     small_threshold: float = 0.00000001
     epsilon: float = 0.000000001
 
+    kinds = ("weight",)
     advice = "Updates should be about a thousandth of the weight: change the learning rate, or the optimizer."
 
     def observe(self, seen: Observation) -> Iterator[Firing]:

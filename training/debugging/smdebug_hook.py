@@ -84,7 +84,7 @@ class SmdebugHook(Callback):
             regexes = hook.get_collection(collection).include_regex
             regexes[:] = [f"^{prefix}({names})$" if regex == default else regex for regex in regexes]
         self._watched = (context.network, context.criterion)
-        self._others = _hooks(*self._watched)
+        self._others = [set(table) for table in _hooks(*self._watched)]
         hook.register_module(context.network)
         hook.register_loss(context.criterion)
         hook.set_mode(smd.modes.TRAIN)
@@ -251,9 +251,9 @@ def _hooks(network: nn.Module, criterion: nn.Module) -> list[dict[int, Any]]:
 
 
 def _free(folder: Path) -> Path:
-    """The folder, or the first of folder-2, folder-3, ... in which no run has written."""
+    """The folder, or the first of folder-2, folder-3, ... in which no run has left its marks or events."""
     number, candidate = 1, folder
-    while candidate.exists() and any(candidate.iterdir()):
+    while any((candidate / mark).exists() for mark in ("END_OF_JOB.ts", "claim.smd", "events")):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate

@@ -19,6 +19,8 @@ Table = Mapping[str, Tensor]
 
 def tensor_figures(tensors: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """size, mean, std, min, max, l2, mean_abs, zeros (share), nan and inf (counts) of each tensor (any shape)."""
+    if not tensors:
+        return []  # _foreach_norm refuses an empty list
     wide = [tensor.detach().float() for tensor in tensors]
     norms, sums = torch._foreach_norm(wide, 2), torch._foreach_norm(wide, 1)
     figures = []

@@ -4,7 +4,8 @@
                 "firings": [{"step", "tensor", "value", "threshold", "message", "advice"}]}]}
 
 `status` is one of SageMaker's (RuleEvaluationStatus of DescribeTrainingJob): InProgress, NoIssuesFound, IssuesFound,
-Error. `count` counts all firings; `firings` holds the first of each tensor.
+Error. `observed` 0: there was nothing for the rule to judge. `count` counts all firings; `firings` holds the first of
+each tensor.
 """
 
 import json
@@ -38,7 +39,7 @@ class Verdict:
     firings: list[Firing] = field(default_factory=list)
     count: int = 0
     observed: int = 0
-    """Observations the rule was given; none: it could not judge."""
+    """Observations of the kinds that the rule looks at; none: there was nothing to judge."""
     error: str | None = None
     over: bool = False
 
@@ -127,6 +128,8 @@ class RuleSet:
         for verdict in self.verdicts:
             verdict.over = True
         self.write()
+        if self._folder is None:
+            return  # evaluated afterwards: whoever asked shows the verdicts
         found = [verdict.rule.name for verdict in self.verdicts if verdict.count]
         log.info(
             "rules: %d of %d found issues%s", len(found), len(self.verdicts), ": " + ", ".join(found) if found else ""
@@ -143,11 +146,11 @@ class RuleSet:
             part.replace(self._folder / FILE)
 
     def add(self, verdict: Verdict, firing: Firing) -> None:
-        """Note a firing; the first of a rule is logged as a warning."""
+        """Note a firing; live, the first of a rule is logged as a warning."""
         with self._lock:
             verdict.add(firing)
         log.log(
-            logging.WARNING if verdict.count == 1 else logging.DEBUG,
+            logging.WARNING if verdict.count == 1 and self._folder is not None else logging.DEBUG,
             "rule=%s step=%d %s",
             verdict.rule.name, firing.step, self._sentence(verdict, firing),
         )  # fmt: skip
@@ -155,7 +158,7 @@ class RuleSet:
     def _look(self, verdict: Verdict, seen: Observation) -> list[Firing]:
         if verdict.error is not None:
             return []
-        verdict.observed += 1
+        verdict.observed += seen.kind in verdict.rule.kinds
         try:
             firings = list(verdict.rule.observe(seen))
         except Exception as exc:  # noqa: BLE001  # a rule must not end a training run; its status hands the error on

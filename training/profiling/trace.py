@@ -1,20 +1,15 @@
 """A trace of a few steps by torch's profiler, for chrome://tracing and https://ui.perfetto.dev.
 
-Outside of its steps the profiler does not run: its price is paid by the steps it shows. It is the one that
-`torch.profiler` wraps: the wrapper imports torch's compiler when it starts, which took 6 s and is not needed here
-(torch 2.13, 2 busy EPYC cores, n = 4).
+Outside of its steps the profiler does not run: its price is paid by the steps it shows.
 """
 
 import contextlib
-import gzip
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.autograd.profiler import profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from training.environment import quiet_profiler_library
 
@@ -61,7 +56,7 @@ class StepTrace:
     def __init__(self, window: Window, device: torch.device) -> None:
         self._window = window
         self._device = device
-        self._profile: Any = None  # torch gives its profile no types
+        self._profile: profile | None = None
         self._span = contextlib.ExitStack()
         self._recording = False
 
@@ -75,11 +70,12 @@ class StepTrace:
             if torch._C._autograd._profiler_enabled():  # a second one would end it
                 raise RuntimeError("another profiler is on")
             quiet_profiler_library()
-            self._profile = profile(use_device="cuda" if self._device.type == "cuda" else None)
-            self._profile._prepare_trace()  # entering it would do this and the next without steps between
+            on_gpu = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+            self._profile = profile(activities=[ProfilerActivity.CPU, *on_gpu], acc_events=True)
+            self._profile.prepare_trace()
         if self._profile is not None:
             if number == self._window.first:
-                self._profile._start_trace()
+                self._profile.start_trace()
                 self._recording = True
             if self._recording:
                 self._span.enter_context(record_function(f"training step {number}"))
@@ -101,18 +97,16 @@ class StepTrace:
         if recorded is None:
             return None
         with tempfile.TemporaryDirectory(dir=folder, prefix=".trace-") as temporary:
-            plain, packed = Path(temporary) / "trace.json", Path(temporary) / FILE
-            recorded.export_chrome_trace(str(plain))
-            with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
-                shutil.copyfileobj(source, target)
-            packed.replace(folder / FILE)
+            path = Path(temporary) / FILE
+            recorded.export_chrome_trace(str(path))  # packs it, by its name
+            path.replace(folder / FILE)
         return top_operators(recorded, on_gpu=self._device.type == "cuda")
 
     def discard(self) -> None:
         """Turn the profiler off and write nothing."""
         self._stop()
 
-    def _stop(self) -> Any:
+    def _stop(self) -> profile | None:
         """Returns: the profiler if it recorded, else None."""
         self._span.close()
         running, self._profile = self._profile, None
@@ -120,12 +114,12 @@ class StepTrace:
         if running is None:
             return None
         if not recorded:
-            running._start_trace()  # a profiler that only warmed up cannot be stopped otherwise
-        running.__exit__(None, None, None)  # waits for the kernels of the last step
+            running.start_trace()  # a profiler that only warmed up cannot be stopped otherwise
+        running.stop_trace()  # waits for the kernels of the last step
         return running if recorded else None
 
 
-def top_operators(recorded: Any, on_gpu: bool) -> list[dict[str, object]]:
+def top_operators(recorded: profile, on_gpu: bool) -> list[dict[str, object]]:
     """Where the device's time went: `name`, `total_ms` in the operator itself, its `share`; longest first."""
     times_ms: dict[str, float] = {}
     for event in recorded.key_averages():

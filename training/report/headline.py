@@ -31,6 +31,8 @@ def findings(manifest: Manifest, figures: Figures, sources: Sources, groups: Seq
     if groups is not None:
         found.append(_within_groups(figures, groups))
     found += [_calibration(figures), _gap(sources), _best_epoch(sources)]
+    if manifest.metrics.get("stopped"):
+        found.append(f"The run ended before its last epoch: {manifest.metrics['stopped']}")
     if sources.rules is not None:
         found.append(_rules(sources))
     if sources.profile and isinstance(sources.profile.get("summary"), str):

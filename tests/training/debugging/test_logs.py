@@ -21,7 +21,7 @@ def test_scalars_and_histograms_can_be_read_back(train: Any, small: Any, points:
 
     logger = TensorBoardLog(scalar_interval=2, histogram_interval=5)
     run = train(small(), points(100), [logger], epochs=2)
-    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    events = EventAccumulator(str(run.folder / "tensorboard"), {"histograms": 0}).Reload()
     losses = events.Scalars("batch/loss")
     assert [event.step for event in losses] == [2, 4, 6, 8, 10]
     assert [event.value for event in losses] == pytest.approx(run.losses[1::2])
@@ -70,7 +70,7 @@ def test_importing_the_modules_imports_no_optional_package() -> None:
     code = (
         f"import sys\nfrom training.debugging import {modules}\n"
         "heavy = {'smdebug', 'mlflow', 'tensorboard', 'matplotlib', 'optuna', 'psutil', 'openvino'}\n"
-        "raise SystemExit(', '.join(sorted(heavy & set(sys.modules))))"
+        "raise SystemExit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -45,7 +45,7 @@ def test_tensors_and_scalars_can_be_read_back_at_our_steps(train: Any, tail: Any
     loss = trial.tensor("CrossEntropyLoss_output_0")
     assert [float(loss.value(step, mode=ModeKeys.TRAIN)) for step in (4, 8, 12)] == pytest.approx(run.losses[3::4])
     assert trial.tensor("scalar/epoch_loss").steps(mode=ModeKeys.EVAL) == [1, 2]
-    assert float(trial.tensor("scalar/epoch_loss").value(2, mode=ModeKeys.EVAL)) == pytest.approx(
+    assert trial.tensor("scalar/epoch_loss").value(2, mode=ModeKeys.EVAL).item() == pytest.approx(
         sum(run.losses[6:]) / 6
     )
     assert not [name for name in trial.tensor_names() if "layer3" in name]  # frozen

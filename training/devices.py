@@ -1,0 +1,33 @@
+"""The device a run computes on, and how torch is set up for it."""
+
+import torch
+
+from service.model.machine import cores
+from training.config import TrainingConfig
+from training.distributed import ALONE, Group
+from training.errors import ConfigError
+
+
+def set_up_torch(config: TrainingConfig) -> None:
+    """Threads and determinism."""
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def pick_device(name: str, group: Group = ALONE) -> torch.device:
+    """The device asked for, or the best there is; with several processes each has its own GPU. Raises: ConfigError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[name]:
+        raise ConfigError(f"--device {name}: this machine has none that PyTorch can use; --device cpu always works.")
+    return torch.device(name, group.local_rank) if name == "cuda" else torch.device(name)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16, rather than emulating it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,65 @@
+"""What watches a training of `train_model.py`: Debugger's hook and rules, profiler, TensorBoard, MLflow.
+
+The same flags and hyperparameters as the training's own settings (see `training.config`); none of them changes what is
+trained, unless a rule with the action "stop" ends the run.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from training.callbacks import Callback
+from training.config import Settings
+from training.environment import SageMakerJob
+from training.metrics_log import MetricsLog
+
+
+class Instrumentation(Settings):
+    """Which instruments a run has."""
+
+    observe_every: int = Field(
+        100, ge=0, description="steps between observations of weights, gradients and activations for the rules; 0: none"
+    )
+    rules: str = Field(
+        "all", description="debugging rules that watch the run: all, none, or a .json or .toml file with a list of them"
+    )
+    debugger: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="smdebug's hook, which saves tensors as SageMaker Debugger does; auto: where SageMaker configures "
+        "it; on: into RUN_FOLDER/tensors too",
+    )
+    debugger_interval: int = Field(
+        500, ge=1, description="steps between saves of --debugger on: 100 MB each for the blocks that are trained"
+    )
+    tensorboard: bool = Field(True, description="scalars and histograms into RUN_FOLDER/tensorboard")
+    mlflow_uri: str | None = Field(None, description="MLflow's tracking server or store to report to; default: none")
+    profile: bool = Field(
+        True, description="find out where the time goes: profile.json and a trace of a few steps in RUN_FOLDER"
+    )
+
+    def callbacks(self, job: SageMakerJob | None) -> list[Callback]:
+        """The instruments, in the order in which they are told. Raises: ConfigError for rules that are none."""
+        from training.debugging.configuration import create_rules, read_rules
+        from training.debugging.mlflow_log import MlflowLog
+        from training.debugging.observer import Observer
+        from training.debugging.smdebug_hook import SmdebugHook
+        from training.debugging.tensorboard import TensorBoardLog
+        from training.profiling.profiler import Profiler
+
+        chosen: list[Callback] = [MetricsLog()]
+        if self.tensorboard:
+            chosen.append(TensorBoardLog())
+        if self.mlflow_uri:
+            chosen.append(MlflowLog(self.mlflow_uri, run_name=job.name if job else None))
+        hook_config = job.debug_hook_config if job else None
+        if self.debugger == "on" or (self.debugger == "auto" and hook_config is not None):
+            chosen.append(SmdebugHook(hook_config, save_interval=self.debugger_interval))
+        if self.profile:
+            chosen.append(Profiler())
+        if self.observe_every:
+            rules = None
+            if self.rules != "none":
+                rules = create_rules() if self.rules == "all" else read_rules(Path(self.rules))
+            chosen.append(Observer(self.observe_every, rules))  # last: a rule may end the run
+        return chosen
