@@ -18,13 +18,13 @@ from training.errors import DivergedError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
 from training.interruption import Interrupted
 from training.study import INTERRUPTED, Study
+from training.trial_table import Table, label, shown
 from training.tuning import settings_of, write_best
 from training.tuning_config import SOURCES, TuningConfig
 from training.tuning_plots import draw
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class Tuner:
                  shown(best.params), self._tuning.metric, best.value, best.number, len(trials), path)  # fmt: skip
         return path
 
-    def _make_trials(self, study: Study, table: "Table") -> None:
+    def _make_trials(self, study: Study, table: Table) -> None:
         if self._tuning.timeout_minutes is not None:
             self._deadline_s = time.monotonic() + 60 * self._tuning.timeout_minutes
         waited = False
@@ -225,60 +225,3 @@ def kept(config: TrainingConfig, trained: Trained) -> dict[str, float]:
         "validation_accuracy": found.accuracy, "validation_loss": found.loss, "top5_accuracy": found.top5_accuracy,
         "epoch": len(trained.history), "validation_images": found.n,
     }  # fmt: skip
-
-
-class Table:
-    """A row in the log for each trial that has ended, those of other processes among them."""
-
-    def __init__(self, tuning: TuningConfig) -> None:
-        self._tuning = tuning
-        self._rows: set[int] = set()
-        self.best: FrozenTrial | None = None
-        """The best of the trials shown."""
-
-    def show(self, finished: "Sequence[FrozenTrial]") -> None:
-        """Write the rows that were not written yet."""
-        for trial in sorted(finished, key=lambda trial: (trial.datetime_complete, trial.number)):
-            if trial.number in self._rows:
-                continue
-            if not self._rows:
-                log.info("trial  learning_rate  batch_size  epochs  %s  state          seconds  best so far",
-                         self._tuning.metric)  # fmt: skip
-            self._rows.add(trial.number)
-            if trial.state.name == "COMPLETE" and (self.best is None or self._better(trial, self.best)):
-                self.best = trial
-            cells = [
-                f"{trial.number:5d}",
-                f"{_cell(trial, 'learning_rate'):>13}", f"{_cell(trial, 'batch_size'):>10}",
-                f"{_cell(trial, 'epochs'):>6}",
-                f"{_figure(trial.value):>{len(self._tuning.metric)}}",
-                f"{label(trial):<13}",
-                f"{trial.user_attrs.get('seconds', math.nan):7.1f}",
-                f"{_figure(self.best.value)} (trial {self.best.number})" if self.best else "-",
-            ]  # fmt: skip
-            log.info("%s", "  ".join(cells))
-
-    def _better(self, trial: "FrozenTrial", other: "FrozenTrial") -> bool:
-        assert trial.value is not None
-        assert other.value is not None
-        return trial.value < other.value if self._tuning.direction == "minimize" else trial.value > other.value
-
-
-def label(trial: "FrozenTrial") -> str:
-    """How a trial ended: complete, pruned, diverged, out of memory, interrupted, killed, or the error's name."""
-    return str(trial.user_attrs.get("ended", trial.state.name.lower()))
-
-
-def shown(params: Mapping[str, object]) -> str:
-    """Hyperparameters as `name=value`."""
-    return " ".join(f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
-                    for name, value in params.items())  # fmt: skip
-
-
-def _cell(trial: "FrozenTrial", name: str) -> str:
-    value = trial.params.get(name)
-    return "fixed" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -132,7 +132,7 @@ class _Axis:
         marks = ends if name == "batch_size" else self._marks(ends, log=name == "learning_rate")
         span = (high - low) or 1.0
         self.heights = [float((scale(float(value)) - low) / span) for value in values]
-        self.ticks = [(float((scale(float(mark)) - low) / span), f"{mark:.3g}") for mark in marks]
+        self.ticks = [(float((scale(float(mark)) - low) / span), f"{mark:.4g}") for mark in marks]
 
     @staticmethod
     def _marks(ends: tuple[float, ...], log: bool) -> list[float]:
@@ -140,7 +140,8 @@ class _Axis:
 
         low, high = ends
         spaced = np.geomspace(low, high, 4) if log else np.linspace(low, high, 4)
-        return [float(mark) for mark in spaced]
+        whole = all(isinstance(end, int) for end in ends)
+        return sorted({float(round(mark) if whole else mark) for mark in spaced})
 
 
 def _page(width: float, height: float) -> "tuple[Figure, Axes]":
