@@ -5,6 +5,7 @@ is installed, else torch; on a GPU torch, in bfloat16 if the run is.
 """
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,7 +53,10 @@ def _openvino(network: Network, bf16: bool) -> PrefixEngine:
 
     side_px = 64  # any: the sides are left open below
     example = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8)
-    model = openvino.convert_model(_Features(network).eval(), example_input=example)
+    with warnings.catch_warnings():
+        # OpenVINO traces with torch.jit, which torch 2.13 calls deprecated: nothing a user could act on.
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        model = openvino.convert_model(_Features(network).eval(), example_input=example)
     model.reshape([-1, -1, -1, 3])
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(model, "CPU", hints)

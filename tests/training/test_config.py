@@ -13,8 +13,12 @@ EXAMPLES = {
     "data": "some/where", "validation": "held/out", "output": "else/where",
     "weights": "none", "freeze": "stem,layer1", "learning_rate": "0.5",
     "batch_size": "3", "epochs": "4", "optimizer": "adamw", "momentum": "0.1", "weight_decay": "0.2",
-    "schedule": "one-cycle", "augment": "none", "side": "64", "hidden_units": "5", "precision": "auto", "seed": "6",
-    "validation_fraction": "0.3", "broken_files": "skip", "device": "cpu", "loader_workers": "2", "model_name": "tiny",
+    "layer_decay": "0.7", "schedule": "one-cycle", "warmup_epochs": "1.5", "unfreeze_at": "3", "unfreeze_rate": "0.2",
+    "augment": "none", "mixup": "0.3", "cutmix": "1.0", "label_smoothing": "0.1", "ema_decay": "0.99",
+    "clip_norm": "2.0", "early_stopping": "2", "feature_cache": "off", "cache_folder": "ca/che", "cache_crops": "4",
+    "side": "64", "hidden_units": "5", "precision": "auto", "compile": "true", "deterministic": "true", "seed": "6",
+    "validation_fraction": "0.3", "broken_files": "skip", "run_folder": "the/run", "checkpoints": "check/points",
+    "checkpoint_every_s": "7.5", "device": "cpu", "loader_workers": "2", "model_name": "tiny",
 }  # fmt: skip
 
 
@@ -34,6 +38,9 @@ def test_the_defaults_are_the_reference_recipe() -> None:
     assert (config.side, config.weights, config.hidden_units) == (32, "imagenet", 512)
     assert config.frozen == ("stem", "layer1", "layer2", "layer3")
     assert config.precision == "fp32"
+    assert (config.layer_decay, config.warmup_epochs, config.unfreeze_at) == (1.0, 0.0, None)
+    assert (config.mixup, config.cutmix, config.label_smoothing, config.ema_decay) == (0.0, 0.0, 0.0, 0.0)
+    assert (config.clip_norm, config.early_stopping) == (0.0, 0)
 
 
 def test_settings_do_not_change_after_they_are_made() -> None:
@@ -63,7 +70,10 @@ def test_flags_that_are_not_given_are_left_to_the_defaults() -> None:
     assert parse_arguments([]) == {}
 
 
-def test_help_names_every_flag_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_flag_and_its_default(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # lines are not broken at hyphens
     with pytest.raises(SystemExit) as ended:
         parse_arguments(["--help"])
     assert ended.value.code == 0
@@ -123,10 +133,14 @@ def test_a_flag_without_its_value_is_refused_naming_it(flag: str) -> None:
         ("learning_rate", "0"), ("learning_rate", "-1"), ("learning_rate", "nan"), ("learning_rate", "fast"),
         ("batch_size", "1"), ("batch_size", "1.5"), ("epochs", "0"), ("epochs", ""), ("momentum", "1"),
         ("momentum", "-0.1"), ("optimizer", "adam"),
-        ("weight_decay", "-1"), ("schedule", "cosine"), ("augment", "rotate"), ("side", "7"),
+        ("weight_decay", "-1"), ("schedule", "linear"), ("augment", "rotate"), ("side", "7"),
         ("side", "1025"), ("hidden_units", "0"), ("precision", "fp16"), ("seed", "-1"), ("seed", str(2**63)),
         ("validation_fraction", "0"),
         ("validation_fraction", "1"), ("broken_files", "ignore"), ("device", "tpu"), ("loader_workers", "-1"),
+        ("layer_decay", "0"), ("layer_decay", "1.1"), ("warmup_epochs", "-1"), ("unfreeze_at", "1"),
+        ("unfreeze_rate", "0"), ("mixup", "-1"), ("mixup", "11"), ("cutmix", "-1"), ("label_smoothing", "1"),
+        ("ema_decay", "1"), ("clip_norm", "inf"), ("early_stopping", "-1"), ("feature_cache", "maybe"),
+        ("cache_crops", "65"), ("compile", "perhaps"), ("checkpoint_every_s", "-1"), ("checkpoint_every_s", "nan"),
         ("model_name", ""), ("model_name", "two words"), ("model_name", "-dash"), ("model_name", "a" * 64),
     ],
 )  # fmt: skip

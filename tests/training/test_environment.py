@@ -49,7 +49,8 @@ def test_a_plain_container_tells_data_output_and_hyperparameters(root: Path) -> 
     training = channel(root, "training")
     hyperparameters(root, {"epochs": "3", "learning_rate": '"0.5"', "sagemaker_program": "x"})
     assert sagemaker_values(root, NOTHING) == {
-        "data": str(training), "output": str(root / "model"), "epochs": "3", "learning_rate": "0.5",
+        "data": str(training), "output": str(root / "model"), "run_folder": str(root / "output" / "data"),
+        "epochs": "3", "learning_rate": "0.5",
     }  # fmt: skip
 
 
@@ -57,8 +58,9 @@ def test_the_training_toolkits_variables_are_used_where_they_are(root: Path, tmp
     training = channel(tmp_path / "elsewhere", "x")
     environ = {"SM_MODEL_DIR": str(tmp_path / "out"), "SM_CHANNEL_TRAINING": str(training)}
     expected = {"data": str(training), "output": str(tmp_path / "out")}
-    assert sagemaker_values(root, environ) == expected
-    assert sagemaker_values(tmp_path / "missing", environ) == expected
+    for place in (root, tmp_path / "missing"):
+        run_folder = str(place / "output" / "data")
+        assert sagemaker_values(place, environ) == {**expected, "run_folder": run_folder}
 
 
 def test_the_train_channel_alone_is_the_data(root: Path) -> None:
@@ -178,7 +180,9 @@ def test_the_training_toolkits_variables_tell_a_job_too(tmp_path: Path) -> None:
     assert job is not None
     assert (job.hosts, job.network_interface, job.debug_hook_config) == (("a-1", "a-2"), "eth1", hook)
     assert (job.model_folder, job.output_folder) == (Path("/m"), Path("/o"))
-    assert sagemaker_values(tmp_path, environ) == {"output": "/m", "epochs": "3", "weights": "none"}
+    assert sagemaker_values(tmp_path, environ) == {
+        "output": "/m", "run_folder": "/o", "epochs": "3", "weights": "none",
+    }  # fmt: skip
     without = sagemaker_job(tmp_path, {**environ, "USE_SMDEBUG": "false"})
     assert without is not None
     assert without.debug_hook_config is None

@@ -15,8 +15,14 @@ from training.data import augment, loader
 from training.data.dataset import FileImages
 from training.data.loader import Loader
 from training.errors import DataError
+from training.randomness import Draws
 
-Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Augmentation = Callable[[Tensor, Draws], Tensor]
+
+
+def draws(seed: int, size: int) -> Draws:
+    """What one process that has the whole batch draws."""
+    return Draws(("test", seed), size, slice(None), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,12 +55,15 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_from_memory_and_from_files_are_equal(
     images: FileImages, monkeypatch: pytest.MonkeyPatch, workers: int, order: list[int] | None
 ) -> None:
-    in_memory = Loader(images, 16, 4, workers, "memory")
+    in_memory = Loader(images, 16, workers, "memory")
     lazy(monkeypatch)
-    from_files = Loader(images, 16, 4, workers, "files")
+    from_files = Loader(images, 16, workers, "files")
     assert (in_memory.in_memory, from_files.in_memory) == (True, False)
-    wanted = None if order is None else torch.tensor(order, dtype=torch.int64)
-    one, two = list(in_memory.batches(wanted)), list(from_files.batches(wanted))
+    if order is None:
+        one, two = list(in_memory.in_order(4)), list(from_files.in_order(4))
+    else:
+        wanted = [torch.tensor(order[i : i + 4]) for i in range(0, len(order), 4)]
+        one, two = list(in_memory.batches(wanted)), list(from_files.batches(wanted))
     expected = list(range(11)) if order is None else order
     assert [len(labels) for _, labels in one] == [4] * (len(expected) // 4) + [len(expected) % 4] * (
         len(expected) % 4 > 0
@@ -79,7 +88,7 @@ def test_images_spread_over_all_are_the_same_either_way(
     images: FileImages, monkeypatch: pytest.MonkeyPatch, share: int, count: int, expected: list[int]
 ) -> None:
     monkeypatch.setattr(loader, "MEMORY_SHARE", share)
-    loaded = Loader(images, 16, 4, 0, "some")
+    loaded = Loader(images, 16, 0, "some")
     assert len(loaded) == 11
     assert loaded.labels.tolist() == images.labels.tolist()
     indices, pixels = loaded.spread(count)
@@ -90,17 +99,25 @@ def test_images_spread_over_all_are_the_same_either_way(
 
 
 def test_a_changed_batch_does_not_change_the_next_pass(images: FileImages) -> None:
-    loaded = Loader(images, 16, 4, 0, "some")
-    before = [pixels.clone() for pixels, _ in loaded.batches()]
-    for pixels, _ in loaded.batches():
+    loaded = Loader(images, 16, 0, "some")
+    before = [pixels.clone() for pixels, _ in loaded.in_order(4)]
+    for pixels, _ in loaded.in_order(4):
         pixels.zero_()
-    assert all(torch.equal(a, b) for a, (b, _) in zip(before, loaded.batches(), strict=True))
+    assert all(torch.equal(a, b) for a, (b, _) in zip(before, loaded.in_order(4), strict=True))
 
 
-def test_a_broken_file_is_found_when_the_images_are_loaded(images: FileImages) -> None:
+def test_a_broken_file_is_found_before_the_first_batch(images: FileImages) -> None:
     images.paths[5].write_bytes(b"broken")
     with pytest.raises(DataError, match=r"05\.png"):
-        Loader(images, 16, 4, 0, "some")
+        next(Loader(images, 16, 0, "some").in_order(4))
+
+
+def test_images_are_decoded_at_the_first_batch_and_only_then(images: FileImages) -> None:
+    loaded = Loader(images, 16, 0, "some")
+    first = [pixels.clone() for pixels, _ in loaded.in_order(4)]
+    for path in images.paths:
+        path.unlink()
+    assert all(torch.equal(a, b) for a, (b, _) in zip(first, loaded.in_order(4), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -109,10 +126,10 @@ def test_a_file_that_breaks_later_is_a_data_error_without_a_trace(
     images: FileImages, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     lazy(monkeypatch)
-    loaded = Loader(images, 16, 4, workers, "some")
+    loaded = Loader(images, 16, workers, "some")
     images.paths[5].unlink()
     with pytest.raises(DataError, match=r"05\.png cannot be read") as refused:
-        list(loaded.batches())
+        list(loaded.in_order(4))
     assert "Traceback" not in str(refused.value)
 
 
@@ -128,15 +145,15 @@ def gradient(count: int, side: int) -> Tensor:
 def test_shape_and_type_are_kept_and_the_input_is_not_changed(change: Augmentation, side: int, count: int) -> None:
     batch = gradient(count, side)
     before = batch.clone()
-    changed = change(batch, torch.Generator().manual_seed(0))
+    changed = change(batch, draws(0, count))
     assert (changed.shape, changed.dtype) == (batch.shape, torch.uint8)
     assert torch.equal(batch, before)
 
 
 @pytest.mark.parametrize("change", [augment.flip, augment.crop])
-def test_the_same_generator_changes_in_the_same_way(change: Augmentation) -> None:
+def test_the_same_draws_change_in_the_same_way(change: Augmentation) -> None:
     batch = gradient(64, 32)
-    one, again, other = (change(batch, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    one, again, other = (change(batch, draws(seed, 64)) for seed in (5, 5, 6))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
@@ -144,7 +161,7 @@ def test_the_same_generator_changes_in_the_same_way(change: Augmentation) -> Non
 def test_flips_mirror_exactly_or_do_nothing_about_half_the_time() -> None:
     batch = gradient(400, 8)
     flipped = 0
-    for before, after in zip(batch, augment.flip(batch, torch.Generator().manual_seed(0)), strict=True):
+    for before, after in zip(batch, augment.flip(batch, draws(0, 400)), strict=True):
         if not torch.equal(before, after):
             assert torch.equal(after, before[:, torch.arange(7, -1, -1)])
             flipped += 1
@@ -153,14 +170,14 @@ def test_flips_mirror_exactly_or_do_nothing_about_half_the_time() -> None:
 
 def test_a_crop_of_a_constant_image_is_that_image() -> None:
     batch = torch.full((20, 32, 32, 3), 77, dtype=torch.uint8)
-    assert torch.equal(augment.crop(batch, torch.Generator().manual_seed(0)), batch)
+    assert torch.equal(augment.crop(batch, draws(0, 20)), batch)
 
 
 @pytest.mark.parametrize(("side", "most"), [(8, 1), (32, 4), (33, 4), (64, 8)])
 def test_a_crop_shifts_by_at_most_an_eighth_and_mirrors_at_the_border(side: int, most: int) -> None:
     shifts = set()
     original = gradient(1, side)[0].numpy()
-    for image in augment.crop(gradient(300, side), torch.Generator().manual_seed(0)).numpy():
+    for image in augment.crop(gradient(300, side), draws(0, 300)).numpy():
         dx, dy = (int(value) - side // 2 for value in image[side // 2, side // 2, :2])
         around = np.pad(original, ((most, most), (most, most), (0, 0)), mode="reflect")
         top, left = most + dy, most + dx

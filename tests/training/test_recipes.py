@@ -1,0 +1,93 @@
+"""Recipes: each resolves, says how it was measured, and gives way to flags."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from training.config import RECIPES, TrainingConfig, parse_arguments, read_recipe
+from training.errors import ConfigError
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
+PLACES = {"data": "in", "output": "out"}
+
+
+def resolve(*arguments: str, **below: object) -> TrainingConfig:
+    return TrainingConfig.resolve({**PLACES, **below, **parse_arguments(arguments)})
+
+
+def header(name: str) -> str:
+    lines = (RECIPES / f"{name}.toml").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("#"))
+
+
+def test_the_promised_recipes_are_there() -> None:
+    assert NAMES == ["best", "quick", "reference", "sample"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_resolves_to_the_values_it_holds(name: str) -> None:
+    held = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+    assert held
+    assert not {"data", "validation", "output", "run_folder", "checkpoints", "cache_folder"} & set(held)
+    config = resolve("--recipe", name)
+    for field, value in held.items():
+        expected = () if value == "none" and field == "freeze" else value
+        if field == "freeze" and value != "none":
+            expected = tuple(value.split(","))
+        assert getattr(config, field) == expected, field
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_begins_with_command_hardware_duration_and_accuracy(name: str) -> None:
+    text = header(name)
+    assert (RECIPES / f"{name}.toml").read_text().startswith("# ")
+    for fact in ("command", "hardware", "duration", "accuracy"):
+        assert re.search(rf"^# {fact} +\S", text, re.MULTILINE), fact
+
+
+def test_the_reference_states_the_published_numbers_and_is_the_default() -> None:
+    text = header("reference")
+    for number in ("40.71 %", "58.19 %", "1.5454"):
+        assert number in text
+    held = read_recipe("reference")
+    assert (held["learning_rate"], held["batch_size"], held["epochs"]) == (0.017483127170473314, 128, 70)
+    assert resolve("--recipe", "reference") == resolve("--freeze", "stem,layer1,layer2,layer3")
+
+
+def test_flags_and_hyperparameters_win_over_the_recipe_and_the_recipe_over_defaults() -> None:
+    config = resolve("--recipe", "quick", "--epochs", "9", seed="5", epochs="7")
+    assert (config.epochs, config.seed) == (9, 5)
+    assert (config.side, config.schedule, config.momentum) == (64, "one-cycle", 0.9)
+
+
+def test_a_recipe_can_be_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('epochs = 3\naugment = "none"\n')
+    assert (resolve("--recipe", str(path)).epochs, resolve("--recipe", str(path)).augment) == (3, "none")
+
+
+def test_an_unknown_recipe_is_refused_and_the_known_are_listed() -> None:
+    with pytest.raises(ConfigError, match=f"no such recipe \\({', '.join(NAMES)}\\) and no such file"):
+        resolve("--recipe", "fastest")
+
+
+@pytest.mark.parametrize("content", [b"epochs: 3", b"\xff\xfe\x00", b"[broken"])
+def test_a_recipe_that_is_not_toml_is_refused_naming_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"--recipe .*mine\.toml is not TOML"):
+        resolve("--recipe", str(path))
+
+
+def test_a_name_in_a_recipe_that_is_no_setting_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("epoch = 3\n")
+    with pytest.raises(ConfigError, match="Unknown hyperparameter epoch. Did you mean epochs?"):
+        resolve("--recipe", str(path))
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        resolve("--recipe", str(tmp_path))
