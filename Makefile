@@ -13,10 +13,10 @@ UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help serve evaluate test test-slow check fix clean
+.PHONY: help serve evaluate test test-slow bench-training check fix clean
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: $(UV) ## set up, fine-tune a starter model if MODEL is not there, and serve it on PORT
 	$(UV) sync --frozen --inexact --group training
@@ -35,6 +35,11 @@ test: $(UV) ## set up and run the tests (minutes)
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
 	$(PYTHON) -m pytest -m slow -s $(PYTEST_ARGS)
+
+bench-training: $(UV) ## measure training on a quiet machine: tables in tests/bench/results (half an hour)
+	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
+	$(PYTHON) -m tests.bench.training
+	$(PYTHON) -m tests.bench.transfer
 
 check: $(UV) ## lint, formatting, types, lock file; edits nothing
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow

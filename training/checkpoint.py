@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from training.config import TrainingConfig
+from training.config import LOCAL, TrainingConfig
 from training.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -25,12 +25,6 @@ log = logging.getLogger(__name__)
 FILE = "checkpoint.pt"
 FORMAT = 1
 DIGEST_LENGTH = 64
-
-FREE_TO_CHANGE = {
-    "data", "validation", "output", "run_folder", "checkpoints", "checkpoint_every_s", "device",
-    "loader_workers", "model_name", "cache_folder",
-}  # fmt: skip
-"""Settings that may differ in the run that goes on: where things lie, not what is computed."""
 
 
 @dataclass
@@ -125,6 +119,6 @@ def remove(folder: Path) -> None:
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
-    values = json.loads(json.dumps(config.model_dump(mode="json", exclude=FREE_TO_CHANGE)))
+    values = json.loads(json.dumps(config.model_dump(mode="json", exclude=set(LOCAL))))
     assert isinstance(values, dict)
     return values

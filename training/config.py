@@ -22,6 +22,14 @@ FILES = {
 }
 """Options that name files of settings; SageMaker's hyperparameters may be called so too."""
 
+LOCAL = frozenset(
+    {
+        "data", "validation", "output", "run_folder", "checkpoints", "checkpoint_every_s", "cache_folder", "device",
+        "loader_workers", "model_name",
+    }
+)  # fmt: skip
+"""Settings that say where and under which name a run happens, not what it learns."""
+
 REFERENCE_FROZEN: tuple[Block, ...] = ("stem", "layer1", "layer2", "layer3")
 """What the reference freezes: residual blocks 1 to 3, stem included."""
 

@@ -12,7 +12,7 @@ from service.model.artifact import Artifact, SelfCheck, write_artifact
 from service.model.images import MEDIA_TYPES
 from service.model.network import Network
 from service.model.preprocess import Preprocessing
-from training.config import TrainingConfig
+from training.config import LOCAL, TrainingConfig
 from training.data.dataset import Dataset
 from training.data.loader import Loader
 from training.errors import ExportError
@@ -21,8 +21,6 @@ from training.figures import Figures
 
 SELF_CHECK_INPUTS = 4
 EXAMPLE_CANDIDATES = 32
-PLACES = {"data", "validation", "output", "run_folder", "checkpoints", "cache_folder"}
-"""Settings that say where things lie, which is nobody's business where the artifact goes."""
 PACKAGES = ("numpy", "pillow", "safetensors", "torch", "torchvision")
 
 
@@ -56,7 +54,7 @@ def export(
             "media_type": MEDIA_TYPES[ending],
         },
         "hyperparameters": {
-            **config.model_dump(mode="json", exclude=PLACES),
+            **config.model_dump(mode="json", exclude=set(LOCAL)),
             "weights": pretrained, "freeze": network.architecture.frozen,
         },
         "dataset": {

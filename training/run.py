@@ -127,6 +127,9 @@ def fit(
         ))  # fmt: skip
         try:
             run_.epochs(callbacks)
+            if interruption.signal_number is not None:  # came in the last validation
+                run_.save()
+                raise Interrupted(interruption.signal_number)
         except BaseException as exc:
             error = exc
             raise

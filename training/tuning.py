@@ -8,17 +8,10 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from training.config import TrainingConfig
+from training.config import LOCAL, TrainingConfig
 from training.errors import ConfigError
 
 FORMAT = 1
-LOCAL = frozenset(
-    {
-        "data", "validation", "output", "run_folder", "checkpoints", "checkpoint_every_s", "cache_folder", "device",
-        "loader_workers", "model_name",
-    }
-)  # fmt: skip
-"""Settings that say where and under which name a run happens, not what it learns."""
 
 
 def settings_of(config: TrainingConfig, tuned: Collection[str]) -> dict[str, object]:

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from tests.bench.table import save
-from training.callbacks import Callback, Step
+from training.callbacks import Callback
 from training.config import TrainingConfig
 from training.data import sample
 from training.entry import configure_logging
+from training.evaluation import EpochMetrics
 from training.features import Views, open_cache
 from training.loop import evaluate
 from training.prefix_engines import choose_engine
@@ -117,15 +118,94 @@ def first_pass(scratch: Path, rounds: int) -> list[Row]:
     return rows
 
 
-class Steps(Callback):
-    """Notes the time of each step."""
+def tuning(scratch: Path, rounds: int) -> list[Row]:
+    """Ten trials from an empty folder against their epochs and the pass that fills the cache."""
+    rows: list[Row] = []
+    for side, images, epochs_range in ((64, 600, "2:6"),):
+        data = drawn(scratch / f"data{side}", images)
+        shares, walls = [], []
+        for number in range(rounds):
+            places = {"output": scratch / f"study{number}", "cache_folder": scratch / f"features{number}"}
+            base = config(data, scratch, side=side, precision="fp32", feature_cache="on", **places)
+            fixed = {name: getattr(base, name) for name in base.model_fields_set}
+            parts = {"pass": 0.0, "epochs": 0.0}
+
+            def prepared(settings: TrainingConfig, parts: dict[str, float] = parts) -> tuple[Train, dict[str, object]]:
+                started_s = time.perf_counter()
+                ready = prepare(settings)
+                parts["pass"] = time.perf_counter() - started_s
+
+                def train(trial: TrainingConfig, callbacks: Sequence[Callback]) -> Fitted:
+                    fitted = fit(trial, ready, callbacks)
+                    parts["epochs"] += sum(epoch.seconds for epoch in fitted.history)
+                    return fitted
+
+                return train, {}
+
+            del fixed["batch_size"]
+            settings = TuningConfig.create({"trials": 10, "epochs_range": epochs_range, "batch_sizes": "32,64,128"})
+            started_s = time.perf_counter()
+            Tuner(settings, fixed, base, prepared).run()
+            walls.append(time.perf_counter() - started_s)
+            shares.append(walls[-1] / (parts["pass"] + parts["epochs"]))
+        rows.append(
+            [
+                "10 tuning trials against their cached epochs and one pass", side,
+                f"{statistics.median(walls):.1f} s", f"{statistics.median(walls) / statistics.median(shares):.1f} s",
+                f"{statistics.median(shares):.2f}", "<= 1.5",
+            ]
+        )  # fmt: skip
+    return rows
+
+
+class Wall(Callback):
+    """Notes the time from the first epoch's start to the last one's end."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.started_s = 0.0
+        self.seconds = 0.0
 
-    def on_step_end(self, step: Step) -> None:
+    def on_epoch_start(self, epoch: int) -> None:
         """See `Callback`."""
-        self.seconds.append(step.seconds)
+        self.started_s = self.started_s or time.perf_counter()
+
+    def on_epoch_end(self, metrics: EpochMetrics) -> None:
+        """See `Callback`."""
+        self.seconds = time.perf_counter() - self.started_s
+
+
+def instruments(scratch: Path, rounds: int) -> list[Row]:
+    """Training with each instrument against training without, from cached features at 32 px: the shortest steps."""
+    data = drawn(scratch / "data32", 1600)
+    settings = config(data, scratch, side=32, batch_size=32, feature_cache="on", epochs=4)
+    prepared = prepare(settings)
+    off = {"observe_every": 0, "tensorboard": False, "profile": False, "debugger": "off"}
+    ways: dict[str, dict[str, object]] = {
+        "none": off,
+        "rules, every 100 steps (default)": off | {"observe_every": 100},
+        "TensorBoard (default)": off | {"tensorboard": True},
+        "profiler (default)": off | {"profile": True},
+        "all defaults": {},
+        "smdebug's hook, every 100 steps": off | {"debugger": "on", "debugger_interval": 100},
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, values in ways.items():
+            wall = Wall()
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                own = settings.model_copy(update={"run_folder": Path(folder)})
+                fit(own, prepared, [*Instrumentation.create(values).callbacks(None), wall])
+            seconds[name].append(wall.seconds)
+    steps = 4 * 50
+    median = {name: statistics.median(values) / steps for name, values in seconds.items()}
+    return [
+        [
+            f"a step with {name}, against one without", 32, f"{1000 * median[name]:.1f} ms",
+            f"{1000 * median['none']:.1f} ms", f"{median[name] / median['none']:.2f}", "",
+        ]
+        for name in ways
+        if name != "none"
+    ]  # fmt: skip
 
 
 def config(data: Path, scratch: Path, **values: object) -> TrainingConfig:

@@ -180,11 +180,14 @@ def import_smdebug() -> ModuleType | None:
     """`smdebug.pytorch`, with its logger quiet; None where it (or what it needs) is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its code is of 2022: old escapes, protobuf descriptors, distutils, six
+        logging.disable(logging.INFO)  # it tells of itself while it is imported
         try:
             smd = importlib.import_module("smdebug.pytorch")
         except (ImportError, AttributeError, TypeError) as exc:  # TypeError: generated code and a newer protobuf
             log.debug("smdebug cannot be imported: %s", exc)
             return None
+        finally:
+            logging.disable(logging.NOTSET)
     # An old six inside pyinstrument, which smdebug brings, would make every later import warn.
     sys.meta_path[:] = [f for f in sys.meta_path if type(f).__module__ != "pyinstrument.vendor.six"]
     logger = logging.getLogger("smdebug")
