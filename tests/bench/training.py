@@ -22,10 +22,14 @@ from training.data import sample
 from training.entry import configure_logging
 from training.evaluation import EpochMetrics
 from training.features import Views, open_cache
-from training.loop import evaluate
+from training.instrumentation import Instrumentation
 from training.prefix_engines import choose_engine
-from training.run import fit, prepare
+from training.preparation import prepare
+from training.run import Fitted, fit
 from training.sources import ImageSource
+from training.trials import Train, Tuner
+from training.tuning_config import TuningConfig
+from training.validation import evaluate
 
 log = logging.getLogger("bench")
 
@@ -145,6 +149,7 @@ def tuning(scratch: Path, rounds: int) -> list[Row]:
             del fixed["batch_size"]
             settings = TuningConfig.create({"trials": 10, "epochs_range": epochs_range, "batch_sizes": "32,64,128"})
             started_s = time.perf_counter()
+            base.output.mkdir(parents=True)
             Tuner(settings, fixed, base, prepared).run()
             walls.append(time.perf_counter() - started_s)
             shares.append(walls[-1] / (parts["pass"] + parts["epochs"]))
