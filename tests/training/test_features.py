@@ -33,8 +33,11 @@ from training.run import Prepared, fit, prepare
 CPU = torch.device("cpu")
 Settings = Callable[..., TrainingConfig]
 Launch = Callable[..., subprocess.Popen[bytes]]
-SAME_LOSS = 2e-3
-"""Relative: features are kept in bfloat16, 8 bits of mantissa. Seen: 5e-4 at most over two epochs."""
+SAME_LOSS = 0.04
+"""Relative: features are kept in bfloat16, 8 bits of mantissa, and batch norm over nine near-equal images enlarges the
+difference. On 200 images of the sample in batches of 50: 3e-4."""
+SAME_BUT_ROUNDING = 1e-5
+"""Relative, when the plain run rounds its features too. Seen: 0."""
 
 
 class Losses(Callback):
@@ -87,6 +90,21 @@ def opened(root: Path, engine: PrefixEngine, **changes: Any) -> FeatureCache:
 # Training from it -----------------------------------------------------------------------------------------------
 
 
+def both_ways(settings: Settings, **values: object) -> tuple[Losses, Losses]:
+    """The steps of the same training from images and from the cache."""
+    seen = []
+    for cache in ("off", "on"):
+        config = settings(feature_cache=cache, **values)
+        prepared = prepare(config)
+        assert (prepared.features is not None) == (cache == "on")
+        seen.append(Losses())
+        fit(config, prepared, [seen[-1]])
+    plain, cached = seen
+    assert len(plain.steps) == 8
+    assert [labels for _, labels in plain.steps] == [labels for _, labels in cached.steps]
+    return plain, cached
+
+
 @pytest.mark.parametrize("augmentation", ["none", "flip"])
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 def test_cached_and_plain_training_make_the_same_steps(
@@ -94,19 +112,19 @@ def test_cached_and_plain_training_make_the_same_steps(
 ) -> None:
     if engine == "torch":
         monkeypatch.setattr("training.run.choose_engine", prefix_engines._torch)
-    seen, figures = {}, {}
-    for cache in ("off", "on"):
-        config = settings(feature_cache=cache, augment=augmentation)
-        prepared = prepare(config)
-        assert (prepared.features is not None) == (cache == "on")
-        losses = Losses()
-        fitted = fit(config, prepared, [losses])
-        seen[cache], figures[cache] = losses.steps, fitted.history
-    assert len(seen["off"]) == 8
-    assert [labels for _, labels in seen["off"]] == [labels for _, labels in seen["on"]]
-    assert [loss for loss, _ in seen["on"]] == pytest.approx([loss for loss, _ in seen["off"]], rel=SAME_LOSS)
-    for plain, cached in zip(figures["off"], figures["on"], strict=True):
-        assert cached.validation_loss == pytest.approx(plain.validation_loss, rel=SAME_LOSS)
+    plain, cached = both_ways(settings, augment=augmentation, learning_rate=1e-3)
+    assert [loss for loss, _ in cached.steps] == pytest.approx([loss for loss, _ in plain.steps], rel=SAME_LOSS)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "flip"])
+def test_but_for_the_rounding_of_features_the_steps_are_equal(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, augmentation: str
+) -> None:
+    monkeypatch.setattr("training.run.choose_engine", prefix_engines._torch)
+    exact = Network.features
+    monkeypatch.setattr(Network, "features", lambda self, batch: exact(self, batch).bfloat16().float())
+    plain, cached = both_ways(settings, augment=augmentation)
+    assert [loss for loss, _ in cached.steps] == pytest.approx([loss for loss, _ in plain.steps], rel=SAME_BUT_ROUNDING)
 
 
 @pytest.mark.parametrize(
