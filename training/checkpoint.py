@@ -5,6 +5,7 @@ It begins with the sha256 of the rest (hexadecimal), which torch.save wrote and 
 Randomness needs no state here (`training.randomness`), and the schedule follows from the number of the step.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -72,7 +73,8 @@ def save(folder: Path, config: TrainingConfig, facts: dict[str, Any], state: dic
         finally:
             os.close(descriptor)
     except (OSError, RuntimeError) as exc:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be a file
+            partial.unlink()
         reason = exc.strerror if isinstance(exc, OSError) else str(exc).splitlines()[0]
         raise CheckpointError(f"The checkpoint cannot be written into {folder}: {reason}.") from exc
 

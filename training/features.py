@@ -89,7 +89,7 @@ def open_cache(root: Path, network: Network, loader: Loader, views: Views, engin
     key = _key(network, loader, views, engine)
     folder = root / key
     with _locked(root, key):
-        features = _open(folder)
+        features = _open(folder, len(views), len(loader))
         if features is None:
             started_s = time.monotonic()
             shutil.rmtree(folder, ignore_errors=True)
@@ -101,7 +101,7 @@ def open_cache(root: Path, network: Network, loader: Loader, views: Views, engin
                     f"The feature cache cannot be written to {root} ({exc.strerror}); --cache-folder names another "
                     "place, --feature-cache off does without."
                 ) from exc
-            features = _open(folder)
+            features = _open(folder, len(views), len(loader))
             assert features is not None
             log.info(
                 "feature cache: %d views of %d images, %.2f GB, computed by %s in %.1f s, in %s",
@@ -172,7 +172,10 @@ def _build(folder: Path, network: Network, loader: Loader, views: Views, engine:
                 file.write(features.contiguous().view(torch.int16).numpy().tobytes())
         file.flush()
         os.fsync(file.fileno())
-    facts = {"format": FORMAT, "shape": shape, "sha256": _chunk_hashes(folder / "features.bf16"), "engine": engine.name}
+    facts = {
+        "format": FORMAT, "key": folder.name, "shape": shape, "engine": engine.name,
+        "sha256": _chunk_hashes(folder / "features.bf16"),
+    }  # fmt: skip
     partial = folder / "facts.json.part"
     with partial.open("w") as out:
         json.dump(facts, out)
@@ -181,8 +184,8 @@ def _build(folder: Path, network: Network, loader: Loader, views: Views, engine:
     partial.rename(folder / "facts.json")
 
 
-def _open(folder: Path) -> Tensor | None:
-    """The features in `folder`, verified; None if there are none or not these."""
+def _open(folder: Path, views: int, images: int) -> Tensor | None:
+    """The features in `folder`, verified: None if there are none or not these (a folder may have been renamed)."""
     path = folder / "features.bf16"
     try:
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
@@ -193,6 +196,8 @@ def _open(folder: Path) -> Tensor | None:
         whole = facts["format"] == FORMAT and path.stat().st_size == 2 * numel
         if not whole or _chunk_hashes(path) != facts["sha256"]:
             raise ValueError("its bytes are not those that were written")
+        if facts["key"] != folder.name or shape[:2] != [views, images]:
+            raise ValueError("it is of other images, weights or views")
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as exc:
