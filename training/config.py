@@ -197,7 +197,7 @@ class TrainingConfig(Settings):
         recipe, tuned = given.pop("recipe", None), given.pop("from_tuning", None)
         below = read_recipe(str(recipe)) if recipe else {}
         if tuned:
-            from training.tuning import read_best
+            from training.tuning.best import read_best
 
             below |= read_best(Path(str(tuned)))
         return cls.create({**below, **given})

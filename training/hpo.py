@@ -18,10 +18,10 @@ from training.environment import ranks, sagemaker_values
 from training.errors import ConfigError
 from training.flags import parse_flags
 from training.interruption import Interrupted
-from training.tuning_config import SOURCES, TuningConfig, split_tuning
+from training.tuning.config import SOURCES, TuningConfig, split_tuning
 
 if TYPE_CHECKING:
-    from training.trials import Train
+    from training.tuning.trials import Train
 
 log = logging.getLogger("training")
 
@@ -84,7 +84,7 @@ def run_study(tuning: Mapping[str, object], training: Mapping[str, object]) -> N
         start.output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"--output {start.output}: the folder cannot be made ({exc.strerror}).") from exc
-    from training.trials import Tuner  # torch takes seconds to import: not before the settings are right
+    from training.tuning.trials import Tuner  # torch takes seconds to import: not before the settings are right
 
     Tuner(settings, fixed, start, prepared).run()
 
@@ -105,7 +105,7 @@ def train_once(tuning: Mapping[str, object], training: Mapping[str, object]) -> 
 
 
 def prepared(config: TrainingConfig) -> "tuple[Train, dict[str, object]]":
-    """Data and cached features, once for all trials of this process. See `training.trials.Prepare`."""
+    """Data and cached features, once for all trials of this process. See `training.tuning.trials.Prepare`."""
     from training.preparation import prepare
     from training.run import fit
 

@@ -27,8 +27,8 @@ from training.prefix_engines import choose_engine
 from training.preparation import prepare
 from training.run import Fitted, fit
 from training.sources import ImageSource
-from training.trials import Train, Tuner
-from training.tuning_config import TuningConfig
+from training.tuning.config import TuningConfig
+from training.tuning.trials import Train, Tuner
 from training.validation import evaluate
 
 log = logging.getLogger("bench")

@@ -15,7 +15,7 @@ import torch
 from service.model.artifact import open_artifact
 from training.config import TrainingConfig
 from training.hpo import main
-from training.tuning import read_best
+from training.tuning.best import read_best
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -18,10 +18,10 @@ from PIL import Image
 from tests.training import tiny_tuning as tiny
 from training.config import TrainingConfig
 from training.errors import ConfigError, DataError, TrainingError
-from training.study import MAX_ATTEMPTS, Study
-from training.trials import comparable_step
-from training.tuning import read_best
-from training.tuning_config import TuningConfig
+from training.tuning.best import read_best
+from training.tuning.config import TuningConfig
+from training.tuning.study import MAX_ATTEMPTS, Study
+from training.tuning.trials import comparable_step
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "tiny_tuning.py"

@@ -24,8 +24,8 @@ from training.config import TrainingConfig
 from training.data.dataset import ArrayImages, Dataset
 from training.errors import DivergedError
 from training.evaluation import EpochMetrics, Evaluation
-from training.trials import Prepare, Train, Tuner
-from training.tuning_config import TuningConfig
+from training.tuning.config import TuningConfig
+from training.tuning.trials import Prepare, Train, Tuner
 
 POINTS = 64
 DATASET = {"name": "points", "classes": 2}

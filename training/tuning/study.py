@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from training.errors import ConfigError
-from training.study_lock import StudyLock
-from training.tuning_config import SOURCES, TuningConfig
+from training.tuning.config import SOURCES, TuningConfig
+from training.tuning.lock import StudyLock
 
 if TYPE_CHECKING:
     import optuna

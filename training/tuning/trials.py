@@ -17,11 +17,11 @@ from training.config import TrainingConfig
 from training.errors import DivergedError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
 from training.interruption import Interrupted
-from training.study import INTERRUPTED, Study
-from training.trial_table import Table, label, shown
-from training.tuning import settings_of, write_best
-from training.tuning_config import SOURCES, TuningConfig
-from training.tuning_plots import draw
+from training.tuning.best import settings_of, write_best
+from training.tuning.config import SOURCES, TuningConfig
+from training.tuning.plots import draw
+from training.tuning.study import INTERRUPTED, Study
+from training.tuning.table import Table, label, shown
 
 if TYPE_CHECKING:
     import optuna

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.tuning_config import SOURCES, TuningConfig
+from training.tuning.config import SOURCES, TuningConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from training.tuning_config import TuningConfig
+from training.tuning.config import TuningConfig
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
