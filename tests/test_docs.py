@@ -6,7 +6,9 @@ from pathlib import Path
 
 from service.errors import HTTP_ERRORS
 from service.settings import Settings, names
-from training.config import TrainingConfig
+from training.config import FILES, TrainingConfig
+from training.instrumentation import Instrumentation
+from training.tuning.config import TuningConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,8 +55,9 @@ def test_every_module_and_flag_the_readme_runs_exists() -> None:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README)}
-    others = {"data_binary", "help", "model", "host", "port", "output"}
-    assert flags - others <= set(TrainingConfig.model_fields)
+    others = {"data_binary", "help", "model", "host", "port", "output", "inexact", "group", "logdir"}
+    settings = (TrainingConfig, Instrumentation, TuningConfig)
+    assert flags - others <= {name for model in settings for name in model.model_fields} | set(FILES)
 
 
 def test_every_file_the_documents_name_exists() -> None:
@@ -65,7 +68,8 @@ def test_every_file_the_documents_name_exists() -> None:
 
 def test_the_folder_table_names_every_module() -> None:
     table = "\n".join(line for line in ARCHITECTURE.splitlines() if line.startswith("| `"))
-    folders = ("service/model", "service/engines", "training", "training/data")
+    packages = ("data", "tuning", "debugging", "profiling", "report")
+    folders = ("service/model", "service/engines", "training", *(f"training/{name}" for name in packages))
     modules = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     unnamed = [
         path.stem for path in modules if path.stem not in ("__init__", "errors", "progress") and path.stem not in table
