@@ -24,12 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> None:
     """One training as the job and `arguments` say. Raises: TrainingError, Interrupted."""
-    given = parse_flags(
-        arguments, "training.train_model",
-        "Fine-tune ResNet-34 and write an artifact that `python -m service` serves.",
-        (TrainingConfig, Instrumentation), FILES,
-    )  # fmt: skip
-    watching, training = split({**sagemaker_values(), **given}, Instrumentation)
+    watching, training = split({**sagemaker_values(), **parse_arguments(arguments)}, Instrumentation)
     instrumentation = Instrumentation.create(watching)
     config = TrainingConfig.resolve(training)
     place = ranks()
@@ -37,6 +32,15 @@ def train(arguments: Sequence[str]) -> None:
     from training.run import run
 
     run(config, instrumentation.callbacks(sagemaker_job()) if place.is_first else (), Group(**vars(place)))
+
+
+def parse_arguments(arguments: Sequence[str]) -> dict[str, object]:
+    """The values given on the command line, by field name. Raises: ConfigError."""
+    return parse_flags(
+        arguments, "training.train_model",
+        "Fine-tune ResNet-34 and write an artifact that `python -m service` serves.",
+        (TrainingConfig, Instrumentation), FILES,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from training import checkpoint
-from training.checkpoint import FILE, FREE_TO_CHANGE
-from training.config import TrainingConfig
+from training.checkpoint import FILE
+from training.config import LOCAL, TrainingConfig
 from training.errors import CheckpointError
 
 Settings = Callable[..., TrainingConfig]
@@ -170,7 +170,7 @@ def test_places_and_the_like_may_change(settings: Settings, tmp_path: Path) -> N
         "data": "d", "validation": "v", "output": "o", "run_folder": "r", "checkpoints": "c", "checkpoint_every_s": 1,
         "device": "auto", "loader_workers": 3, "model_name": "other", "cache_folder": "f",
     }  # fmt: skip
-    assert set(elsewhere) == FREE_TO_CHANGE
+    assert set(elsewhere) == LOCAL
     checkpoint.save(tmp_path, settings(), FACTS, state())
     assert checkpoint.load(tmp_path, settings(**elsewhere), FACTS) is not None
 

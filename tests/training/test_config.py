@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from training.config import TrainingConfig, parse_arguments, parse_hyperparameters, unknown_name
+from training.config import TrainingConfig
 from training.errors import ConfigError
+from training.flags import parse_hyperparameters, unknown_name
+from training.train_model import parse_arguments
 
 PLACES = {"data": "in", "output": "out"}
 EXAMPLES = {
@@ -114,11 +116,11 @@ def test_an_unknown_hyperparameter_is_refused_and_the_known_are_listed() -> None
     ("given", "meant"), [("--batch-sise", "batch_size"), ("epoch", "epochs"), ("--hidden", "hidden_units")]
 )
 def test_a_near_miss_is_answered_with_what_was_meant(given: str, meant: str) -> None:
-    assert f"Did you mean {meant}?" in unknown_name(given)
+    assert f"Did you mean {meant}?" in unknown_name(given, list(TrainingConfig.model_fields))
 
 
 def test_a_name_like_no_other_gets_no_suggestion() -> None:
-    assert "Did you mean" not in unknown_name("xyzzy")
+    assert "Did you mean" not in unknown_name("xyzzy", list(TrainingConfig.model_fields))
 
 
 @pytest.mark.parametrize("flag", ["--epochs", "--data"])

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from training.config import RECIPES, TrainingConfig, parse_arguments, read_recipe
+from training.config import RECIPES, TrainingConfig, read_recipe
 from training.errors import ConfigError
+from training.train_model import parse_arguments
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 PLACES = {"data": "in", "output": "out"}
