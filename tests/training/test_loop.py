@@ -81,9 +81,7 @@ def test_without_clipping_gradients_stay_as_they_are(settings: Settings) -> None
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_early_stopping_ends_the_run_and_keeps_the_best_epochs_weights(
-    settings: Settings, decay: float
-) -> None:
+def test_early_stopping_ends_the_run_and_keeps_the_best_epochs_weights(settings: Settings, decay: float) -> None:
     watching = Watching()
     config = settings(side=16, epochs=30, early_stopping=2, learning_rate=0.05, ema_decay=decay)
     run(config, [watching])

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_schedule_of_any_length_is_positive_up_to_one_and_falls_after_its_peak
 def test_the_rate_makes_no_jump(name: str, warmup: int) -> None:
     values = [schedule(name, 1000, warmup)(step) for step in range(1000)]
     steepest = max(1 / max(warmup, 100 if name == "one-cycle" else 0, 1) if warmup or name == "one-cycle" else 0, 0.01)
-    assert max(abs(a - b) for a, b in zip(values, values[1:], strict=False)) <= steepest * 1.01
+    assert max(abs(a - b) for a, b in pairwise(values)) <= steepest * 1.01
 
 
 # Groups ---------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_a_recipe_that_is_not_toml_is_refused_naming_it(tmp_path: Path, content:
 def test_a_name_in_a_recipe_that_is_no_setting_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("epoch = 3\n")
-    with pytest.raises(ConfigError, match="Unknown hyperparameter epoch. Did you mean epochs?"):
+    with pytest.raises(ConfigError, match=r"Unknown hyperparameter epoch\. Did you mean epochs\?"):
         resolve("--recipe", str(path))
 
 
