@@ -6,9 +6,12 @@ Exit status: 0 done; 1 data, weights or the run failed; 2 wrong settings; 128 + 
 """
 
 import logging
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from types import FrameType
 
 from training.environment import write_failure
 from training.errors import ConfigError, TrainingError
@@ -26,6 +29,9 @@ def configure_logging() -> None:
 
 def exit_status(program: Callable[[], object]) -> int:
     """Run `program`; returns the exit status, with a sentence in the log for what ended it."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        # Outside of the loop, which saves first. Process 1 of a container does not hear a signal it has no handler for.
+        signal.signal(signal.SIGTERM, _end)
     try:
         program()
     except TrainingError as exc:
@@ -35,11 +41,19 @@ def exit_status(program: Callable[[], object]) -> int:
     except Interrupted as exc:
         log.error("%s: a checkpoint is written, the same command goes on from there; no artifact was touched.", exc)
         return 128 + exc.signal_number
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as exc:
         log.error("Stopped before the end: no artifact was written, one that was there is as it was.")
-        return 130
+        return 143 if isinstance(exc, _Terminated) else 130
     except Exception as exc:
         log.error("A fault of this program: %s: %s. Please report it with the lines below.", type(exc).__name__, exc)
         write_failure(f"{type(exc).__name__}: {exc}", traceback.format_exc())
         raise
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a program as Ctrl-C does."""
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise _Terminated

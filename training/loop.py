@@ -90,6 +90,9 @@ class Trainer:
             log.info("epoch %d: every block is trained from here on", self.progress.epoch)
             if self.ema is not None and self.progress.steps == 0:
                 self.ema.swap()  # go on from the average
+            if self._best:  # of an epoch in which these blocks were frozen: the best network has them as they are now
+                self._best = {**self.network.state_dict(), **self._best}
+                self._best = {name: tensor.detach().clone() for name, tensor in self._best.items()}
             self.network.unfreeze()
             share_statistics(self.network, self._group)
             self._unfrozen = True

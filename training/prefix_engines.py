@@ -4,10 +4,12 @@ An engine is a function: uint8 `[n, S, S, 3]` -> bfloat16 `[n, h, w, C]` on the 
 is installed, else torch; on a GPU torch, in bfloat16 if the run is.
 """
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,18 +53,21 @@ def _openvino(network: Network, bf16: bool) -> PrefixEngine:
     # Measured on 2 cores of an AVX512-BF16 EPYC, 224 px, batches of 32, img/s: fp32 38 (torch 30), bf16 75 (torch 55).
     import openvino
 
-    side_px = 64  # any: the sides are left open below
-    example = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8)
-    with warnings.catch_warnings():
-        # OpenVINO traces with torch.jit, which torch 2.13 calls deprecated: nothing a user could act on.
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        model = openvino.convert_model(_Features(network).eval(), example_input=example)
-    model.reshape([-1, -1, -1, 3])
-    hints = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(model, "CPU", hints)
+    @functools.cache
+    def compiled() -> Callable[..., Any]:  # at the first batch: it takes seconds, and the cache may be there already
+        side_px = 64  # any: the sides are left open below
+        example = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            # OpenVINO traces with torch.jit, which torch 2.13 calls deprecated: nothing a user could act on.
+            warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+            model = openvino.convert_model(_Features(network).eval(), example_input=example)
+        model.reshape([-1, -1, -1, 3])
+        hints = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
+        found: Callable[..., Any] = openvino.Core().compile_model(model, "CPU", hints)
+        return found
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(compiled(images.contiguous().numpy())[0]).to(torch.bfloat16)
+        return torch.from_numpy(compiled()(images.contiguous().numpy())[0]).to(torch.bfloat16)
 
     return PrefixEngine(f"openvino-{'bf16' if bf16 else 'fp32'}", 64, run)
 

@@ -157,9 +157,7 @@ class Raising(Callback):
 
 
 @pytest.mark.parametrize("moment", [{"step": 2}, {"epoch": 1}], ids=["step", "epoch"])
-def test_an_error_in_a_callback_reaches_every_callbacks_end_of_run(
-    settings: Settings, moment: dict[str, int]
-) -> None:
+def test_an_error_in_a_callback_reaches_every_callbacks_end_of_run(settings: Settings, moment: dict[str, int]) -> None:
     error = ValueError("disk gone")
     raising, other = Raising(error, **moment), Raising(error)
     with pytest.raises(ValueError, match="disk gone"):
