@@ -94,6 +94,7 @@ def open_cache(root: Path, network: Network, loader: Loader, views: Views, engin
             started_s = time.monotonic()
             shutil.rmtree(folder, ignore_errors=True)
             try:
+                _require_space(root, _cache_bytes(network, loader, views))
                 _build(folder, network, loader, views, engine)
             except OSError as exc:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -112,19 +113,15 @@ def open_cache(root: Path, network: Network, loader: Loader, views: Views, engin
     return FeatureCache(features, loader.labels, views, folder)
 
 
-def cache_bytes(network: Network, loader: Loader, views: Views) -> int:
+def _cache_bytes(network: Network, loader: Loader, views: Views) -> int:
     """The size a cache of these images has."""
     height, width, channels = _feature_shape(network, loader.side_px)
     return len(views) * len(loader) * height * width * channels * 2
 
 
-def require_space(root: Path, size: int) -> None:
+def _require_space(root: Path, size: int) -> None:
     """Raises: ConfigError when the disk of `root` has no room for `size` bytes more."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(root).free
-    except OSError as exc:
-        raise ConfigError(f"--cache-folder {root}: the folder cannot be used ({exc.strerror}).") from exc
+    free = shutil.disk_usage(root).free
     if free < size + FREE_BYTES:
         raise ConfigError(
             f"The feature cache needs {size / 1e9:.1f} GB and 1 GB to spare, {root} has {free / 1e9:.1f} GB free; "
@@ -223,8 +220,12 @@ def _locked(root: Path, key: str) -> Iterator[None]:
     """Hold the lock of this cache; the operating system lets go of it with the process."""
     import fcntl
 
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{key}.lock").open("w") as file:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / f"{key}.lock").open("w")
+    except OSError as exc:
+        raise ConfigError(f"--cache-folder {root}: the folder cannot be written to ({exc.strerror}).") from exc
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

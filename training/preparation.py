@@ -15,7 +15,7 @@ from training.data.loader import Loader
 from training.devices import has_fast_bf16, pick_device, set_up_torch
 from training.distributed import ALONE, Group
 from training.errors import ConfigError
-from training.features import Views, cache_bytes, open_cache, require_space
+from training.features import Views, open_cache
 from training.prefix_engines import choose_engine
 from training.pretrained import load_pretrained, require_available
 from training.sources import FeatureSource
@@ -83,17 +83,15 @@ def _features(
     network = new_network(config, dataset)[0].eval()
     crops = config.cache_crops if config.augment == "flip-crop" else 0
     views = Views(flip=config.augment != "none", crops=crops)
-    size = cache_bytes(network, train, views) + cache_bytes(network, validation, Views())
+    engine = choose_engine(network, device, bf16)
     try:
-        require_space(config.cache_folder, size)
-    except ConfigError as exc:
+        caches = [
+            open_cache(config.cache_folder, network, loader, some, engine)
+            for loader, some in ((train, views), (validation, Views()))
+        ]
+    except ConfigError as exc:  # no room, or no permission
         if config.feature_cache == "on":
             raise
         log.warning("feature cache: not used. %s", exc)
         return None
-    engine = choose_engine(network, device, bf16)
-    caches = [
-        open_cache(config.cache_folder, network, loader, some, engine)
-        for loader, some in ((train, views), (validation, Views()))
-    ]
     return FeatureSource(caches[0], device), FeatureSource(caches[1], device)

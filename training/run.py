@@ -16,7 +16,7 @@ from training.callbacks import Callback, RunContext, StopTraining, tell
 from training.config import TrainingConfig
 from training.devices import pick_device
 from training.distributed import ALONE, Group
-from training.errors import ConfigError, TrainingError
+from training.errors import ConfigError, DivergedError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
 from training.figures import Figures, figures
@@ -121,17 +121,19 @@ def fit(
             config.folder.mkdir(parents=True, exist_ok=True)
             (config.folder / "settings.json").write_text(config.model_dump_json(indent=1))
         steps = trainer.steps_per_epoch
-        tell(callbacks, "on_run_start", RunContext(
-            config, network, trainer.criterion, prepared.dataset, config.folder, prepared.device,
-            steps, steps * config.epochs, trainer.progress.step + 1,
-        ))  # fmt: skip
         try:
+            tell(callbacks, "on_run_start", RunContext(
+                config, network, trainer.criterion, prepared.dataset, config.folder, prepared.device,
+                steps, steps * config.epochs, trainer.progress.step + 1,
+            ))  # fmt: skip
             run_.epochs(callbacks)
             if interruption.signal_number is not None:  # came in the last validation
                 run_.save()
                 raise Interrupted(interruption.signal_number)
         except BaseException as exc:
             error = exc
+            if isinstance(exc, DivergedError) and checkpoints and group.is_first:
+                checkpoint.remove(config.checkpoint_folder)  # from there it would diverge again
             raise
         finally:
             tell(callbacks, "on_run_end", error or (StopTraining(run_.stopped) if run_.stopped else None))
