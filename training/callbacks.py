@@ -2,8 +2,8 @@
 
 The loop calls each callback at the moments below, in the order of the list it was given. A callback reads; it
 never changes the network, so that a run with callbacks trains exactly as one without. From `on_step_end` and
-`on_epoch_end` it may end the run by raising `StopTraining`. Files of a run lie in one folder beside the artifact (`RunContext.folder`), where the report
-finds them:
+`on_epoch_end` it may end the run by raising `StopTraining`. Files of a run lie in one folder beside the artifact
+(`RunContext.folder`), where the report finds them:
 
     settings.json    the resolved settings
     metrics.jsonl    one JSON object a line: {"kind": "step" | "epoch", ...}

@@ -115,7 +115,7 @@ class Trainer:
             batches = source.training_batches([plan for _, plan in plans])
             for (size, plan), (inputs, labels) in zip(plans, batches, strict=True):
                 waited_s = time.perf_counter() - started_s
-                step = self._step(inputs, labels, size, plan.draws, source.from_features, waited_s)
+                step = self._step(inputs, labels, size, plan, source, waited_s)
                 sums += torch.stack(
                     [step.loss_tensor * len(labels), step.hits_tensor, step.hits_tensor.new_tensor(len(labels))]
                 )
@@ -168,17 +168,15 @@ class Trainer:
             plans.append((len(indices), StepPlan(indices[mine], draws)))
         return plans
 
-    def _step(
-        self, inputs: Tensor, labels: Tensor, size: int, draws: Draws, from_features: bool, waited_s: float
-    ) -> Step:
+    def _step(self, inputs: Tensor, labels: Tensor, size: int, plan: StepPlan, source: Source, waited_s: float) -> Step:
         """Forward, backward and update; `size` is that of the global batch."""
-        config, number = self._config, self.progress.step + 1
+        config, number, from_features = self._config, self.progress.step + 1, source.from_features
         rate = set_rate(self.optimizer, self._share(self.progress.step - self._first_step))
         tell(self._callbacks, "on_step_start", number)
         targets, heavier = labels, labels
         if config.mixup or config.cutmix:
             classes = self.network.architecture.num_classes
-            inputs, targets = augment.mix(inputs, labels, classes, draws, config.mixup, config.cutmix)
+            inputs, targets = augment.mix(inputs, labels, classes, plan.draws, config.mixup, config.cutmix)
             heavier = targets.argmax(1)
         if from_features and not self._bf16:
             inputs = inputs.float()
@@ -190,7 +188,8 @@ class Trainer:
         weight = len(labels) * self._group.world_size / size
         (loss * weight if weight != 1 else loss).backward()
         hits = (logits.detach().argmax(1) == heavier).sum().float()
-        step = Step(number, self.progress.epoch, rate, labels, loss.detach(), hits, waited_s)
+        true = source.labels[plan.indices]
+        step = Step(number, self.progress.epoch, rate, true, loss.detach(), hits, waited_s)
         tell(self._callbacks, "on_backward_end", step)
         if config.clip_norm:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -33,6 +33,8 @@ class Source(Protocol):
 
     from_features: bool
     """Whether batches are features (see `Network.forward`) rather than images."""
+    labels: Tensor
+    """int64 `[N]` of all images, on the CPU."""
 
     def __len__(self) -> int:
         """The number of images."""
@@ -55,6 +57,7 @@ class ImageSource:
     def __init__(self, loader: Loader, config: TrainingConfig) -> None:
         self._loader = loader
         self._config = config
+        self.labels = loader.labels
 
     def __len__(self) -> int:
         """See `Source`."""
@@ -90,6 +93,7 @@ class FeatureSource:
         flat = cache.features.flatten(0, 1)  # [V * N, h, w, C]
         self._on_device = fits_on(device, cache.size)
         self._features = flat.to(device) if self._on_device else flat
+        self.labels = cache.labels
         self._labels = cache.labels.to(device)
 
     def __len__(self) -> int:
@@ -108,15 +112,16 @@ class FeatureSource:
 
     def _pick(self, plan: StepPlan) -> Tensor:
         """The view of each image, int64 `[n]`; flips are drawn first, as from images."""
-        view = torch.zeros(len(plan.indices), dtype=torch.int64)
+        view = torch.zeros(len(plan.indices), dtype=torch.int64, device=self._device)
         if self._views.flip:
-            view += plan.draws.uniform().cpu() < 0.5
+            view += plan.draws.uniform() < 0.5
         if self._views.crops:
-            view += plan.draws.integers(self._views.crops).cpu() * (2 if self._views.flip else 1)
+            view += plan.draws.integers(self._views.crops) * (2 if self._views.flip else 1)
         return view
 
     def _take(self, indices: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
-        rows = (view * self._count + indices).to(self._features.device)
+        place = self._features.device
+        rows = view.to(place) * self._count + indices.to(place)
         features = self._features.index_select(0, rows)  # [n, h, w, C]
         labels = self._labels[indices.to(self._device)]
         return features.to(self._device, non_blocking=True).permute(0, 3, 1, 2), labels
