@@ -43,7 +43,7 @@ class Settings(BaseModel):
         if not name:  # of the settings together
             return str(error["ctx"]["error"])
         description = cls.model_fields[name].description
-        if error["type"] == "missing":
+        if error["type"] == "missing" and name not in values:
             return f"{flag(name)} is missing: {description}"
         what = "" if error["type"] == "value_error" else f" ({description})"
         return f"{flag(name)} {values[name]}: {error['msg']}{what}"

@@ -36,8 +36,19 @@ def history(folder: Path) -> list[dict[str, float]]:
     [
         {"feature_cache": "on", "learning_rate": 1e-3},
         # 33 images in batches of 14: the last has 5, of which one process gets 3, the other 2.
-        {"freeze": "stem,layer1", "batch_size": 14, "augment": "flip-crop", "learning_rate": 1e-3, "clip_norm": 1.0},
-        {"unfreeze_at": 2, "ema_decay": 0.5, "learning_rate": 1e-3, "early_stopping": 5},
+        pytest.param(
+            {
+                "freeze": "stem,layer1",
+                "batch_size": 14,
+                "augment": "flip-crop",
+                "learning_rate": 1e-3,
+                "clip_norm": 1.0,
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"unfreeze_at": 2, "ema_decay": 0.5, "learning_rate": 1e-3, "early_stopping": 5}, marks=pytest.mark.slow
+        ),
     ],
     ids=["cached", "last batch odd", "unfrozen later"],
 )
@@ -59,6 +70,7 @@ def test_two_processes_train_as_one_and_write_one_artifact(
     assert not list(tmp_path.rglob(f"{FILE}*"))
 
 
+@pytest.mark.slow
 def test_sigterm_ends_both_and_one_process_goes_on_from_their_checkpoint(
     settings: Settings, launch: Launch, tmp_path: Path
 ) -> None:

@@ -111,7 +111,7 @@ def test_cached_and_plain_training_make_the_same_steps(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, augmentation: str, engine: str
 ) -> None:
     if engine == "torch":
-        monkeypatch.setattr("training.run.choose_engine", prefix_engines._torch)
+        monkeypatch.setattr("training.preparation.choose_engine", prefix_engines._torch)
     plain, cached = both_ways(settings, augment=augmentation, learning_rate=1e-3)
     assert [loss for loss, _ in cached.steps] == pytest.approx([loss for loss, _ in plain.steps], rel=SAME_LOSS)
 
@@ -120,7 +120,7 @@ def test_cached_and_plain_training_make_the_same_steps(
 def test_but_for_the_rounding_of_features_the_steps_are_equal(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, augmentation: str
 ) -> None:
-    monkeypatch.setattr("training.run.choose_engine", prefix_engines._torch)
+    monkeypatch.setattr("training.preparation.choose_engine", prefix_engines._torch)
     exact = Network.features
     monkeypatch.setattr(Network, "features", lambda self, batch: exact(self, batch).bfloat16().float())
     plain, cached = both_ways(settings, augment=augmentation)
@@ -374,13 +374,14 @@ def test_a_cache_that_is_there_needs_no_room(settings: Settings, monkeypatch: py
 
 def test_a_cache_folder_that_is_a_file_is_refused(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--cache-folder .*file: the folder cannot be used"):
+    with pytest.raises(ConfigError, match=r"--cache-folder .*file: the folder cannot be written to"):
         prepare(settings(feature_cache="on", cache_folder=tmp_path / "file"))
 
 
 # Several processes, and ends ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_two_processes_at_once_one_computes_the_cache_and_one_waits(
     settings: Settings, launch: Launch, tmp_path: Path
 ) -> None:
@@ -393,6 +394,7 @@ def test_of_two_processes_at_once_one_computes_the_cache_and_one_waits(
     assert both.count("GB found and verified") == 2
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_it_computes_the_cache_leaves_nothing_that_is_trained_on(
     settings: Settings, launch: Launch, tmp_path: Path
 ) -> None:

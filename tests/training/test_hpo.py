@@ -156,7 +156,7 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(
 
 def test_an_unknown_flag_is_answered_with_the_names_of_the_study_too(caplog: pytest.LogCaptureFixture) -> None:
     assert main(["--trial", "3"]) == 2
-    assert "And of the study: trials, learning_rate_range" in errors(caplog)[0]
+    assert "Did you mean trials? Known are: recipe, from_tuning, trials, learning_rate_range" in errors(caplog)[0]
 
 
 def test_missing_data_ends_the_study_and_leaves_it_to_be_continued(

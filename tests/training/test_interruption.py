@@ -71,9 +71,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "cached, then unfrozen": {"feature_cache": "on", "unfreeze_at": 2, "ema_decay": 0.9, "augment": "none", "side": 16},
     "cached, early stopping": {"feature_cache": "on", "early_stopping": 1, "ema_decay": 0.5, "learning_rate": 0.1},
 }  # fmt: skip
+QUICK = ("plain", "cached")
+"""Those that `make test` runs; make test-slow runs all."""
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_a_run_stopped_at_three_steps_ends_as_one_that_was_not(
     settings: Settings, tmp_path: Path, variant: str
 ) -> None:
@@ -202,6 +206,7 @@ def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_process_stopped_within_an_epoch_saves_and_the_same_command_goes_on(
     settings: Settings, launch: Launch, tmp_path: Path, number: int, status: int
@@ -225,7 +230,9 @@ def test_a_process_stopped_within_an_epoch_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize("moment", ["train: decoding", "feature cache"])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_process_stopped_before_its_first_step_ends_at_once_and_leaves_no_half_files(
     settings: Settings, launch: Launch, tmp_path: Path, moment: str, number: int, status: int
 ) -> None:

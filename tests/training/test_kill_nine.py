@@ -52,7 +52,9 @@ def _payload(path: Path) -> Any:
     return io.BytesIO(path.read_bytes()[checkpoint.DIGEST_LENGTH :])
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("kills", [20])
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
     settings: Settings, launch: Launch, tmp_path: Path, kills: int
 ) -> None:
