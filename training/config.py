@@ -25,7 +25,7 @@ FILES = {
 LOCAL = frozenset(
     {
         "data", "validation", "output", "run_folder", "checkpoints", "checkpoint_every_s", "cache_folder", "device",
-        "loader_workers", "model_name",
+        "loader_workers", "model_name", "report",
     }
 )  # fmt: skip
 """Settings that say where and under which name a run happens, not what it learns."""
@@ -137,6 +137,7 @@ class TrainingConfig(Settings):
     checkpoint_every_s: float = Field(
         60.0, ge=0, allow_inf_nan=False, description="seconds between checkpoints, which are written at an epoch's end"
     )
+    report: bool = Field(True, description="write report.html, evaluation.json and pictures into the run's folder")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="auto: cuda where there is a GPU, else cpu"
     )

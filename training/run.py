@@ -74,7 +74,8 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
             100 * found.accuracy, 100 * found.top5_accuracy, found.loss, found.n,
             artifact.manifest.name, artifact.manifest.version, artifact.folder,
         )  # fmt: skip
-        _report(config, prepared, artifact, found)
+        if config.report:
+            _report(config, prepared, artifact, found)
         return artifact
     finally:
         group.leave()
