@@ -54,7 +54,7 @@ def test_the_reference_states_the_published_numbers_and_is_the_default() -> None
         assert number in text
     held = read_recipe("reference")
     assert (held["learning_rate"], held["batch_size"], held["epochs"]) == (0.017483127170473314, 128, 70)
-    assert resolve("--recipe", "reference") == resolve("--freeze", "stem,layer1,layer2,layer3")
+    assert resolve("--recipe", "reference") == resolve("--freeze", "stem,layer1,layer2,layer3", "--precision", "auto")
 
 
 def test_flags_and_hyperparameters_win_over_the_recipe_and_the_recipe_over_defaults() -> None:
