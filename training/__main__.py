@@ -28,13 +28,15 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         job = sagemaker_job(root)
         implied = dict(job.hyperparameters) if job is not None else {}
         entry, rest = split_entry(given, str(implied.get(ENTRY, "train_model")))
-        if entry == "hpo" and job is not None and len(job.hosts) > 1:
+        # In a job hpo makes one training, unless it is asked for a study of its own.
+        study = entry == "hpo" and (job is None or "trials" in implied or take_flag(rest, "trials")[0] is not None)
+        if study and job is not None and len(job.hosts) > 1:
             raise ConfigError(
-                f"entry hpo runs on one host, this job has {len(job.hosts)}; set its instance count to 1, or let "
+                f"a study (hyperparameter trials) runs on one host, this job has {len(job.hosts)}; set its instance count to 1, or let "
                 "SageMaker tune: each trial is then a job."
             )
         processes = gpus(take_flag(rest, "device")[0] or str(implied.get("device", "auto"))) or 1
-        if entry == "hpo" or ranks().is_distributed or (processes == 1 and (job is None or len(job.hosts) == 1)):
+        if study or ranks().is_distributed or (processes == 1 and (job is None or len(job.hosts) == 1)):
             return int(importlib.import_module(ENTRIES[entry]).main(rest))
         if job is not None and len(job.hosts) > 1:
             wait_for_name(job.hosts[0])

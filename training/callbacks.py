@@ -5,13 +5,15 @@ never changes the network, so that a run with callbacks trains exactly as one wi
 `on_epoch_end` it may end the run by raising `StopTraining`. Files of a run lie in one folder beside the artifact
 (`RunContext.folder`), where the report finds them:
 
-    settings.json    the resolved settings
-    metrics.jsonl    one JSON object a line: {"kind": "step" | "epoch", ...}
-    rules.json       verdicts of the debugging rules
-    profile.json     where the time went
-    evaluation.json  figures of the final network on the validation images
+    settings.json                    the resolved settings
+    metrics.jsonl                    one JSON object a line: {"kind": "step" | "epoch", ...}
+    observations.jsonl, rules.json   what the rules saw, and their verdicts
+    profile.json, trace.json.gz      where the time went
+    evaluation.json, report.html     figures of the final network on the validation images
+    tensorboard/, tensors/           TensorBoard's files, smdebug's
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from service.model.network import Network
 from training.config import TrainingConfig
 from training.data.dataset import Dataset
 from training.evaluation import EpochMetrics
+
+log = logging.getLogger(__name__)
 
 
 class StopTraining(Exception):
@@ -58,7 +62,8 @@ class Step:
     labels: Tensor
     """int64 `[N]`, the true classes of this process's images, on the CPU."""
     loss_tensor: Tensor
-    """Scalar, on the device: reading it waits for the device."""
+    """Scalar, on the device: reading it waits for the device. The cross-entropy of this process's images, without
+    label smoothing; under mixup and cutmix against the heavier label."""
     hits_tensor: Tensor
     """Number of images classified right, on the device. Under mixup and cutmix: against the heavier label."""
     data_wait_s: float
@@ -79,6 +84,9 @@ class Step:
 
 class Callback:
     """Watches a run; each method does nothing unless overridden."""
+
+    gave_up = False
+    """Set when it could not write (see `tell`): it is told nothing more."""
 
     def on_run_start(self, context: RunContext) -> None:
         """Before the first step; the network is on its device."""
@@ -106,12 +114,20 @@ class Callback:
 
 
 def tell(callbacks: Sequence[Callback], moment: str, *arguments: object) -> None:
-    """Call the method `moment` of each callback. Raises: StopTraining after the last, if any of them raised it."""
+    """Call the method `moment` of each callback. Raises: StopTraining after the last, if any of them raised it.
+
+    A callback whose disk is full, say, costs a warning, not the run.
+    """
     stop: StopTraining | None = None
     for callback in callbacks:
+        if callback.gave_up:
+            continue
         try:
             getattr(callback, moment)(*arguments)
         except StopTraining as exc:
             stop = stop or exc
+        except OSError as exc:
+            callback.gave_up = True
+            log.warning("%s cannot write (%s); the run goes on without it", type(callback).__name__, exc)
     if stop is not None:
         raise stop

@@ -46,6 +46,8 @@ class Progress:
     """Time this epoch has taken so far."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """EpochMetrics of the epochs that are done, as dictionaries."""
+    stopped: str | None = None
+    """Why the run is to end before its last epoch."""
     best_accuracy: float = -1.0
     best_epoch: int = 0
 

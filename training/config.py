@@ -191,6 +191,16 @@ class TrainingConfig(Settings):
             raise ValueError(f"--feature-cache on is not possible: {reason}; --feature-cache auto trains without it")
         return self
 
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        frozen = min((self.unfreeze_at or self.epochs + 1) - 1, self.epochs)
+        shortest = min(length for length in (frozen, self.epochs - frozen) if length)
+        if self.warmup_epochs and self.warmup_epochs >= shortest:
+            raise ValueError(
+                f"--warmup-epochs {self.warmup_epochs:g} must be below the {shortest} epochs it is the beginning of"
+            )
+        return self
+
     @classmethod
     def resolve(cls, values: Mapping[str, object]) -> Self:
         """Defaults < recipe < tuning's best < `values`, which name both files. Raises: ConfigError."""

@@ -5,12 +5,15 @@ import torch
 from service.model.machine import cores
 from training.config import TrainingConfig
 from training.distributed import ALONE, Group
+from training.environment import ask_for_determinism
 from training.errors import ConfigError
 
 
 def set_up_torch(config: TrainingConfig) -> None:
     """Threads and determinism."""
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    if config.deterministic:
+        ask_for_determinism()
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
 

@@ -7,12 +7,14 @@ the global batch, so that any number of processes makes the same steps up to rou
 import logging
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.environment import Ranks
+from training.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,24 @@ class Group(Ranks):
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set in any process."""
-        return flag if self.world_size == 1 else bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+        return flag if self.world_size == 1 else bool(self.sum(torch.full((), float(flag), device=device)) > 0)
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process has as `value`."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def require_work(self, batch_size: int, train: int, validation: int) -> None:
+        """Raises: ConfigError when a process would have no image of a batch, or there is no batch at all."""
+        if batch_size < self.world_size or min(train, validation) < max(self.world_size, 1):
+            raise ConfigError(
+                f"{self.world_size} processes cannot share batches of {batch_size} from {train} images to train on and "
+                f"{validation} to validate on: each needs an image; use fewer processes, or a larger --batch-size."
+            )
+        if train < 2:
+            raise ConfigError("There is one image to train on; batch norm needs at least 2.")
 
     def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
         """`network` with gradients averaged over all processes."""
@@ -85,7 +104,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         from torch.distributed.nn.functional import all_reduce  # a sum through which gradients flow
 
         values = input.float()
-        count = torch.tensor([values.numel() / values.shape[1]], device=input.device)
+        count = torch.full((1,), values.numel() / values.shape[1], device=input.device)
         dist.all_reduce(count)
         # Two passes, as one over squares loses digits: mean first, then the squares of what is left.
         mean: Tensor = all_reduce(values.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]  # [C]

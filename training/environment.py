@@ -65,6 +65,8 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     """Among the processes of this host: the number of its GPU."""
+    local_world_size: int = 1
+    """Processes on this host, which share its memory and cores."""
 
     @property
     def is_first(self) -> bool:
@@ -148,7 +150,17 @@ def ranks(environ: Mapping[str, str] = os.environ) -> Ranks:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, all three; given: {given}.") from exc
     if not 0 <= rank < world_size or local_rank < 0:
         raise ConfigError(f"RANK {rank} must be below WORLD_SIZE {world_size}, LOCAL_RANK {local_rank} at least 0.")
-    return Ranks(rank, world_size, local_rank)
+    try:
+        beside = int(environ.get("LOCAL_WORLD_SIZE") or 1)
+    except ValueError as exc:
+        raise ConfigError(f"LOCAL_WORLD_SIZE must be a number; given: {environ['LOCAL_WORLD_SIZE']}.") from exc
+    return Ranks(rank, world_size, local_rank, max(1, beside))
+
+
+def ask_for_determinism() -> None:
+    """What cuBLAS wants to be told before it starts, to give the same results each time
+    (https://docs.nvidia.com/cuda/cublas/#results-reproducibility)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def environment_with(extra: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:

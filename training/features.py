@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,10 @@ def _key(network: Network, loader: Loader, views: Views, engine: PrefixEngine) -
     for tensor in (value for module in frozen for value in module.state_dict().values()):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     digest.update(network.mean.cpu().numpy().tobytes() + network.std.cpu().numpy().tobytes())
-    facts = [FORMAT, network.prefix, loader.side_px, views, engine.name, fingerprint(loader.images)]
+    facts = [
+        FORMAT, network.prefix, loader.side_px, views, augment.CROP_SHARE, engine.name, metadata.version("pillow"),
+        fingerprint(loader.images),
+    ]  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:32]
 

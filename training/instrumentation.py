@@ -25,6 +25,9 @@ class Instrumentation(Settings):
     rules: str = Field(
         "all", description="debugging rules that watch the run: all, none, or a .json or .toml file with a list of them"
     )
+    observe_modules: str | None = Field(
+        None, description="regular expression of the modules whose activations are observed; default: trained ReLUs"
+    )
     debugger: Literal["auto", "on", "off"] = Field(
         "auto",
         description="smdebug's hook, which saves tensors as SageMaker Debugger does; auto: where SageMaker configures "
@@ -32,6 +35,12 @@ class Instrumentation(Settings):
     )
     debugger_interval: int = Field(
         500, ge=1, description="steps between saves of --debugger on: 100 MB each for the blocks that are trained"
+    )
+    debugger_activations: str = Field(
+        r".*(relu|activation)_output", description="regular expression of the activations that --debugger on saves"
+    )
+    debugger_folder: Path | None = Field(
+        None, description="folder for the tensors of --debugger on; default: RUN_FOLDER/tensors"
     )
     tensorboard: bool = Field(True, description="scalars and histograms into RUN_FOLDER/tensorboard")
     mlflow_uri: str | None = Field(None, description="MLflow's tracking server or store to report to; default: none")
@@ -52,12 +61,14 @@ class Instrumentation(Settings):
         chosen: list[Callback] = [MetricsLog()]
         hook_config = job.debug_hook_config if job else None
         if self.debugger == "on" or (self.debugger == "auto" and hook_config is not None):
-            chosen.append(SmdebugHook(hook_config, save_interval=self.debugger_interval))
+            chosen.append(
+                SmdebugHook(hook_config, self.debugger_folder, self.debugger_interval, self.debugger_activations)
+            )
         if self.observe_every:
             rules = None
             if self.rules != "none":
                 rules = create_rules() if self.rules == "all" else read_rules(Path(self.rules))
-            chosen.append(Observer(self.observe_every, rules))
+            chosen.append(Observer(self.observe_every, rules, self.observe_modules))
         if self.tensorboard:
             chosen.append(TensorBoardLog())
         if self.mlflow_uri:  # after the observer, whose verdicts it reports

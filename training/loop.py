@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -78,6 +79,8 @@ class Trainer:
         self.ema = Ema(self.network, self._config.ema_decay) if self._config.ema_decay else None
         self._module: nn.Module = self._group.wrap(self.network, self._device)
         if self._config.compile:
+            if self._callbacks:
+                log.warning("--compile: activations are not observed, as hooks are compiled away")
             self._module = torch.compile(self._module)  # type: ignore[assignment]
 
     def start_epoch(self) -> None:
@@ -108,26 +111,24 @@ class Trainer:
         self.network.train()
         title = pass_title(done.epoch, self._config.epochs, TRAIN)
         plans = self._plans(done.epoch)[done.steps :]
-        totals = torch.tensor([done.loss_sum, done.hits, done.seen], dtype=torch.float64)
-        sums = torch.zeros(3, device=self._device)  # loss, hits, images since the last look
+        sums = torch.zeros(2, device=self._device)  # loss and hits since the last look
+        seen, stop = done.seen, None
         with BatchLines(title, self._images, done.seen, quiet=not self._group.is_first) as lines:
             started_s = time.perf_counter()
             batches = source.training_batches([plan for _, plan in plans])
             for (size, plan), (inputs, labels) in zip(plans, batches, strict=True):
                 waited_s = time.perf_counter() - started_s
                 step = self._step(inputs, labels, size, plan, source, waited_s)
-                sums += torch.stack(
-                    [step.loss_tensor * len(labels), step.hits_tensor, step.hits_tensor.new_tensor(len(labels))]
-                )
-                done.steps, done.step = done.steps + 1, done.step + 1
+                sums += torch.stack([step.loss_tensor * len(labels), step.hits_tensor])
+                done.steps, done.step, seen = done.steps + 1, done.step + 1, seen + size
                 step.seconds = time.perf_counter() - started_s
                 done.seconds += step.seconds
-                stop = self._told(step)
+                stop = self._told(step) or stop
                 look = done.step % CHECK_EVERY[self._device.type] == 0 or done.steps == self.steps_per_epoch
                 if look or (stop is not None and self._group.world_size == 1):
-                    totals += self._group.sum(sums).double().cpu()
+                    loss_sum, hits = self._group.sum(sums).tolist()
                     sums = torch.zeros_like(sums)
-                    done.loss_sum, done.hits, done.seen = (float(total) for total in totals)
+                    done.loss_sum, done.hits, done.seen = done.loss_sum + loss_sum, done.hits + hits, seen
                     if not math.isfinite(done.loss_sum):
                         raise DivergedError(
                             f"{title}, step {done.steps}: the loss is {step.loss} at learning rate "
@@ -146,11 +147,15 @@ class Trainer:
             return exc
         return None
 
-    def _stop_together(self, stop: StopTraining | None) -> None:
-        """Raise in every process what happened in any of them."""
+    def stop_if_interrupted(self) -> None:
+        """Raises: Interrupted in every process when a signal came to any of them."""
         number = self._interruption.signal_number
         if self._group.any(number is not None, self._device):
-            raise Interrupted(number or 15)
+            raise Interrupted(number or signal.SIGTERM)
+
+    def _stop_together(self, stop: StopTraining | None) -> None:
+        """Raise in every process what happened in any of them."""
+        self.stop_if_interrupted()
         if self._group.any(stop is not None, self._device):
             raise stop or StopTraining("another process stopped the training")
 
@@ -188,8 +193,11 @@ class Trainer:
         weight = len(labels) * self._group.world_size / size
         (loss * weight if weight != 1 else loss).backward()
         hits = (logits.detach().argmax(1) == heavier).sum().float()
+        shown = loss.detach()
+        if targets is not labels or config.label_smoothing:  # what is reported is comparable with validation's
+            shown = nn.functional.cross_entropy(logits.detach().float(), heavier)
         true = source.labels[plan.indices]
-        step = Step(number, self.progress.epoch, rate, true, loss.detach(), hits, waited_s)
+        step = Step(number, self.progress.epoch, rate, true, shown, hits, waited_s)
         tell(self._callbacks, "on_backward_end", step)
         if config.clip_norm:
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -203,10 +211,14 @@ class Trainer:
         """Loss and accuracy of the weights that would be kept, in eval mode, without augmentation."""
         if self.ema is not None:
             self.ema.swap()
-        found = evaluate(self.network, source, self._device, title, bf16=self._bf16, group=self._group)
-        if self.ema is not None:
-            self.ema.swap()
-        return found
+        try:
+            return evaluate(
+                self.network, source, self._device, title,
+                bf16=self._bf16, group=self._group, watch=self.stop_if_interrupted,
+            )  # fmt: skip
+        finally:
+            if self.ema is not None:
+                self.ema.swap()
 
     def rate_of_epoch(self, epoch: int) -> float:
         """The highest learning rate of an epoch's first step."""

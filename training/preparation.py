@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Prepared:
-    """What trainings that differ in learning rate, batch size, epochs and seed share: data and cached features."""
+    """What trainings that differ in learning rate, batch size and epochs share: data and cached features."""
 
     dataset: Dataset
     train: Loader
@@ -53,8 +53,10 @@ def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device |
             "data: %s, %d classes, %d images to train on, %d to validate on",
             dataset.name, len(dataset.classes), len(dataset.train), len(dataset.validation),
         )  # fmt: skip
-    train = Loader(dataset.train, config.side, config.loader_workers, "train", device)
-    validation = Loader(dataset.validation, config.side, config.loader_workers, "validation", device)
+    train = Loader(dataset.train, config.side, config.loader_workers, "train", device, group.local_world_size)
+    validation = Loader(
+        dataset.validation, config.side, config.loader_workers, "validation", device, group.local_world_size
+    )
     bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
     features = _features(config, dataset, train, validation, device, bf16)
     return Prepared(dataset, train, validation, device, bf16, features)
@@ -94,4 +96,5 @@ def _features(
             raise
         log.warning("feature cache: not used. %s", exc)
         return None
+    train.release()
     return FeatureSource(caches[0], device), FeatureSource(caches[1], device)

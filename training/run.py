@@ -105,6 +105,7 @@ def fit(
     Raises: TrainingError; Interrupted on SIGTERM or SIGINT, after the checkpoint is written.
     """
     callbacks = callbacks if group.is_first else ()
+    group.require_work(config.batch_size, len(prepared.train), len(prepared.validation))
     torch.manual_seed(config.seed)
     network, pretrained = new_network(config, prepared.dataset)
     if pretrained == "none" and config.frozen and group.is_first:
@@ -128,9 +129,6 @@ def fit(
                 steps, steps * config.epochs, trainer.progress.step + 1,
             ))  # fmt: skip
             run_.epochs(callbacks)
-            if interruption.signal_number is not None:  # came in the last validation
-                run_.save()
-                raise Interrupted(interruption.signal_number)
         except BaseException as exc:
             error = exc
             if isinstance(exc, DivergedError) and checkpoints and group.is_first:
@@ -157,18 +155,20 @@ class _Run:
         self._saved_s = time.monotonic()
         self.history: list[EpochMetrics] = []
         self.evaluation: Evaluation | None = None
-        self.stopped: str | None = None
         dataset = prepared.dataset
         self._facts = {
             "dataset": dataset.name, "classes": len(dataset.classes),
-            "train": len(dataset.train), "validation": len(dataset.validation),
+            "train": len(dataset.train), "validation": len(dataset.validation), "steps": trainer.steps_per_epoch,
         }  # fmt: skip
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
         if not self._checkpoints:
             return
-        state = checkpoint.load(self._config.checkpoint_folder, self._config, self._facts)
+        state = None
+        if self._group.is_first:
+            state = checkpoint.load(self._config.checkpoint_folder, self._config, self._facts)
+        state = self._group.from_first(state)  # other hosts may not see the folder
         if state is None:
             return
         self._trainer.load_state_dict(state["trainer"])
@@ -178,24 +178,33 @@ class _Run:
             self._config.checkpoint_folder, self._trainer.progress.epoch, self._trainer.progress.steps,
         )  # fmt: skip
 
+    @property
+    def stopped(self) -> str | None:
+        """Why the run ends before its last epoch."""
+        return self._trainer.progress.stopped
+
     def epochs(self, callbacks: Sequence[Callback]) -> None:
-        """Every epoch that is left. Raises: TrainingError, Interrupted."""
+        """Every epoch that is left. Raises: TrainingError; Interrupted, with the checkpoint written."""
+        try:
+            self._epochs(callbacks)
+        except Interrupted:
+            self.save()
+            raise
+
+    def _epochs(self, callbacks: Sequence[Callback]) -> None:
         trainer, config = self._trainer, self._config
         progress = trainer.progress
         started_s, first = time.monotonic(), progress.epoch
-        while progress.epoch <= config.epochs:
+        while progress.epoch <= config.epochs and not (progress.stopped and progress.steps == 0):
             trainer.start_epoch()
             tell(callbacks, "on_epoch_start", progress.epoch)
             train, validation = self._sources()
             try:
-                train_loss, train_accuracy = trainer.train_epoch(train)
+                if not progress.stopped:
+                    trainer.train_epoch(train)
             except StopTraining as exc:
-                self.stopped = str(exc)
-                train_loss, train_accuracy = progress.loss_sum / progress.seen, progress.hits / progress.seen
-            except Interrupted:
-                self.save()
-                raise
-            metrics = self._validated(validation, train_loss, train_accuracy, callbacks)
+                progress.stopped = str(exc)
+            metrics = self._validated(validation, callbacks)
             self._next_epoch(metrics)
             if self._group.is_first:
                 left_s = (time.monotonic() - started_s) / (metrics.epoch + 1 - first) * (config.epochs - metrics.epoch)
@@ -203,27 +212,26 @@ class _Run:
             try:
                 tell(callbacks, "on_epoch_end", metrics)
             except StopTraining as exc:
-                self.stopped = self.stopped or str(exc)
-            if self._stops():
-                break
+                progress.stopped = progress.stopped or str(exc)
+            self._stop_early()
             if time.monotonic() - self._saved_s >= config.checkpoint_every_s:
                 self.save()
-        if self.stopped:
+        trainer.stop_if_interrupted()  # the signal may have come after the last look
+        if self.stopped and self._group.is_first:
             log.info("stopped after epoch %d of %d: %s", len(self.history), config.epochs, self.stopped)
         if self.evaluation is None:  # resumed after the last epoch
             self.evaluation = trainer.evaluate(self._sources()[1], "validation")
 
-    def _validated(
-        self, source: Source, train_loss: float, train_accuracy: float, callbacks: Sequence[Callback]
-    ) -> EpochMetrics:
+    def _validated(self, source: Source, callbacks: Sequence[Callback]) -> EpochMetrics:
         progress = self._trainer.progress
         started_s = time.perf_counter()
         tell(callbacks, "on_validation_start", progress.epoch)
         title = pass_title(progress.epoch, self._config.epochs, VALIDATION)
         self.evaluation = found = self._trainer.evaluate(source, title)
-        seconds = progress.seconds + time.perf_counter() - started_s
-        rate = self._trainer.rate_of_epoch(progress.epoch)
-        return EpochMetrics(progress.epoch, train_loss, train_accuracy, found.loss, found.accuracy, rate, seconds)
+        return EpochMetrics(
+            progress.epoch, progress.loss_sum / progress.seen, progress.hits / progress.seen,
+            found.loss, found.accuracy, self._trainer.rate_of_epoch(progress.epoch), progress.seconds + time.perf_counter() - started_s,
+        )  # fmt: skip
 
     def _next_epoch(self, metrics: EpochMetrics) -> None:
         self.history.append(metrics)
@@ -233,14 +241,19 @@ class _Run:
         progress.epoch, progress.steps = progress.epoch + 1, 0
         progress.loss_sum, progress.hits, progress.seen, progress.seconds = 0.0, 0.0, 0.0, 0.0
 
-    def _stops(self) -> bool:
-        """Whether the run ends before its last epoch: because a callback said so, or early stopping."""
-        progress, patience = self._trainer.progress, self._config.early_stopping
-        if patience and progress.epoch - 1 - progress.best_epoch >= patience and self.stopped is None:
-            self.stopped = f"no better validation accuracy in {patience} epochs"
-        if self._group.any(self.stopped is not None, self._prepared.device):
-            self.stopped = self.stopped or "another process stopped the training"
-        return self.stopped is not None
+    def _stop_early(self) -> None:
+        """End the run if it no longer gets better, or if another process ends it.
+
+        Patience begins anew where every block begins to be trained: accuracy often falls there before it rises.
+        """
+        progress, config = self._trainer.progress, self._config
+        since = progress.best_epoch
+        if config.unfreeze_at is not None:
+            since = max(since, config.unfreeze_at - 1)
+        if config.early_stopping and progress.epoch - 1 - since >= config.early_stopping:
+            progress.stopped = progress.stopped or f"no better validation accuracy in {config.early_stopping} epochs"
+        if self._group.any(progress.stopped is not None, self._prepared.device):
+            progress.stopped = progress.stopped or "another process stopped the training"
 
     def _sources(self) -> tuple[Source, Source]:
         """What to train and validate on: features as long as the blocks that made them are frozen."""

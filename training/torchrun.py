@@ -78,9 +78,11 @@ def run_child(line: Sequence[str], extra: Mapping[str, str]) -> int:
     Returns: its exit status; 128 plus the number of the signal that ended it, as shells say it.
     """
     waiting: list[int] = []
+    received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
         if child is None:  # it came between the two lines below
             waiting.append(number)
         else:
@@ -99,4 +101,6 @@ def run_child(line: Sequence[str], extra: Mapping[str, str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if received and status != 0:  # torchrun ends with 1 then, whatever its processes ended with
+        return 128 + received[0]
     return status if status >= 0 else 128 - status

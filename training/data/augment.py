@@ -67,10 +67,11 @@ def mix(
     others = images.roll(1, 0)
     if patch:
         side = batch.shape[1]
-        edge = round(side * math.sqrt(1 - kept))
-        top, left = (int(draws.number() * (side - edge + 1)) for _ in range(2))
-        images[:, top : top + edge, left : left + edge] = others[:, top : top + edge, left : left + edge]
-        kept = 1 - edge * edge / (side * side)
+        half = side * math.sqrt(1 - kept) / 2
+        places = [draws.number() * side for _ in range(2)]  # of the patch's centre; what lies outside is cut off
+        (top, bottom), (left, right) = ((max(0, round(at - half)), min(side, round(at + half))) for at in places)
+        images[:, top:bottom, left:right] = others[:, top:bottom, left:right]
+        kept = 1 - (bottom - top) * (right - left) / (side * side)
     else:
         images = images * kept + others * (1 - kept)
     targets = torch.nn.functional.one_hot(labels, num_classes).float()  # [N, K]

@@ -45,17 +45,21 @@ class Loader:
         workers: int | None,
         what: str,
         device: torch.device = torch.device("cpu"),  # noqa: B008  # immutable
+        processes: int = 1,
     ) -> None:
-        """Decodes nothing yet. `what` names the images in the log, `device` is where batches shall lie."""
+        """Decodes nothing yet. `what` names the images in the log, `device` is where batches shall lie.
+
+        `processes`: how many on this host do the same, and share its memory and cores.
+        """
         self.labels = torch.from_numpy(images.labels)
         self.images = images
         self.side_px = side_px
         self.device = device
         self._lazy = _Resized(images, side_px)
-        self._workers = workers if workers is not None else cores()
+        self._workers = workers if workers is not None else max(1, cores() // processes)
         self._what = what
         self._size = len(images) * side_px * side_px * 3
-        self.in_memory = self._size <= MEMORY_SHARE * memory_bytes()
+        self.in_memory = self._size <= MEMORY_SHARE * memory_bytes() / processes
         self._pixels: Tensor | None = None
 
     def __len__(self) -> int:
@@ -84,6 +88,10 @@ class Loader:
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """One pass over all images as they are."""
         return self.batches(list(torch.split(torch.arange(len(self)), batch_size)))
+
+    def release(self) -> None:
+        """Forget the decoded images: they are not needed soon. The next batch decodes them again."""
+        self._pixels = None
 
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """Up to `count` images spread evenly over all (class folders lie one after the other).

@@ -64,11 +64,11 @@ class Observer(Callback):
 
     def on_epoch_start(self, epoch: int) -> None:
         """See `Callback`."""
-        self._check_stalled()
+        self._progressed()
 
     def on_step_start(self, number: int) -> None:
         """See `Callback`."""
-        self._check_stalled()
+        self._progressed()
         self._last_step = number
         if not self._observed(number):
             return
@@ -108,10 +108,12 @@ class Observer(Callback):
             seen = self._seen(step)
             self._clear()
             self._publish(seen)
+        if self._rules is not None:
+            self._rules.check_stalled()
 
     def on_validation_start(self, epoch: int) -> None:
         """See `Callback`."""
-        self._check_stalled()
+        self._progressed()
 
     def on_epoch_end(self, metrics: EpochMetrics) -> None:
         """See `Callback`. Raises: StopTraining when a rule with the action "stop" fires."""
@@ -122,6 +124,8 @@ class Observer(Callback):
             "validation_loss": metrics.validation_loss, "validation_accuracy": metrics.validation_accuracy,
         }  # fmt: skip
         self._publish([obs.scalar(self._last_step, f"scalar/{name}", value, now) for name, value in figures.items()])
+        if self._rules is not None:
+            self._rules.check_stalled()
 
     def on_run_end(self, error: BaseException | None) -> None:
         """See `Callback`. Of a run that failed, the state it failed in is observed as well."""
@@ -197,11 +201,6 @@ class Observer(Callback):
 
     def _progressed(self) -> None:
         if self._rules is not None:
-            self._rules.progressed(self._last_step)
-
-    def _check_stalled(self) -> None:
-        if self._rules is not None:
-            self._rules.check_stalled()
             self._rules.progressed(self._last_step)
 
     def _clear(self) -> None:

@@ -143,9 +143,8 @@ class DeadRelu(Rule):
     """More than `threshold_layer` percent of a ReLU's units are dead: above zero for less than
     `threshold_inactivity` percent of the inputs of a batch.
 
-    A unit is a channel. AWS's default for `tensor_regex`,
-    ".*relu_output", finds the ReLUs of the residual blocks and not the head's, which is named `fc.activation`; ours
-    finds both.
+    A unit is a channel. AWS's default for `tensor_regex`, ".*relu_output", finds the ReLUs of the residual blocks and
+    not the head's, which is named `fc.activation`; ours finds both.
     """
 
     tensor_regex: str = RELU_OUTPUTS

@@ -32,7 +32,6 @@ from training.evaluation import EpochMetrics
 
 log = logging.getLogger(__name__)
 
-CONFIG_PATH = Path("/opt/ml/input/config/debughookconfig.json")
 """Where SageMaker puts the configuration, unless SMDEBUG_CONFIG_FILE_PATH says otherwise."""
 
 Configuration = dict[str, Any]
