@@ -13,10 +13,13 @@ UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help serve evaluate test test-slow bench-training check fix clean
+.PHONY: help setup serve evaluate test test-slow bench-training check fix clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(UV) ## set up for training and serving: .venv/
+	$(UV) sync --frozen --inexact --group training
 
 serve: $(UV) ## set up, fine-tune a starter model if MODEL is not there, and serve it on PORT
 	$(UV) sync --frozen --inexact --group training

@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         study = entry == "hpo" and (job is None or "trials" in implied or take_flag(rest, "trials")[0] is not None)
         if study and job is not None and len(job.hosts) > 1:
             raise ConfigError(
-                f"a study (hyperparameter trials) runs on one host, this job has {len(job.hosts)}; set its instance count to 1, or let "
-                "SageMaker tune: each trial is then a job."
+                f"a study (hyperparameter trials) runs on one host, this job has {len(job.hosts)}; set its instance "
+                "count to 1, or let SageMaker tune: each trial is then a job."
             )
         processes = gpus(take_flag(rest, "device")[0] or str(implied.get("device", "auto"))) or 1
         if study or ranks().is_distributed or (processes == 1 and (job is None or len(job.hosts) == 1)):

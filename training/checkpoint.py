@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 FILE = "checkpoint.pt"
 FORMAT = 1
+LOCK = "lock"
 DIGEST_LENGTH = 64
 
 
@@ -74,9 +77,11 @@ def save(folder: Path, config: TrainingConfig, facts: dict[str, Any], state: dic
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except (OSError, RuntimeError) as exc:
+    except BaseException as exc:
         with contextlib.suppress(OSError):  # the folder may be a file
             partial.unlink()
+        if not isinstance(exc, OSError | RuntimeError):
+            raise
         reason = exc.strerror if isinstance(exc, OSError) else str(exc).splitlines()[0]
         raise CheckpointError(f"The checkpoint cannot be written into {folder}: {reason}.") from exc
 
@@ -115,6 +120,25 @@ def load(folder: Path, config: TrainingConfig, facts: dict[str, Any]) -> dict[st
     if differing:
         raise CheckpointError(f"{path} is of an unfinished run with {', '.join(differing)}; {way_out}.")
     return state
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the operating system lets go of it with the process. Raises: CheckpointError if taken."""
+    import fcntl
+
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError as exc:
+        raise CheckpointError(f"{folder / LOCK} cannot be written: {exc.strerror}.") from exc
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise CheckpointError(
+                f"Another training uses {folder}; wait for its end, or name another --output or --checkpoints."
+            ) from exc
+        yield
 
 
 def remove(folder: Path) -> None:

@@ -203,15 +203,20 @@ class TrainingConfig(Settings):
 
     @classmethod
     def resolve(cls, values: Mapping[str, object]) -> Self:
-        """Defaults < recipe < tuning's best < `values`, which name both files. Raises: ConfigError."""
-        given = dict(values)
-        recipe, tuned = given.pop("recipe", None), given.pop("from_tuning", None)
-        below = read_recipe(str(recipe)) if recipe else {}
-        if tuned:
-            from training.tuning.best import read_best
+        """The settings of `merged`. Raises: ConfigError."""
+        return cls.create(merged(values))
 
-            below |= read_best(Path(str(tuned)))
-        return cls.create({**below, **given})
+
+def merged(values: Mapping[str, object]) -> dict[str, object]:
+    """Recipe < tuning's best < `values`, which name both files. Raises: ConfigError."""
+    given = dict(values)
+    recipe, tuned = given.pop("recipe", None), given.pop("from_tuning", None)
+    below = read_recipe(str(recipe)) if recipe else {}
+    if tuned:
+        from training.tuning.best import read_best
+
+        below |= read_best(Path(str(tuned)))
+    return {**below, **given}
 
 
 def read_recipe(name: str) -> dict[str, object]:

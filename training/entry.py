@@ -42,7 +42,7 @@ def exit_status(program: Callable[[], object]) -> int:
         log.error("%s: a checkpoint is written, the same command goes on from there; no artifact was touched.", exc)
         return 128 + exc.signal_number
     except KeyboardInterrupt as exc:
-        log.error("Stopped before the end: no artifact was written, one that was there is as it was.")
+        log.error("Stopped before the end; the same command goes on from the last checkpoint, if there is one.")
         return 143 if isinstance(exc, _Terminated) else 130
     except Exception as exc:
         log.error("A fault of this program: %s: %s. Please report it with the lines below.", type(exc).__name__, exc)

@@ -127,7 +127,11 @@ def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures)
     facts = json.loads(json.dumps(facts_of(dataset)))
     same_data = facts == {name: value for name, value in manifest.dataset.items() if name in facts}
     if split != "validation" or not same_data or not {"accuracy", "loss"} <= set(stated):
-        log.info("not compared with the manifest, whose figures are of other images (%s)", _described(manifest))
+        log.warning(
+            "not compared with the manifest, whose figures are of other images (%s); if these are its folders with "
+            "images added or removed, some of them were trained on",
+            _described(manifest),
+        )
         return None
     agrees = (
         abs(measured.accuracy - stated["accuracy"]) <= ACCURACY_TOLERANCE

@@ -29,7 +29,7 @@ from service.model.network import Network
 from training.data import augment
 from training.data.dataset import LabelledImages
 from training.data.loader import Loader
-from training.errors import ConfigError
+from training.errors import ConfigError, DataError
 from training.prefix_engines import PrefixEngine
 from training.progress import progress
 from training.randomness import generator
@@ -97,6 +97,9 @@ def open_cache(root: Path, network: Network, loader: Loader, views: Views, engin
             try:
                 _require_space(root, _cache_bytes(network, loader, views))
                 _build(folder, network, loader, views, engine)
+                if _key(network, loader, views, engine) != key:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise DataError("The images changed while features were computed from them; start again.")
             except OSError as exc:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise ConfigError(
@@ -104,7 +107,8 @@ def open_cache(root: Path, network: Network, loader: Loader, views: Views, engin
                     "place, --feature-cache off does without."
                 ) from exc
             features = _open(folder, len(views), len(loader))
-            assert features is not None
+            if features is None:
+                raise ConfigError(f"The feature cache {folder} was changed from outside while it was written.")
             log.info(
                 "feature cache: %d views of %d images, %.2f GB, computed by %s in %.1f s, in %s",
                 len(views), len(loader), features.nbytes / 1e9, engine.name, time.monotonic() - started_s, folder,
@@ -128,6 +132,15 @@ def _require_space(root: Path, size: int) -> None:
             f"The feature cache needs {size / 1e9:.1f} GB and 1 GB to spare, {root} has {free / 1e9:.1f} GB free; "
             "--cache-folder names another place, --feature-cache off does without."
         )
+
+
+def frozen_digest(network: Network) -> str:
+    """sha256 of the weights of the frozen blocks."""
+    digest = hashlib.sha256()
+    for module in network.frozen_modules():
+        for tensor in module.state_dict().values():
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(images: LabelledImages) -> str:

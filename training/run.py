@@ -4,8 +4,10 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ from training.distributed import ALONE, Group
 from training.errors import ConfigError, DivergedError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
+from training.features import fingerprint, frozen_digest
 from training.figures import Figures, figures
 from training.interruption import Interrupted, watched
 from training.logits import logits_of
@@ -54,38 +57,51 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
     """
     if group.is_first:
         log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
-        for folder, flag in ((config.output, "output"), (config.folder, "run-folder")):
+        for folder, flag in (
+            (config.output, "output"), (config.folder, "run-folder"), (config.checkpoint_folder, "checkpoints"),
+        ):  # fmt: skip
             require_writable(folder, flag)
+        require_ours(config.output)
     device = pick_device(config.device, group)
     group.join(device)
+    claim = checkpoint.claimed(config.checkpoint_folder) if group.is_first else nullcontext()
     try:
-        prepared = prepare(config, group, device)
-        fitted = fit(config, prepared, callbacks, group, checkpoints=True)
-        if fitted.figures is None:
-            return None
-        artifact = export(
-            fitted.network, config, prepared.dataset, prepared.validation,
-            pretrained=fitted.pretrained, history=fitted.history, figures=fitted.figures, stopped=fitted.stopped,
-        )  # fmt: skip
-        checkpoint.remove(config.checkpoint_folder)
-        found = fitted.figures
-        log.info(
-            "validation: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, n=%d; artifact %s version %s in %s",
-            100 * found.accuracy, 100 * found.top5_accuracy, found.loss, found.n,
-            artifact.manifest.name, artifact.manifest.version, artifact.folder,
-        )  # fmt: skip
-        if config.report:
-            _report(config, prepared, artifact, found)
-        return artifact
+        with claim:
+            return _run(config, callbacks, group, device)
+    except DivergedError:
+        if group.is_first:
+            checkpoint.remove(config.checkpoint_folder)  # from there it would diverge again
+        raise
     finally:
         group.leave()
+
+
+def _run(config: TrainingConfig, callbacks: Sequence[Callback], group: Group, device: torch.device) -> Artifact | None:
+    prepared = prepare(config, group, device)
+    fitted = fit(config, prepared, callbacks, group, checkpoints=True)
+    if fitted.figures is None:
+        return None
+    artifact = export(
+        fitted.network, config, prepared.dataset, prepared.validation,
+        pretrained=fitted.pretrained, history=fitted.history, figures=fitted.figures, stopped=fitted.stopped,
+    )  # fmt: skip
+    checkpoint.remove(config.checkpoint_folder)
+    found = fitted.figures
+    log.info(
+        "validation: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, n=%d; artifact %s version %s in %s",
+        100 * found.accuracy, 100 * found.top5_accuracy, found.loss, found.n,
+        artifact.manifest.name, artifact.manifest.version, artifact.folder,
+    )  # fmt: skip
+    if config.report:
+        _report(config, prepared, artifact, found)
+    return artifact
 
 
 def _report(config: TrainingConfig, prepared: Prepared, artifact: Artifact, found: Figures) -> None:
     """Write the report into the run's folder; the artifact is there, so a failure costs a line, not the run."""
     try:
         write_report(config.folder, artifact.manifest, prepared.dataset.validation, found)
-    except (TrainingError, OSError) as exc:
+    except (TrainingError, OSError, ValueError) as exc:  # ValueError: names that are no text
         log.warning("the report was not written: %s", exc)
 
 
@@ -120,8 +136,7 @@ def fit(
         run_.resume()
         if group.is_first:
             _describe(config, prepared, trainer)
-            config.folder.mkdir(parents=True, exist_ok=True)
-            (config.folder / "settings.json").write_text(config.model_dump_json(indent=1))
+            _write_settings(config)
         steps = trainer.steps_per_epoch
         try:
             tell(callbacks, "on_run_start", RunContext(
@@ -131,8 +146,6 @@ def fit(
             run_.epochs(callbacks)
         except BaseException as exc:
             error = exc
-            if isinstance(exc, DivergedError) and checkpoints and group.is_first:
-                checkpoint.remove(config.checkpoint_folder)  # from there it would diverge again
             raise
         finally:
             tell(callbacks, "on_run_end", error or (StopTraining(run_.stopped) if run_.stopped else None))
@@ -142,6 +155,14 @@ def fit(
     if checkpoints and group.is_first:
         found = figures(*logits_of(network, prepared.validation, prepared.device, "final validation"))
     return Fitted(network, run_.history, run_.evaluation, found, pretrained, run_.stopped)
+
+
+def _write_settings(config: TrainingConfig) -> None:
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        (config.folder / "settings.json").write_text(config.model_dump_json(indent=1))
+    except (OSError, ValueError) as exc:  # ValueError: paths that are no text
+        log.warning("settings.json cannot be written (%s)", exc)
 
 
 class _Run:
@@ -155,11 +176,13 @@ class _Run:
         self._saved_s = time.monotonic()
         self.history: list[EpochMetrics] = []
         self.evaluation: Evaluation | None = None
-        dataset = prepared.dataset
-        self._facts = {
-            "dataset": dataset.name, "classes": len(dataset.classes),
-            "train": len(dataset.train), "validation": len(dataset.validation), "steps": trainer.steps_per_epoch,
-        }  # fmt: skip
+        self._facts: dict[str, Any] = {}
+        if checkpoints and group.is_first:
+            dataset = prepared.dataset
+            self._facts = {
+                "classes": dataset.classes, "images": [fingerprint(dataset.train), fingerprint(dataset.validation)],
+                "frozen weights": frozen_digest(trainer.network), "steps an epoch": trainer.steps_per_epoch,
+            }  # fmt: skip
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
@@ -216,6 +239,8 @@ class _Run:
             self._stop_early()
             if time.monotonic() - self._saved_s >= config.checkpoint_every_s:
                 self.save()
+        if self._checkpoints:
+            self.save()  # what follows takes a pass over the validation images, and may fail
         trainer.stop_if_interrupted()  # the signal may have come after the last look
         if self.stopped and self._group.is_first:
             log.info("stopped after epoch %d of %d: %s", len(self.history), config.epochs, self.stopped)
@@ -229,8 +254,9 @@ class _Run:
         title = pass_title(progress.epoch, self._config.epochs, VALIDATION)
         self.evaluation = found = self._trainer.evaluate(source, title)
         return EpochMetrics(
-            progress.epoch, progress.loss_sum / progress.seen, progress.hits / progress.seen,
-            found.loss, found.accuracy, self._trainer.rate_of_epoch(progress.epoch), progress.seconds + time.perf_counter() - started_s,
+            progress.epoch, progress.loss_sum / progress.seen, progress.hits / progress.seen, found.loss,
+            found.accuracy, self._trainer.rate_of_epoch(progress.epoch),
+            progress.seconds + time.perf_counter() - started_s,
         )  # fmt: skip
 
     def _next_epoch(self, metrics: EpochMetrics) -> None:
@@ -286,3 +312,14 @@ def require_writable(folder: Path, flag: str) -> None:
             pass
     except OSError as exc:
         raise ConfigError(f"--{flag} {folder}: the folder cannot be written to ({exc.strerror}).") from exc
+
+
+def require_ours(output: Path) -> None:
+    """An artifact is not written among other files. Raises: ConfigError."""
+    ours = ("manifest", "weights.", "self_check.", "example.", ".")
+    others = [entry.name for entry in output.iterdir() if not entry.name.startswith(ours)]
+    if others:
+        raise ConfigError(
+            f"--output {output} holds other things ({', '.join(sorted(others)[:3])}); name a folder of its own, "
+            "which may be new, empty, or an artifact to be replaced."
+        )

@@ -36,7 +36,7 @@ def choose(data: Path) -> dict[str, object]:
         sample.write(data / SAMPLE)
         return {**read_recipe("sample"), "data": data / SAMPLE}
     log.info("The starter model is fine-tuned on CIFAR-100 from ImageNet weights: both are here.")
-    return {**read_recipe("quick"), "data": data}
+    return {**read_recipe("quick"), "data": data, "model_name": "resnet34-cifar100-quick"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

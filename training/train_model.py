@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from training.config import FILES, TrainingConfig
+from training.config import FILES, TrainingConfig, merged
 from training.entry import configure_logging, exit_status
 from training.environment import ranks, sagemaker_job, sagemaker_values
 from training.flags import parse_flags, split
@@ -24,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> None:
     """One training as the job and `arguments` say. Raises: TrainingError, Interrupted."""
-    watching, training = split({**sagemaker_values(), **parse_arguments(arguments)}, Instrumentation)
+    watching, training = split(merged({**sagemaker_values(), **parse_arguments(arguments)}), Instrumentation)
     instrumentation = Instrumentation.create(watching)
-    config = TrainingConfig.resolve(training)
+    config = TrainingConfig.create(training)
     place = ranks()
     from training.distributed import Group  # torch takes seconds to import: not before the settings are right
     from training.run import run

@@ -168,7 +168,7 @@ def test_other_data_is_refused_and_shown(config: TrainingConfig, tmp_path: Path,
 def test_places_and_the_like_may_change(settings: Settings, tmp_path: Path) -> None:
     elsewhere = {
         "data": "d", "validation": "v", "output": "o", "run_folder": "r", "checkpoints": "c", "checkpoint_every_s": 1,
-        "device": "auto", "loader_workers": 3, "model_name": "other", "cache_folder": "f",
+        "device": "auto", "loader_workers": 3, "model_name": "other", "cache_folder": "f", "report": True,
     }  # fmt: skip
     assert set(elsewhere) == LOCAL
     checkpoint.save(tmp_path, settings(), FACTS, state())

@@ -32,11 +32,18 @@ def read_rules(path: Path) -> RuleSet:
     """The rules of a .json or .toml file. Raises: ConfigError."""
     try:
         if path.suffix == ".toml":
-            return create_rules(tomllib.loads(path.read_text(encoding="utf-8")).get("rules"))
+            return create_rules(_listed(path, tomllib.loads(path.read_text(encoding="utf-8"))))
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{path} cannot be read as a list of rules: {exc}") from exc
-    return create_rules(given.get("rules") if isinstance(given, dict) else given)
+    return create_rules(_listed(path, given))
+
+
+def _listed(path: Path, given: object) -> object:
+    rules = given.get("rules") if isinstance(given, Mapping) else given
+    if rules is None:
+        raise ConfigError(f"{path} lists no rules; give `[[rules]]` tables (TOML) or a list (JSON) of them.")
+    return rules
 
 
 def _verdict(configuration: object) -> Verdict:

@@ -11,6 +11,7 @@ Names are smdebug's (as its PyTorch hook 1.0.34 writes them), so that the same r
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from training.errors import DataError
+
+log = logging.getLogger(__name__)
 
 FILE = "observations.jsonl"
 
@@ -104,24 +107,29 @@ def read(path: Path) -> Iterator[Observation]:
                     return
                 try:
                     yield Observation.parse(line)
-                except (ValueError, KeyError, TypeError, AttributeError) as exc:
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
                     raise DataError(
                         f"{path}, line {number} is not an observation; {FILE} is written by a training run."
                     ) from exc
-    except OSError as exc:
-        raise DataError(f"{path} cannot be read ({exc.strerror}); give the folder of a run.") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{path} cannot be read ({exc}); give the folder of a run.") from exc
 
 
 class ObservationFile:
     """Appends observations to `observations.jsonl`; a resumed run goes on after the step it starts from."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Raises: DataError when the file of the earlier part cannot be read."""
+        """What is damaged in the file of the earlier part is left out, with a warning."""
         path = folder / FILE
         self.earlier: list[Observation] = []
         """What is kept of the run's earlier part, those before `first_step`."""
         if first_step > 1 and path.exists():
-            self.earlier = [seen for seen in read(path) if seen.step < first_step]
+            try:
+                for seen in read(path):
+                    if seen.step < first_step:
+                        self.earlier.append(seen)
+            except DataError as exc:
+                log.warning("%s What comes before is kept.", exc)
         self._file: IO[str] = path.open("w", encoding="utf-8")
         self.write(self.earlier)
 

@@ -67,7 +67,9 @@ class SmdebugHook(Callback):
         configuration = self._configuration(context)
         smd = import_smdebug()
         if smd is None:
-            log.info("smdebug is not installed: Debugger's tensors are not written (uv sync --group debugger).")
+            log.warning(
+                "smdebug is not installed: Debugger's tensors are not written (uv sync --inexact --group debugger)."
+            )
             return
         self._smd = smd
         path = context.folder / "debughookconfig.json"

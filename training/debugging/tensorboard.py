@@ -28,7 +28,10 @@ class TensorBoardLog(Callback):
         self._last_step = 0
 
     def on_run_start(self, context: RunContext) -> None:
-        """See `Callback`."""
+        """See `Callback`. Short runs get their points too: ten an epoch, and histograms each epoch."""
+        scalars, histograms = self._intervals
+        steps = context.steps_per_epoch
+        self._intervals = (min(scalars, max(1, steps // 10)), min(histograms, steps))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as exc:
