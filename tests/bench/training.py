@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def epochs(scratch: Path, rounds: int) -> list[Row]:
     """Epoch times from cached features and from images, in float32 and bfloat16."""
     rows: list[Row] = []
-    for side, images, wanted in ((128, 640, 4), (224, 256, 8)):
+    for side, images, wanted in ((128, 500, 4), (224, 500, 8)):
         data = drawn(scratch / f"data{side}", images)
         ways = {
             (cache, precision): config(data, scratch, side=side, precision=precision, feature_cache=cache, epochs=2)
@@ -94,7 +94,7 @@ def epochs(scratch: Path, rounds: int) -> list[Row]:
 def first_pass(scratch: Path, rounds: int) -> list[Row]:
     """Filling the cache against a plain forward pass of the whole network over the same images."""
     rows: list[Row] = []
-    for side, images in ((128, 640), (224, 256)):
+    for side, images in ((128, 500), (224, 500)):
         data = drawn(scratch / f"data{side}", images)
         for precision in ("fp32", "bf16"):
             settings = config(data, scratch, side=side, precision=precision, feature_cache="off", epochs=1)
