@@ -16,6 +16,7 @@ from training.callbacks import Callback, RunContext, StopTraining, tell
 from training.config import TrainingConfig
 from training.devices import pick_device
 from training.distributed import ALONE, Group
+from training.epochs import Epochs
 from training.errors import ConfigError, DivergedError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
