@@ -90,6 +90,22 @@ def share_statistics(network: nn.Module, group: Group) -> None:
             module.__class__ = GlobalBatchNorm2d
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes.
 
@@ -101,15 +117,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """`[N, C, H, W]` -> the same shape."""
         if not self.training:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce  # a sum through which gradients flow
-
         values = input.float()
         count = torch.full((1,), values.numel() / values.shape[1], device=input.device)
         dist.all_reduce(count)
         # Two passes, as one over squares loses digits: mean first, then the squares of what is left.
-        mean: Tensor = all_reduce(values.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]  # [C]
+        mean = _Sum.apply(values.sum((0, 2, 3))) / count  # type: ignore[no-untyped-call]  # [C]
         centred = values - mean[:, None, None]
-        squares: Tensor = all_reduce(centred.square().sum((0, 2, 3)))  # type: ignore[no-untyped-call]
+        squares = _Sum.apply(centred.square().sum((0, 2, 3)))  # type: ignore[no-untyped-call]
         variance = squares / count  # [C]
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None

@@ -1,4 +1,4 @@
-"""`make bench-training`: what the feature cache saves, what tuning and instruments cost. Writes results/training.md.
+"""`make bench-training`: what the feature cache saves, what tuning and instruments cost. Writes results/training-*.md.
 
 Times are medians of rounds in which all ways take turns; images are drawn by us (speed does not depend on what they
 show). Epochs count from the second on and have the validation pass that CIFAR-100 has: one image for five trained on.
@@ -46,20 +46,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging()
     logging.getLogger("training").setLevel(logging.WARNING)
     parts = {"epochs": epochs, "pass": first_pass, "tuning": tuning, "instruments": instruments, "gpu": gpu}
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.only or parts:
-            rows += parts[name](Path(scratch), options.rounds)
+            rows = parts[name](Path(scratch), options.rounds)
+            if rows:
+                write(name, rows, options.rounds)
+    return 0
+
+
+def write(part: str, rows: list[Row], rounds: int) -> None:
+    """The table of a part, at once: a bench that is stopped keeps what it has."""
     save(
-        "training", "Training: ratios measured in one run", ["what", "side", "measured", "against", "ratio", "wanted"],
-        rows, [
-            f"medians of {options.rounds} rounds, ways in turn; torch threads {torch.get_num_threads()}",
+        f"training-{part}", f"Training ({part}): ratios measured in one run",
+        ["what", "side", "measured", "against", "ratio", "wanted"], rows, [
+            f"medians of {rounds} rounds, ways in turn; torch threads {torch.get_num_threads()}",
             "an epoch is its training steps and its validation pass (one image for five), from the second epoch on",
             "'plain' runs the frozen blocks in every step; both ways make the same steps from the same weights",
             "blocks have random weights: time does not depend on them",
         ],
     )  # fmt: skip
-    return 0
 
 
 def epochs(scratch: Path, rounds: int) -> list[Row]:

@@ -151,7 +151,8 @@ def test_without_gpus_the_training_runs_in_this_process(caplog: pytest.LogCaptur
 def test_a_search_on_several_hosts_is_refused_and_the_platform_told(tmp_path: Path) -> None:
     config = tmp_path / "input" / "config"
     config.mkdir(parents=True)
-    (config / "hyperparameters.json").write_text('{"entry": "\\"hpo\\""}')
+    (config / "hyperparameters.json").write_text('{"entry": "hpo", "trials": "3"}')
     (config / "resourceconfig.json").write_text('{"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]}')
     assert main([], root=tmp_path) == 2
-    assert "entry hpo runs on one host, this job has 2" in (tmp_path / "output" / "failure").read_text()
+    failure = (tmp_path / "output" / "failure").read_text()
+    assert "a study (hyperparameter trials) runs on one host, this job has 2" in failure
