@@ -29,9 +29,18 @@ def configure_logging() -> None:
 
 def exit_status(program: Callable[[], object]) -> int:
     """Run `program`; returns the exit status, with a sentence in the log for what ended it."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        # Outside of the loop, which saves first. Process 1 of a container does not hear a signal it has no handler for.
-        signal.signal(signal.SIGTERM, _end)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return _exit_status(program)
+    # Outside of the loop, which saves first. Process 1 of a container does not hear a signal it has no handler for.
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        return _exit_status(program)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit_status(program: Callable[[], object]) -> int:
     try:
         program()
     except TrainingError as exc:
