@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from training.data import sample
 from training.train_model import main as train_main
 
 ROOT = Path(__file__).parent.parent
 START_LIMIT_S = 120
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads of so small operations mostly wait for each other, twenty times as long on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

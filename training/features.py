@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.model.files import replace
 from service.model.machine import cores
 from service.model.network import Network
 from training.data import augment
@@ -190,12 +191,7 @@ def _build(folder: Path, network: Network, loader: Loader, views: Views, engine:
         "format": FORMAT, "key": folder.name, "shape": shape, "engine": engine.name,
         "sha256": _chunk_hashes(folder / "features.bf16"),
     }  # fmt: skip
-    partial = folder / "facts.json.part"
-    with partial.open("w") as out:
-        json.dump(facts, out)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.rename(folder / "facts.json")
+    replace(folder / "facts.json", json.dumps(facts).encode())
 
 
 def _open(folder: Path, views: int, images: int) -> Tensor | None:

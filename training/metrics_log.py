@@ -11,13 +11,12 @@ import contextlib
 import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
+from service.model.files import replace
 from training.callbacks import Callback, RunContext, Step
 from training.evaluation import EpochMetrics
 
@@ -48,7 +47,7 @@ class MetricsLog(Callback):
         try:
             kept = [line for line in _lines(path) if self._last_step(line) < context.first_step]
             self._epochs_written = {int(str(line["epoch"])) for line in kept if line["kind"] == "epoch"}
-            _replace(path, kept)
+            replace(path, "".join(_dumped(line) for line in kept).encode())
             self._file = path.open("a", encoding="utf-8")
         except OSError as exc:
             self._give_up(exc)
@@ -110,22 +109,6 @@ def _lines(path: Path) -> Iterable[dict[str, object]]:
             continue
         if isinstance(number, int):
             yield line
-
-
-def _replace(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
-    ) as f:
-        temporary = Path(f.name)
-        try:
-            f.writelines(_dumped(line) for line in lines)
-            f.flush()
-            os.fsync(f.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def _dumped(line: Mapping[str, object]) -> str:

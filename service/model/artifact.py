@@ -29,6 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from service.model.architecture import Architecture
 from service.model.errors import ArtifactError
+from service.model.files import replace
 from service.model.preprocess import PixelBatch, Preprocessing
 
 FORMAT_VERSION = 1
@@ -221,7 +222,7 @@ def write_artifact(
             files=files,
             **facts,
         )
-        _replace(folder / MANIFEST, _sealed(manifest))
+        replace(folder / MANIFEST, _sealed(manifest))
         _remove_leftovers(folder, manifest)
     return open_artifact(folder)
 
@@ -305,22 +306,8 @@ def _exclusive(folder: Path) -> Iterator[None]:
 def _store(folder: Path, role: Role, ending: str, content: bytes) -> FileEntry:
     digest = hashlib.sha256(content).hexdigest()
     entry = FileEntry(path=f"{role}.{digest[:12]}{ending}", sha256=digest, bytes=len(content))
-    _replace(folder / entry.path, content)
+    replace(folder / entry.path, content)
     return entry
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all (fsync, then rename: rename(2))."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _remove_leftovers(folder: Path, manifest: Manifest) -> None:

@@ -1,7 +1,5 @@
 """The network: frozen blocks stay as they were to the bit, the head has its additional layer, numbers agree."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -44,15 +42,6 @@ def bits(network: Network) -> dict[str, bytes]:
 def block_of(name: str) -> str:
     first = name.split(".")[0]
     return "stem" if first in STEM else first
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of so small operations mostly wait for each other, twenty times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

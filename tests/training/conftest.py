@@ -104,12 +104,3 @@ def launch(tmp_path: Path) -> Any:
     for process in running:
         process.kill()
         process.wait()
-
-
-@pytest.fixture(autouse=True)
-def few_threads(request: pytest.FixtureRequest) -> Any:
-    """Threads of so small operations mostly wait for each other, twenty times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -20,11 +20,6 @@ from training.figures import figures
 from training.logits import logits_of
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def run(model: Path, data: Path, output: Path, *flags: str) -> int:
     return main(["--model", str(model), "--data", str(data), "--output", str(output), "--device", "cpu", *flags])
 

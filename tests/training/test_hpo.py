@@ -6,11 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from service.model.artifact import open_artifact
 from training.config import TrainingConfig
@@ -24,15 +22,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of so small operations mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
 
@@ -43,7 +32,6 @@ def tuned(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("tuned")
     command = ["--data", str(sample_root), "--output", str(folder), *SMALL]
     command += ["--trials", "2", "--batch-sizes", "50,100", "--epochs", "1", "--learning_rate_range", "1e-3:1e-1"]
-    torch.set_num_threads(1)
     assert main(command) == 0
     return folder, command
 

@@ -1,7 +1,7 @@
 """Batches: the same from memory and from files; augmentation flips, shifts, and does nothing else."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +23,6 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 def draws(seed: int, size: int) -> Draws:
     """What one process that has the whole batch draws."""
     return Draws(("test", seed), size, slice(None), torch.device("cpu"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of so small operations mostly wait for each other, twenty times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ def train(
     rate: float = 0.01,
 ) -> None:  # fmt: skip
     """Train a small network; each epoch's images and the weights at its start follow from its number alone."""
-    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (BATCH * STEPS_PER_EPOCH, 8, 8, 3), dtype=np.uint8)
     images = ArrayImages(pixels, rng.integers(0, 3, len(pixels)))

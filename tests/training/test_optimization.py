@@ -2,7 +2,6 @@
 
 import io
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,14 +13,6 @@ from training.config import TrainingConfig
 from training.optimization import Ema, make_optimizer, moving_tensors, schedule, set_rate
 
 FROZEN: tuple[Block, ...] = ("stem", "layer1", "layer2", "layer3")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(**values: object) -> TrainingConfig:

@@ -89,15 +89,6 @@ def equal(one: State, two: State) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of so small operations mostly wait for each other, twenty times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def state() -> State:
     """A ResNet-34 of torchvision's, its statistics as if it had been trained."""

@@ -40,12 +40,9 @@ SIDE_PX, BATCH, CLASSES = 32, 8, 4
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The other core may be another's; and nothing of a run may be left after it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def nothing_is_left_of_a_run() -> Iterator[None]:
+    """Neither the sampler's thread nor torch's profiler."""
     yield
-    torch.set_num_threads(threads)
     assert [thread.name for thread in threading.enumerate() if thread.name == "system-sampler"] == []
     assert not torch.autograd._profiler_enabled()
 

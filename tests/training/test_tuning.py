@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from tests.training import tiny_tuning as tiny
@@ -26,15 +25,6 @@ from training.tuning.trials import comparable_step
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "tiny_tuning.py"
 PROCESS_LIMIT_S = 120
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of so small operations mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def open_study(folder: Path, trials: int = 10, seed: int = 0) -> Study:
@@ -81,7 +71,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Training
     """The folder of a study of eight trials, and the trainings made."""
     folder = tmp_path_factory.mktemp("whole")
     made: list[TrainingConfig] = []
-    torch.set_num_threads(1)
     study = tiny.tuner(
         folder, tiny.preparation(made=made), {"momentum": 0.8, "side": 64},
         trials=8, batch_sizes="8,16,32,64", epochs_range="2:20",

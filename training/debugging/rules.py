@@ -7,6 +7,7 @@ differ, the rule's docstring says how and why.
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, get_args
@@ -33,16 +34,16 @@ class Firing:
 
 
 @dataclass
-class Rule:
+class Rule(ABC):
     """Base of the rules: a dataclass whose fields are the parameters. `observe` keeps what it needs of the past."""
 
     advice: ClassVar[str] = ""
     kinds: ClassVar[tuple[Kind, ...]] = ()
     """The kinds of observations that it looks at."""
 
+    @abstractmethod
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """Look at the next observation; in the order of steps. Yields: a firing for each disease found."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:

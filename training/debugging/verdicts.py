@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from service.model.files import replace
 from training.callbacks import StopTraining
 from training.debugging.observations import Observation
 from training.debugging.rules import Firing, Rule
@@ -141,9 +142,8 @@ class RuleSet:
             return
         with self._lock:
             entries = [verdict.entry() for verdict in self.verdicts]
-            part = self._folder / f"{FILE}.part"
-            part.write_text(json.dumps({"rules": entries}, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            part.replace(self._folder / FILE)
+            content = json.dumps({"rules": entries}, indent=2, allow_nan=False) + "\n"
+            replace(self._folder / FILE, content.encode())
 
     def add(self, verdict: Verdict, firing: Firing) -> None:
         """Note a firing; live, the first of a rule is logged as a warning."""

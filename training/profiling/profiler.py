@@ -18,12 +18,11 @@ import functools
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from service.model.files import replace
 from training.callbacks import Callback, RunContext, Step
 from training.environment import ranks
 from training.evaluation import EpochMetrics
@@ -140,7 +139,7 @@ class Profiler(Callback):
         if self._clock.steps == 0:
             return
         profile = self._profile(seconds)
-        _write(self._context.folder / FILE, profile)
+        replace(self._context.folder / FILE, json.dumps(profile, indent=1, allow_nan=False).encode())
         log.info("profile: %s", profile["summary"])
 
     def turn_off(self, reason: Exception | None) -> None:
@@ -193,11 +192,3 @@ class Profiler(Callback):
             log.warning("no trace of steps: %s", exc)
             self._trace = None
         self._clock.add_profiling(time.perf_counter() - started_s, in_step)
-
-
-def _write(path: Path, profile: dict[str, object]) -> None:
-    """Atomically."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as temporary:
-        whole = Path(temporary) / path.name
-        whole.write_text(json.dumps(profile, indent=1, allow_nan=False))
-        whole.replace(path)

@@ -13,12 +13,12 @@ import base64
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from service.model.artifact import Manifest
+from service.model.files import replace
 from training.data.dataset import LabelledImages
 from training.data.superclasses import superclasses
 from training.errors import ExportError
@@ -80,7 +80,7 @@ def write_report(
             **pictures(figures, manifest.classes, groups, sources),
             REPORT: page.encode(),
         }.items():
-            _replace(folder / name, content)
+            replace(folder / name, content)
     except OSError as exc:
         raise ExportError(
             f"The report cannot be written into {folder} ({exc.strerror}); free space or name another folder."
@@ -191,16 +191,3 @@ def _text(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

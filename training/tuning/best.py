@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from service.model.files import replace
 from training.config import LOCAL, TrainingConfig
 from training.errors import ConfigError
 
@@ -24,9 +25,7 @@ def write_best(
 ) -> None:
     """Write whole or not at all. `facts`: what the trial reached, on which data, after how many trials."""
     content = {"format": FORMAT, "hyperparameters": dict(hyperparameters), "settings": dict(settings), **facts}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    replace(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def read_best(path: Path) -> dict[str, object]:

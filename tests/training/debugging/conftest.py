@@ -109,7 +109,6 @@ class Training:
         first_step: int = 1,
         after_step: Callable[[int], None] = lambda number: None,
     ) -> Run:
-        torch.set_num_threads(1)
         path = self.folder / folder
         path.mkdir(exist_ok=True)
         classes = tuple(str(each) for each in range(int(data.labels.max()) + 1))
