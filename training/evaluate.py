@@ -55,6 +55,10 @@ class Relabelled:
         """See `LabelledImages.image`."""
         return self.images.image(index)
 
+    def resized(self, index: int, side_px: int) -> RgbImage:
+        """See `LabelledImages.resized`."""
+        return self.images.resized(index, side_px)
+
     def payload(self, index: int) -> bytes:
         """See `LabelledImages.payload`."""
         return self.images.payload(index)

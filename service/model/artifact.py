@@ -4,6 +4,8 @@
     weights.<sha>.safetensors       the network's tensors
     self_check.<sha>.safetensors    a few inputs, uint8 [n, S, S, 3], and their logits, float32 [n, K]
     example.<sha>.<ext>             one validation image, as its file was, to try the service with
+    int8_graph.<sha>.xml            optional: the network in int8, as OpenVINO writes it, with
+    int8_weights.<sha>.bin          its weights
 
 Nothing in it is code and nothing is unpickled. Files are named by their content and the manifest, which names
 them, is replaced last and at once: whoever reads the folder sees the old model or the new one, never a mixture.
@@ -20,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +39,9 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_TEXT = 256
 
-Role = Literal["weights", "self_check", "example"]
+Role = Literal["weights", "self_check", "example", "int8_graph", "int8_weights"]
+REQUIRED: tuple[Role, ...] = ("weights", "self_check", "example")
+INT8: tuple[Role, ...] = ("int8_graph", "int8_weights")
 Weights = dict[str, npt.NDArray[Any]]
 
 
@@ -70,6 +74,26 @@ class Example(_FrozenModel):
     media_type: Text
 
 
+class Quantization(_FrozenModel):
+    """How the int8 network was made, and how well it agrees with the float32 one on the validation images."""
+
+    method: Text
+    calibration_images: int = Field(ge=1)
+    n: int = Field(ge=1)
+    """Validation images both networks were compared on."""
+    top1_agreement: float = Field(ge=0, le=1)
+    """Share of the n images that both give the same likeliest class."""
+    accuracy: float = Field(ge=0, le=1)
+    accuracy_float32: float = Field(ge=0, le=1)
+    self_check_difference: float = Field(ge=0)
+    """Largest difference of its logits on the self-check's inputs, as a share of the largest |logit|."""
+
+    @property
+    def loss_points(self) -> float:
+        """Percentage points of accuracy lost; negative where int8 is the better one."""
+        return 100 * (self.accuracy_float32 - self.accuracy)
+
+
 class Manifest(_FrozenModel):
     """The content of manifest.json."""
 
@@ -85,6 +109,7 @@ class Manifest(_FrozenModel):
     dataset: dict[str, Any]
     metrics: dict[str, Any]
     packages: dict[str, str]
+    quantization: Quantization | None = None
     files: dict[Role, FileEntry]
 
     @model_validator(mode="after")
@@ -97,9 +122,11 @@ class Manifest(_FrozenModel):
             raise ValueError("a class is named twice")
         if self.example.label not in self.classes:
             raise ValueError("the example is of none of the classes")
-        missing = {"weights", "self_check", "example"} - set(self.files)
+        missing = {*REQUIRED, *(INT8 if self.quantization else ())} - set(self.files)
         if missing:
             raise ValueError(f"no entry for {', '.join(sorted(missing))} in 'files'")
+        if not self.quantization and set(INT8) & set(self.files):
+            raise ValueError("there is an int8 network, but 'quantization' does not say how good it is")
         return self
 
 
@@ -194,15 +221,32 @@ def open_artifact(folder: Path) -> Artifact:
     return Artifact(home, _parse_manifest(content, path))
 
 
+@dataclass(frozen=True)
+class Int8Network:
+    """An OpenVINO model in int8, as `openvino.save_model` writes it, and what it was measured at."""
+
+    graph: bytes
+    """The XML file."""
+    weights: bytes
+    """The .bin file."""
+    quantization: Quantization
+
+
 def write_artifact(
-    folder: Path, facts: Mapping[str, Any], weights: Weights, self_check: SelfCheck, example: tuple[str, bytes]
+    folder: Path,
+    facts: Mapping[str, Any],
+    weights: Weights,
+    self_check: SelfCheck,
+    example: tuple[str, bytes],
+    int8: Int8Network | None = None,
 ) -> Artifact:
     """Write an artifact into `folder` (made if missing), replacing the one that is there in a single step.
 
     Args:
-        facts: the manifest's fields but format_version, version, created_at and files.
+        facts: the manifest's fields but format_version, version, created_at, quantization and files.
         weights: the network's tensors by name.
         example: file name ending (".png") and bytes of the image to try.
+        int8: the quantized network, if there is one.
 
     Raises: OSError (disk full, no permission); the artifact that was there is then still whole.
     """
@@ -213,6 +257,8 @@ def write_artifact(
         "self_check": (".safetensors", safetensors.numpy.save(check)),
         "example": example,
     }
+    if int8 is not None:
+        contents |= {"int8_graph": (".xml", int8.graph), "int8_weights": (".bin", int8.weights)}
     with _exclusive(folder):
         files = {role: _store(folder, role, ending, content) for role, (ending, content) in contents.items()}
         manifest = Manifest(
@@ -220,6 +266,7 @@ def write_artifact(
             version=files["weights"].sha256[:12],
             created_at=datetime.now(UTC).replace(microsecond=0),
             files=files,
+            quantization=int8.quantization if int8 is not None else None,
             **facts,
         )
         replace(folder / MANIFEST, _sealed(manifest))
@@ -313,7 +360,7 @@ def _store(folder: Path, role: Role, ending: str, content: bytes) -> FileEntry:
 def _remove_leftovers(folder: Path, manifest: Manifest) -> None:
     """Remove files of earlier models and of interrupted writes; what is not ours stays."""
     keep = {entry.path for entry in manifest.files.values()}
-    stored = r"(weights|self_check|example)\.[0-9a-f]{12}\.\w+"
+    stored = rf"({'|'.join(get_args(Role))})\.[0-9a-f]{{12}}\.\w+"
     ours = re.compile(rf"{stored}|\.({stored}|{re.escape(MANIFEST)})\.partial")
     for path in folder.iterdir():
         if ours.fullmatch(path.name) and path.name not in keep:

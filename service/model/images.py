@@ -43,6 +43,16 @@ def decode(payload: bytes) -> RgbImage:
     Returns: uint8 `[H, W, 3]`, RGB.
     Raises: UnreadableImage, ImageTooLarge.
     """
+    return np.asarray(decode_picture(payload))
+
+
+def decode_picture(payload: bytes, enough_px: int | None = None) -> Image.Image:
+    """As `decode`, as Pillow's image, mode RGB.
+
+    With `enough_px`, a JPEG may come at a half, a quarter or an eighth of its size as long as both sides have that
+    many pixels: the decoder then leaves out the high frequencies (`PIL.Image.Image.draft`; libjpeg, scale_denom).
+    Raises: UnreadableImage, ImageTooLarge.
+    """
     if not payload:
         raise UnreadableImage(f"The image is empty (0 bytes); send the bytes of a {allowed_formats()} file.")
     try:
@@ -50,6 +60,8 @@ def decode(payload: bytes) -> RgbImage:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise _too_large(f"{width} x {height} = {width * height:,} pixels")
+            if enough_px is not None and image.format == "JPEG":
+                image.draft(None, (enough_px, enough_px))  # no mode: it stays
             image.load()
             return _to_rgb(image)
     except (ImageTooLarge, MemoryError):
@@ -78,18 +90,18 @@ def _too_large(given: str) -> ImageTooLarge:
     return ImageTooLarge(f"The image may have at most {MAX_PIXELS:,} pixels, given: {given}; send a smaller one.")
 
 
-def _to_rgb(image: Image.Image) -> RgbImage:
+def _to_rgb(image: Image.Image) -> Image.Image:
     turn = _UPRIGHT.get(_orientation(image))
     upright = image if turn is None else image.transpose(turn)
     if upright.mode.startswith("I"):  # 16-bit grey ("I;16") or its 32-bit form ("I"): keep the high byte
         deep = np.asarray(upright).astype(np.int64)  # [H, W]
         grey = np.clip(deep >> 8, 0, 255).astype(np.uint8)
         grey[deep == upright.info.get("transparency", -1)] = 255  # white
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if upright.has_transparency_data:
+        upright = Image.fromarray(grey)
+    elif upright.has_transparency_data:
         rgba = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 _UPRIGHT = {

@@ -1,6 +1,6 @@
 """Preprocess: uint8 `[H, W, 3]` -> uint8 `[S, S, 3]`, and the numbers that normalise it.
 
-Second stage of the flow. Training's evaluation and serving both call `crop_resize`; the network normalises
+Second stage of the flow. Training's evaluation and serving both call `decode_resized`; the network normalises
 (`service.model.network`), so what travels between the stages stays small uint8.
 """
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.model.images import RgbImage
+from service.model.images import RgbImage, decode_picture
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Per-channel mean of ImageNet in 0..1, as ResNet34_Weights.IMAGENET1K_V1 expects (torchvision, its `transforms`)."""
@@ -33,19 +33,34 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float] = IMAGENET_STD
 
 
+def decode_resized(payload: bytes, side_px: int) -> RgbImage:
+    """Image bytes -> uint8 `[side_px, side_px, 3]`: what training and the service both feed the network.
+
+    The same as `crop_resize(decode(payload), side_px)` but for JPEGs of at least four times `side_px`, of which no
+    more is decoded than twice the pixels wanted (Pillow's own choice in `thumbnail`, its `reducing_gap`).
+    Raises: UnreadableImage, ImageTooLarge.
+    """
+    return np.asarray(_crop_resize(decode_picture(payload, enough_px=2 * side_px), side_px))
+
+
 def crop_resize(image: RgbImage, side_px: int) -> RgbImage:
     """Cut the centre square out of `image` and resize it to `[side_px, side_px, 3]` (bilinear, antialiased).
 
-    Idempotent: an image of that size comes back unchanged, so serving may do it early, in its decoding threads.
+    Idempotent: an image of that size comes back unchanged.
     """
-    height, width = image.shape[:2]
-    if height == width == side_px:
+    if image.shape[:2] == (side_px, side_px):
         return image
+    return np.asarray(_crop_resize(Image.fromarray(image), side_px))
+
+
+def _crop_resize(picture: Image.Image, side_px: int) -> Image.Image:
+    width, height = picture.size
+    if width == height == side_px:
+        return picture
     short = min(height, width)
     left, top = (width - short) / 2, (height - short) / 2
     box = (left, top, left + short, top + short)
-    resized = Image.fromarray(image).resize((side_px, side_px), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(resized)
+    return picture.resize((side_px, side_px), Image.Resampling.BILINEAR, box=box)
 
 
 def crop_resize_all(images: Sequence[RgbImage], side_px: int) -> PixelBatch:

@@ -254,7 +254,11 @@ def test_a_process_stopped_before_its_first_step_ends_at_once_and_leaves_no_half
     assert not (config.output / "manifest.json").exists()
 
 
-def test_a_second_signal_ends_a_process_at_once(settings: Settings) -> None:
+def test_a_second_signal_ends_a_process_at_once(settings: Settings, request: pytest.FixtureRequest) -> None:
+    # A shell that puts pytest into the background has it ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+
     class Twice(Signalled):
         def on_step_end(self, step: Step) -> None:
             os.kill(os.getpid(), signal.SIGINT)

@@ -17,6 +17,7 @@ from PIL import Image
 from service.model.errors import ImageError
 from service.model.images import RgbImage, decode
 from service.model.machine import cores
+from service.model.preprocess import crop_resize, decode_resized
 from training.errors import DataError
 
 Labels = npt.NDArray[np.int64]
@@ -36,6 +37,10 @@ class LabelledImages(Protocol):
 
     def image(self, index: int) -> RgbImage:
         """The decoded image, uint8 `[H, W, 3]`. Raises: DataError."""
+        ...
+
+    def resized(self, index: int, side_px: int) -> RgbImage:
+        """The image as the service would feed it to the network, uint8 `[side_px, side_px, 3]`. Raises: DataError."""
         ...
 
     def payload(self, index: int) -> bytes:
@@ -79,6 +84,10 @@ class ArrayImages:
         pixels: RgbImage = self.pixels[index]
         return pixels
 
+    def resized(self, index: int, side_px: int) -> RgbImage:
+        """See `LabelledImages.resized`."""
+        return crop_resize(self.pixels[index], side_px)
+
     def payload(self, index: int) -> bytes:
         """The image as PNG, which keeps every pixel."""
         buffer = BytesIO()
@@ -110,6 +119,13 @@ class FileImages:
         """See `LabelledImages.image`."""
         try:
             return decode(self.payload(index))
+        except ImageError as exc:
+            raise DataError(f"{self.paths[index]}: {exc}") from exc
+
+    def resized(self, index: int, side_px: int) -> RgbImage:
+        """See `LabelledImages.resized`."""
+        try:
+            return decode_resized(self.payload(index), side_px)
         except ImageError as exc:
             raise DataError(f"{self.paths[index]}: {exc}") from exc
 

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from service.model.machine import cores, memory_bytes
-from service.model.preprocess import crop_resize
 from training.data.dataset import LabelledImages
 from training.errors import DataError
 from training.progress import progress
@@ -132,7 +131,7 @@ class _Resized(TorchDataset[Any]):
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.uint8], int]:
-        return crop_resize(self._images.image(index), self._side_px), int(self._images.labels[index])
+        return self._images.resized(index, self._side_px), int(self._images.labels[index])
 
     def __getitems__(self, indices: list[int]) -> list[tuple[npt.NDArray[np.uint8], int]] | DataError:
         """A batch at once, as torch's fetcher asks for it where this method is."""
@@ -153,7 +152,7 @@ def _resize_all(images: LabelledImages, side_px: int, what: str) -> Tensor:
     pixels = np.empty((len(images), side_px, side_px, 3), np.uint8)
 
     def fill(index: int) -> None:
-        pixels[index] = crop_resize(images.image(index), side_px)
+        pixels[index] = images.resized(index, side_px)
 
     with ThreadPoolExecutor(cores()) as threads:
         for _ in progress(threads.map(fill, range(len(images))), f"{what}: decoding", total=len(images)):

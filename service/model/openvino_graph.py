@@ -1,0 +1,103 @@
+"""The network as an OpenVINO model, built from the artifact's weights: no torch, no second copy of them on disk.
+
+The same function as `service.model.network.Network` in eval mode, with each batch norm folded into its convolution.
+Whoever calls it has OpenVINO; importing this module does not need it.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.model.architecture import Architecture
+from service.model.errors import ArtifactError
+from service.model.preprocess import Preprocessing
+
+if TYPE_CHECKING:
+    import openvino
+
+BLOCK_SIZES = {"layer1": 3, "layer2": 4, "layer3": 6, "layer4": 3}
+"""Residual units per block of ResNet-34 (He et al. 2015, https://arxiv.org/abs/1512.03385, table 1)."""
+
+BATCH_NORM_EPS = 1e-5
+"""As `torch.nn.BatchNorm2d` has it by default, and torchvision's ResNet leaves it."""
+
+Array = npt.NDArray[Any]
+
+
+def build(architecture: Architecture, preprocessing: Preprocessing, weights: Mapping[str, Array]) -> "openvino.Model":
+    """A model with input `pixels`, uint8 `[?, S, S, 3]`, and output `logits`, float32 `[?, K]`.
+
+    Raises: ArtifactError when `weights` do not fit the architecture; ImportError without OpenVINO.
+    """
+    try:
+        return _Builder(architecture, weights).model(preprocessing)
+    except KeyError as exc:
+        raise ArtifactError(f"The weights do not fit the architecture stated: {exc.args[0]} is missing.") from exc
+
+
+class _Builder:
+    def __init__(self, architecture: Architecture, weights: Mapping[str, Array]) -> None:
+        from openvino import opset13
+
+        self.op: Any = opset13
+        self.architecture = architecture
+        self.weights = weights
+
+    def model(self, preprocessing: Preprocessing) -> "openvino.Model":
+        import openvino
+
+        side = preprocessing.side_px
+        pixels = self.op.parameter([-1, side, side, 3], np.uint8, name="pixels")
+        planes = self.op.transpose(self.op.convert(pixels, np.float32), np.array([0, 3, 1, 2]))  # [N, 3, S, S]
+        mean, std = (
+            np.array(each, np.float32).reshape(1, 3, 1, 1) * 255 for each in (preprocessing.mean, preprocessing.std)
+        )
+        node = self.op.multiply(self.op.subtract(planes, mean), 1 / std)
+        node = self.op.relu(self.convolution(node, "conv1", "bn1", stride=2, width=64, depth=3, size=7))
+        node = self.op.max_pool(node, [2, 2], [1, 1], [1, 1], [1, 1], [3, 3]).output(0)  # [N, 64, S/4, S/4]
+        depth = 64
+        for block, (name, size) in enumerate(BLOCK_SIZES.items()):
+            width = 64 * 2**block
+            for unit in range(size):
+                stride = 2 if unit == 0 and block else 1
+                node = self.residual(node, f"{name}.{unit}", stride, width, depth)
+                depth = width
+        pooled = self.op.reduce_mean(node, np.array([2, 3]), keep_dims=False)  # [N, 512]
+        hidden = self.op.relu(self.linear(pooled, "fc.hidden", depth, self.architecture.hidden_units))
+        logits = self.linear(hidden, "fc.classes", self.architecture.hidden_units, self.architecture.num_classes)
+        result = self.op.result(logits, name="logits")
+        result.output(0).set_names({"logits"})
+        pixels.output(0).set_names({"pixels"})
+        return openvino.Model([result], [pixels], "resnet34")
+
+    def residual(self, node: Any, name: str, stride: int, width: int, depth: int) -> Any:
+        inner = self.op.relu(self.convolution(node, f"{name}.conv1", f"{name}.bn1", stride, width, depth))
+        inner = self.convolution(inner, f"{name}.conv2", f"{name}.bn2", 1, width, width)
+        if stride != 1 or depth != width:
+            node = self.convolution(node, f"{name}.downsample.0", f"{name}.downsample.1", stride, width, depth, size=1)
+        return self.op.relu(self.op.add(inner, node))
+
+    def convolution(self, node: Any, name: str, norm: str, stride: int, width: int, depth: int, size: int = 3) -> Any:
+        """Convolution and batch norm in one: w' = w g / sqrt(v + eps), b' = b - m g / sqrt(v + eps)."""
+        variance = self.take(f"{norm}.running_var", width).astype(np.float64)
+        scale = self.take(f"{norm}.weight", width) / np.sqrt(variance + BATCH_NORM_EPS)
+        filters = self.take(f"{name}.weight", width, depth, size, size) * scale.astype(np.float32)[:, None, None, None]
+        offsets = self.take(f"{norm}.bias", width) - self.take(f"{norm}.running_mean", width) * scale
+        pad = [size // 2] * 2
+        made = self.op.convolution(node, filters, [stride] * 2, pad, pad, [1, 1], name=name)
+        return self.op.add(made, offsets.astype(np.float32).reshape(1, -1, 1, 1))
+
+    def linear(self, node: Any, name: str, inputs: int, outputs: int) -> Any:
+        matrix = self.take(f"{name}.weight", outputs, inputs)
+        made = self.op.matmul(node, matrix, transpose_a=False, transpose_b=True, name=name)
+        return self.op.add(made, self.take(f"{name}.bias", outputs).reshape(1, -1))
+
+    def take(self, name: str, *shape: int) -> Array:
+        found = self.weights[name]
+        if found.shape != shape:
+            raise ArtifactError(
+                f"The weights do not fit the architecture stated: {name} is {list(found.shape)}, not {list(shape)}."
+            )
+        return found.astype(np.float32, copy=False)
