@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app = create_app(settings, on_failure=fail)
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False,
+            app, log_config=None, access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=75,
         )
     )  # fmt: skip

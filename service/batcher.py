@@ -1,18 +1,21 @@
 """The batcher: single items in, batches to the engine, single results out.
 
-It takes what is waiting whenever the engine is free, so that batches form by themselves under load and a
-lone request never waits for company (unless `max_wait_ms` asks for it). It knows neither HTTP nor torch:
-`run` is any function from a list to a list, called in a thread, never on the event loop.
+The engine's thread takes what is waiting whenever it is free, so that batches form by themselves under load and a
+lone request never waits for company (unless `max_wait_ms` asks for it). It takes it from the queue itself: were it
+given batches by the event loop, it would stand still whenever the loop is busy with requests. The batcher knows neither
+HTTP nor torch: `run` is any function from a list to a list.
 
 No item is ever left waiting: it gets its result, the failure of its batch, or a refusal at once.
 """
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -47,13 +50,14 @@ class Batcher(Generic[In, Out]):
     def __init__(
         self,
         run: Callable[[list[In]], list[Out]],
-        thread: ThreadPoolExecutor,
+        threads: ThreadPoolExecutor,
         *,
+        lanes: int = 1,
         max_batch: int,
         max_queue: int,
         max_wait_ms: float = 0.0,
     ) -> None:
-        """`run` returns one result per item, in order, called in `thread` (one worker, the caller's to shut down).
+        """`run` returns one result per item, in order, called in `lanes` of the `threads` (the caller's to shut down).
 
         `max_queue` bounds the items that wait for the engine.
         """
@@ -61,85 +65,126 @@ class Batcher(Generic[In, Out]):
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_wait_s = max_wait_ms / 1000
-        self._queue: deque[_Waiting[In, Out]] = deque()
-        self._arrived = asyncio.Event()
+        self._queue: deque[_Waiting[In, Out]] = deque()  # appended to by the loop, emptied by the thread
+        self._arrived = threading.Condition()
+        self._asleep = 0
         self._closing = False
-        self._thread = thread
-        self._task: asyncio.Task[None] | None = None
+        self._threads = threads
+        self._lanes = lanes
+        self._free = lanes
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._work: list[asyncio.Future[None]] = []
 
     def open(self) -> None:
         """Start taking batches."""
-        self._task = asyncio.get_running_loop().create_task(self._serve(), name="batcher")
+        self._loop = asyncio.get_running_loop()
+        self._work = [self._loop.run_in_executor(self._threads, self._serve) for _ in range(self._lanes)]
 
     async def close(self) -> None:
         """Refuse new items, answer those that wait, then stop."""
         self._closing = True
-        self._arrived.set()
-        if self._task is not None:
-            await self._task
+        self._wake()
+        await asyncio.gather(*self._work)
 
     async def submit(self, item: In) -> Batched[Out]:
         """Wait for the item's result. A cancelled submit frees its place before the engine works for it.
 
         Raises: Overloaded, NotReady (closing), EngineFailure.
         """
-        if self._closing or self._task is None:
+        if self._closing or self._loop is None:
             raise NotReady("The service is stopping and takes no more requests; try another instance.")
         if len(self._queue) >= self._max_queue:
             raise Overloaded(f"All {self._max_queue} places in the queue are taken; try again in a moment.")
-        waiting: _Waiting[In, Out] = _Waiting(item, asyncio.get_running_loop().create_future())
+        waiting: _Waiting[In, Out] = _Waiting(item, self._loop.create_future())
         self._queue.append(waiting)
-        self._arrived.set()
+        if self._asleep:
+            self._wake()
         try:
             return await waiting.future
         except asyncio.CancelledError:
-            if waiting in self._queue:
+            with suppress(ValueError):  # the thread has just taken it
                 self._queue.remove(waiting)
             raise
 
-    async def _serve(self) -> None:
-        while True:
-            while not self._queue:
-                if self._closing:
-                    return
-                self._arrived.clear()
-                await self._arrived.wait()
-            await self._wait_for_company()
-            count = min(self._max_batch, len(self._queue))
-            batch = [waiting for _ in range(count) if not (waiting := self._queue.popleft()).future.done()]
-            if batch:
-                await self._answer(batch)
+    def _wake(self) -> None:
+        with self._arrived:
+            self._arrived.notify(self._lanes if self._closing else 1)
 
-    async def _wait_for_company(self) -> None:
-        """Wait until the batch is full or its first item has waited `max_wait_ms`."""
-        while self._queue and len(self._queue) < self._max_batch and not self._closing:
-            left_s = self._queue[0].since_s + self._max_wait_s - time.perf_counter()
-            if left_s <= 0:
-                return
-            self._arrived.clear()
+    # From here on: in the engine's threads.
+
+    def _serve(self) -> None:
+        while self._wait_for_some():
+            self._wait_for_company()
+            batch = self._take()
             try:
-                await asyncio.wait_for(self._arrived.wait(), left_s)
-            except TimeoutError:
-                return
+                if batch:
+                    self._answer(batch)
+            finally:
+                with self._arrived:
+                    self._free += 1
 
-    async def _answer(self, batch: list[_Waiting[In, Out]]) -> None:
+    def _take(self) -> list[_Waiting[In, Out]]:
+        """This lane's share of what waits: the other free ones get theirs."""
+        with self._arrived:
+            count = min(self._max_batch, -(-len(self._queue) // self._free))
+            batch = []
+            for _ in range(count):
+                with suppress(IndexError):  # its client has just left
+                    batch.append(self._queue.popleft())
+            self._free -= 1
+        return batch
+
+    def _wait_for_some(self) -> bool:
+        """Wait until an item waits; False when there will be none."""
+        while not self._queue:
+            with self._arrived:
+                self._asleep += 1
+                if not self._queue and not self._closing:  # `submit` looks at `_asleep` after it has appended
+                    self._arrived.wait()
+                self._asleep -= 1
+            if self._closing and not self._queue:
+                return False
+        return True
+
+    def _wait_for_company(self) -> None:
+        """Wait until the batch is full or its first item has waited `max_wait_ms`."""
+        if not self._max_wait_s:
+            return
+        with self._arrived:
+            self._asleep += 1
+            while len(self._queue) < self._max_batch and not self._closing:
+                try:
+                    left_s = self._queue[0].since_s + self._max_wait_s - time.perf_counter()
+                except IndexError:  # its client has just left
+                    break
+                if left_s <= 0 or not self._arrived.wait(left_s):
+                    break
+            self._asleep -= 1
+
+    def _answer(self, batch: list[_Waiting[In, Out]]) -> None:
         started_s = time.perf_counter()
+        values: list[Out] | Exception
         try:
-            values = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._run, [waiting.item for waiting in batch]
-            )
+            values = self._run([waiting.item for waiting in batch])
             if len(values) != len(batch):
                 raise ValueError(f"{len(values)} results for {len(batch)} items")
         except Exception as exc:  # handed to everyone who waits for this batch
             log.exception("the engine failed on a batch of %d", len(batch))
-            for waiting in batch:
-                if not waiting.future.done():
-                    failure = EngineFailure("The model failed on this request; the cause is in the service's log.")
-                    failure.__cause__ = exc
-                    waiting.future.set_exception(failure)
-            return
+            values = exc
         infer_ms = (time.perf_counter() - started_s) * 1000
-        for waiting, value in zip(batch, values, strict=True):
-            if not waiting.future.done():
-                queue_ms = (started_s - waiting.since_s) * 1000
-                waiting.future.set_result(Batched(value, queue_ms, infer_ms, len(batch)))
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(_deliver, batch, values, started_s, infer_ms)
+
+
+def _deliver(batch: list[_Waiting[In, Out]], values: list[Out] | Exception, started_s: float, infer_ms: float) -> None:
+    """On the event loop, to which the futures belong."""
+    for index, waiting in enumerate(batch):
+        if waiting.future.done():  # cancelled
+            continue
+        if isinstance(values, Exception):
+            failure = EngineFailure("The model failed on this request; the cause is in the service's log.")
+            failure.__cause__ = values
+            waiting.future.set_exception(failure)
+        else:
+            queue_ms = (started_s - waiting.since_s) * 1000
+            waiting.future.set_result(Batched(values[index], queue_ms, infer_ms, len(batch)))

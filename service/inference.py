@@ -9,9 +9,11 @@ import json
 import re
 from collections.abc import Sequence
 from email.message import Message
+from functools import lru_cache
 from pathlib import Path
 
 from service.classifier import Classifier, Prediction
+from service.engines.choose import Layout, Wanted, load
 from service.errors import MalformedRequest, NotAcceptable, UnsupportedMediaType
 from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
@@ -27,15 +29,23 @@ RAW_MEDIA_TYPES = ("application/octet-stream", "application/x-image", "applicati
 
 
 def model_fn(model_dir: str | Path) -> Classifier:
-    """Load and verify the model in `model_dir`: every file's hash, then the self-check. Raises: ArtifactError."""
-    artifact = open_artifact(Path(model_dir))
+    """Load and verify the model in `model_dir`, with the fastest engine: see `load_model`."""
+    return load_model(Path(model_dir))
+
+
+def load_model(folder: Path, engine: Wanted = "auto", layout: Layout | None = None) -> Classifier:
+    """Load and verify the model in `folder`: every file's hash, then the self-check with the engine that will run it.
+
+    Raises: ArtifactError, EngineUnavailable.
+    """
+    artifact = open_artifact(folder)
     try:
-        return _load(artifact)
+        return _load(artifact, engine, layout)
     except ArtifactError:
-        newer = open_artifact(Path(model_dir))
+        newer = open_artifact(folder)
         if newer.manifest == artifact.manifest:
             raise
-        return _load(newer)  # a training replaced the model while it was being read
+        return _load(newer, engine, layout)  # a training replaced the model while it was being read
 
 
 def input_fn(body: bytes, content_type: str | None) -> list[RgbImage]:
@@ -44,19 +54,30 @@ def input_fn(body: bytes, content_type: str | None) -> list[RgbImage]:
     Returns: the images, uint8 `[H, W, 3]` each; today exactly one.
     Raises: UnsupportedMediaType, MalformedRequest, ImageError.
     """
-    header = Message()
-    header["Content-Type"] = content_type or ""
-    media_type = header.get_content_type() if content_type else ""
+    return [decode(payload_of(body, content_type))]
+
+
+def payload_of(body: bytes, content_type: str | None) -> bytes:
+    """The image's bytes in a request body. Raises: UnsupportedMediaType, MalformedRequest."""
+    media_type = media_type_of(content_type or "")
     if media_type == "multipart/form-data":
         files = files_of(body, content_type or "")
         if len(files) != 1:
             raise MalformedRequest(f"The form must hold exactly one file, given: {len(files)}; send one per request.")
-        return [decode(files[0])]
+        return files[0]
     if media_type.startswith("image/") or media_type in RAW_MEDIA_TYPES:
-        return [decode(body)]
+        return body
     raise UnsupportedMediaType(
         f"The content type must be image/*, application/octet-stream or multipart/form-data, given: {content_type}."
     )
+
+
+@lru_cache(maxsize=256)
+def media_type_of(content_type: str) -> str:
+    """The media type of a Content-Type header, without its parameters; "" for none."""
+    header = Message()
+    header["Content-Type"] = content_type
+    return header.get_content_type() if content_type else ""
 
 
 def predict_fn(images: Sequence[RgbImage], model: Classifier) -> list[Prediction]:
@@ -84,15 +105,12 @@ def require_json(accept: str | None) -> None:
         raise NotAcceptable(f"Answers are {JSON}, which the Accept header excludes: {accept}.")
 
 
-def _load(artifact: Artifact) -> Classifier:
+def _load(artifact: Artifact, engine: Wanted, layout: Layout | None) -> Classifier:
     artifact.verify()
-    from service.engines.eager import EagerEngine  # torch takes seconds to import: not before it is needed
-
-    classifier = Classifier.of(artifact, EagerEngine(artifact))
-    classifier.check(artifact.self_check())
-    return classifier
+    return load(artifact, engine, layout)
 
 
+@lru_cache(maxsize=256)
 def _accepts_json(accept: str | None) -> bool:
     ranges = [[piece.strip().lower() for piece in part.split(";")] for part in (accept or "*/*").split(",")]
     refused = {media_range for media_range, *options in ranges if any(re.fullmatch(r"q=0(\.0*)?", o) for o in options)}

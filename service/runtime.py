@@ -16,15 +16,23 @@ import numpy as np
 
 from service.batcher import Batched, Batcher
 from service.classifier import Classifier, Prediction
+from service.engines.base import EngineUnavailable
+from service.engines.choose import Layout
 from service.errors import NotReady, Overloaded
-from service.inference import input_fn, model_fn, predict_fn
+from service.inference import input_fn, load_model, payload_of, predict_fn
 from service.model.archive import model_folder
-from service.model.errors import ArtifactError
-from service.model.images import RgbImage
-from service.model.preprocess import crop_resize
+from service.model.errors import ArtifactError, ImageTooLarge
+from service.model.images import MAX_PIXELS, RgbImage
+from service.model.preprocess import decode_resized
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
+
+MAX_LANES = 64
+"""More than any engine has: threads are started as they are needed."""
+
+SMALL_BYTES, SMALL_PIXELS = 16 * 2**10, 128 * 128
+"""Images this small are decoded on the event loop: in 0.1 ms for CIFAR's, of which most is Pillow's Python code."""
 
 State = Literal["loading", "warming_up", "ready", "stopping", "failed"]
 
@@ -32,7 +40,8 @@ State = Literal["loading", "warming_up", "ready", "stopping", "failed"]
 class Runtime:
     """Loads the model in the background, then answers payloads.
 
-    One engine thread loads, warms up and infers: what a library keeps per thread is then warm where it is used.
+    Threads of their own load, warm up and infer, one for each of the engine's lanes: what a library keeps per thread
+    is then warm where it is used.
     """
 
     def __init__(
@@ -42,10 +51,11 @@ class Runtime:
         self.settings = settings
         self.state: State = "loading"
         self._given = classifier
+        self._layout = Layout(settings.engine_threads, max_batch=settings.max_batch)
         self._on_failure = on_failure
         self._under_way = 0
         self._stopping = False
-        self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._engine_threads = ThreadPoolExecutor(MAX_LANES, thread_name_prefix="engine")
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._serving: tuple[Classifier, Batcher[RgbImage, Prediction]] | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -64,7 +74,7 @@ class Runtime:
             await self._starting
         if self._serving is not None:
             await self._serving[1].close()
-        self._engine_thread.shutdown(wait=False)
+        self._engine_threads.shutdown(wait=False)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._held.close()
 
@@ -80,22 +90,30 @@ class Runtime:
         finally:
             self._under_way -= 1
 
-    async def predict(self, payload: bytes, content_type: str | None) -> tuple[Batched[Prediction], float]:
-        """Decode, crop and resize in a decoding thread, then predict in a batch.
+    async def predict(self, body: bytes, content_type: str | None) -> tuple[Batched[Prediction], float]:
+        """Decode, crop and resize, then predict in a batch.
 
         Returns: the batched prediction, and the milliseconds that decoding took.
         Raises: RequestError, Unavailable, ImageError.
         """
         classifier, batcher = self._require_ready()
+        image, decode_ms = await self._decoded(body, content_type, classifier.side_px)
+        return await batcher.submit(image), decode_ms
 
-        def decode() -> tuple[RgbImage, float]:
+    async def _decoded(self, body: bytes, content_type: str | None, side_px: int) -> tuple[RgbImage, float]:
+        """Decode, crop and resize; small images here and now, which is done before a thread would have begun."""
+
+        def decode(max_pixels: int = MAX_PIXELS) -> tuple[RgbImage, float]:
             started_s = time.perf_counter()
-            (image,) = input_fn(payload, content_type)
-            resized = crop_resize(image, classifier.side_px)
+            resized = decode_resized(payload_of(body, content_type), side_px, max_pixels)
             return resized, (time.perf_counter() - started_s) * 1000
 
-        image, decode_ms = await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
-        return await batcher.submit(image), decode_ms
+        if len(body) <= SMALL_BYTES:
+            try:
+                return decode(SMALL_PIXELS)
+            except ImageTooLarge:  # few bytes, many pixels
+                pass
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
 
     def _require_ready(self) -> tuple[Classifier, Batcher[RgbImage, Prediction]]:
         # Requests accepted before a stop are still answered: the batcher refuses when it closes.
@@ -109,22 +127,26 @@ class Runtime:
             if self._given is not None:
                 classifier = self._given
             else:
-                classifier = await loop.run_in_executor(self._engine_thread, self._load)
+                classifier = await loop.run_in_executor(self._engine_threads, self._load)
             if self._stopping:
                 return
             self.state = "warming_up"
-            await loop.run_in_executor(self._engine_thread, self._warm_up, classifier)
+            lanes = range(classifier.engine.lanes)
+            await asyncio.gather(
+                *[loop.run_in_executor(self._engine_threads, self._warm_up, classifier) for _ in lanes]
+            )
         except Exception as exc:  # whatever it is, the service cannot serve: told, then ended
             self.state = "failed"
-            trace = None if isinstance(exc, ArtifactError) else exc
+            trace = None if isinstance(exc, ArtifactError | EngineUnavailable) else exc
             log.error("The model cannot be served. %s", exc, exc_info=trace)
             if self._on_failure is not None:
                 self._on_failure()
             return
         batcher: Batcher[RgbImage, Prediction] = Batcher(
             lambda images: predict_fn(images, classifier),
-            self._engine_thread,
-            max_batch=self.settings.max_batch,
+            self._engine_threads,
+            lanes=classifier.engine.lanes,
+            max_batch=self._max_batch(classifier),
             max_queue=self.settings.max_requests,
             max_wait_ms=self.settings.max_wait_ms,
         )
@@ -137,7 +159,7 @@ class Runtime:
     def _load(self) -> Classifier:
         started_s = time.perf_counter()
         folder = self._held.enter_context(model_folder(self.settings.model))
-        classifier = model_fn(folder)
+        classifier = load_model(folder, self.settings.engine, self._layout)
         card = classifier.card
         log.info(
             "model %s version %s: %d classes, %d px, engine %s, loaded and verified in %.1f s from %s",
@@ -151,8 +173,11 @@ class Runtime:
         if classifier.example is not None:
             predict_fn(input_fn(classifier.example.path.read_bytes(), classifier.example.media_type), classifier)
         blank = np.zeros((classifier.side_px, classifier.side_px, 3), np.uint8)
-        for size in {1, self.settings.max_batch}:
+        for size in {1, self._max_batch(classifier)}:
             classifier.classify([blank] * size)
+
+    def _max_batch(self, classifier: Classifier) -> int:
+        return min(self.settings.max_batch, classifier.engine.best_batch)
 
     def _log_ready(self, classifier: Classifier) -> None:
         host = "127.0.0.1" if self.settings.host == "0.0.0.0" else self.settings.host  # noqa: S104  # compared

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.engines.choose import Wanted
 from service.model.machine import cores
 
 PREFIX = "CLASSIFIER_"
@@ -37,6 +38,10 @@ class Settings(BaseSettings):
     """Address to listen on; 0.0.0.0, which SageMaker needs, is reachable from the network, 127.0.0.1 is not."""
     port: int = Field(8080, ge=1, le=65535)
     """TCP port; SageMaker calls 8080."""
+    engine: Wanted = "auto"
+    """What computes: the fastest engine whose answers are those of the training ("auto"), or the one of this name."""
+    engine_threads: int = Field(default_factory=cores, ge=1)
+    """Threads of an engine that runs on the CPU; default: the cores this process may use."""
     max_payload_bytes: int = Field(25 * 2**20, ge=1)
     """Larger request bodies are refused with 413; the default is the limit of SageMaker's real-time endpoints."""
     deadline_s: float = Field(55.0, gt=0)
@@ -44,7 +49,7 @@ class Settings(BaseSettings):
     max_requests: int = Field(256, ge=1)
     """Requests under way at once, from reading the body to the answer; more are refused with 503 at once."""
     max_batch: int = Field(32, ge=1)
-    """Images the engine gets at once; more raise throughput under load and the latency of each batch."""
+    """Images the engine gets at once, at most; it gets fewer where more would not be faster."""
     max_wait_ms: float = Field(0.0, ge=0)
     """How long a batch waits for company, counted from its first image; 0 takes what is there."""
     decode_threads: int = Field(default_factory=cores, ge=1)

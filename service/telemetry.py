@@ -6,18 +6,17 @@ The outermost layer of the app: it also turns an exception that nothing else cau
 import contextvars
 import json
 import logging
+import os
 import re
 import sys
 import time
-import uuid
 from dataclasses import dataclass, field, fields
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("service.requests")
 
-_SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 
 
 @dataclass
@@ -39,9 +38,11 @@ class RequestRecord:
 
     def line(self) -> str:
         """The record as `key=value` pairs; what is not known is left out."""
-        pairs = ((item.name, getattr(self, item.name)) for item in fields(self) if item.repr)
-        return " ".join(f"{name}={_text(value)}" for name, value in pairs if value is not None)
+        pairs = ((name, getattr(self, name)) for name in _SHOWN)
+        return " ".join([f"{name}={_text(value)}" for name, value in pairs if value is not None])
 
+
+_SHOWN = tuple(item.name for item in fields(RequestRecord) if item.repr)
 
 _record: contextvars.ContextVar[RequestRecord] = contextvars.ContextVar("record")
 
@@ -76,7 +77,7 @@ class Telemetry:
                 record.status = message["status"]
                 if record.status < 400 and record.code == "unanswered":
                     record.code = "ok"
-                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+                message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
             await send(message)
 
         try:
@@ -100,6 +101,9 @@ def configure_logging(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    # What no line of ours shows is not looked up for it (logging HOWTO, Optimization).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     # Lines of the libraries that repeat ours or say nothing to the user.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
     logging.getLogger("PIL").setLevel(logging.WARNING)
@@ -116,8 +120,10 @@ async def _send_internal_error(send: Send, record: RequestRecord) -> None:
 
 def _request_id(scope: Scope) -> str:
     """The client's own id where it is harmless, else a new one."""
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _SAFE_ID.fullmatch(value):
+            return str(value, "ascii")
+    return os.urandom(16).hex()
 
 
 def _text(value: object) -> str:

@@ -11,14 +11,24 @@ Logits = npt.NDArray[np.float32]
 """float32 `[N, K]`."""
 
 
+class EngineUnavailable(Exception):
+    """The engine cannot run on this machine: a sentence that says why, and what to do."""
+
+
 class Engine(Protocol):
-    """Computes logits. Called from one thread at a time; holds its own device memory."""
+    """Computes logits. Called from `lanes` threads at a time, at most; holds its own device memory."""
 
     name: str
-    """For logs and answers: what runs, and where ("torch cpu")."""
+    """Its name in the settings ("openvino-int8")."""
 
     tolerance: float
     """How far its logits may be from the stored ones, as a share of the largest stored |logit|."""
+
+    best_batch: int
+    """Images per call beyond which it gets no faster, or slower: the service gives it no more at once."""
+
+    lanes: int
+    """Batches it computes side by side."""
 
     def infer(self, batch: PixelBatch) -> Logits:
         """uint8 `[N, S, S, 3]` -> float32 `[N, K]`: as many rows as given, in the same order. N >= 1."""

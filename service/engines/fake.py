@@ -13,6 +13,8 @@ class FakeEngine:
 
     name = "fake"
     tolerance = 1e-3
+    best_batch = 1024
+    lanes = 1
 
     def __init__(self, num_classes: int, delay_s: float = 0.0, failure: Exception | None = None) -> None:
         self.num_classes = num_classes

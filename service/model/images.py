@@ -1,12 +1,15 @@
 """Decode: image bytes -> uint8 `[H, W, 3]`. First stage of the flow, shared by training and serving.
 
-Pillow is the decoder. The limits below hold for both sides: what training accepts, serving accepts.
+Pillow is the decoder. simplejpeg stands before it for plain JPEGs, which are most: the same library (libjpeg-turbo)
+with less around it, whose pixels are Pillow's, bit by bit (tests/model/test_images.py). The limits below hold for both
+sides: what training accepts, serving accepts.
 """
 
 from io import BytesIO
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from service.model.errors import ImageTooLarge, UnreadableImage
@@ -35,35 +38,47 @@ RgbImage = npt.NDArray[np.uint8]
 """uint8 `[H, W, 3]`, RGB."""
 
 
-def decode(payload: bytes) -> RgbImage:
+def decode(payload: bytes, enough_px: int | None = None, max_pixels: int = MAX_PIXELS) -> RgbImage:
     """Decode one image, upright (EXIF orientation applied), transparency laid over white.
 
-    Animated images give their first frame; 16-bit grey is scaled to 8 bits.
+    Animated images give their first frame; 16-bit grey is scaled to 8 bits. With `enough_px`, a JPEG may come at a
+    half, a quarter or an eighth of its size as long as both sides have that many pixels: the decoder then leaves out
+    the high frequencies (`PIL.Image.Image.draft`; libjpeg, scale_denom).
 
     Returns: uint8 `[H, W, 3]`, RGB.
     Raises: UnreadableImage, ImageTooLarge.
     """
-    return np.asarray(decode_picture(payload))
-
-
-def decode_picture(payload: bytes, enough_px: int | None = None) -> Image.Image:
-    """As `decode`, as Pillow's image, mode RGB.
-
-    With `enough_px`, a JPEG may come at a half, a quarter or an eighth of its size as long as both sides have that
-    many pixels: the decoder then leaves out the high frequencies (`PIL.Image.Image.draft`; libjpeg, scale_denom).
-    Raises: UnreadableImage, ImageTooLarge.
-    """
     if not payload:
         raise UnreadableImage(f"The image is empty (0 bytes); send the bytes of a {allowed_formats()} file.")
+    plain = _decode_plain_jpeg(payload, enough_px, max_pixels)
+    return plain if plain is not None else _decode_any(payload, enough_px, max_pixels)
+
+
+def _decode_plain_jpeg(payload: bytes, enough_px: int | None, max_pixels: int) -> RgbImage | None:
+    """The image, or None where it is for Pillow to say: anything but an upright, whole, unscaled YCbCr or grey JPEG."""
+    if payload[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in payload:  # Exif may say that it lies on its side
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(payload)
+        scaled = enough_px is not None and min(height, width) >= 2 * enough_px
+        if colorspace not in ("YCbCr", "Gray") or height * width > max_pixels or scaled:
+            return None
+        image: RgbImage = simplejpeg.decode_jpeg(payload, "RGB", fastdct=False, fastupsample=False, strict=True)
+    except ValueError:  # damaged, or only unusual
+        return None
+    return image
+
+
+def _decode_any(payload: bytes, enough_px: int | None, max_pixels: int) -> RgbImage:
     try:
         with Image.open(BytesIO(payload), formats=FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise _too_large(f"{width} x {height} = {width * height:,} pixels")
+            if width * height > max_pixels:
+                raise _too_large(f"{width} x {height} = {width * height:,} pixels", max_pixels)
             if enough_px is not None and image.format == "JPEG":
                 image.draft(None, (enough_px, enough_px))  # no mode: it stays
             image.load()
-            return _to_rgb(image)
+            return np.asarray(_to_rgb(image))
     except (ImageTooLarge, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
@@ -86,8 +101,8 @@ def allowed_formats() -> str:
     return f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 
-def _too_large(given: str) -> ImageTooLarge:
-    return ImageTooLarge(f"The image may have at most {MAX_PIXELS:,} pixels, given: {given}; send a smaller one.")
+def _too_large(given: str, allowed: int = MAX_PIXELS) -> ImageTooLarge:
+    return ImageTooLarge(f"The image may have at most {allowed:,} pixels, given: {given}; send a smaller one.")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.model.images import RgbImage, decode_picture
+from service.model.images import MAX_PIXELS, RgbImage, decode
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Per-channel mean of ImageNet in 0..1, as ResNet34_Weights.IMAGENET1K_V1 expects (torchvision, its `transforms`)."""
@@ -33,14 +33,14 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float] = IMAGENET_STD
 
 
-def decode_resized(payload: bytes, side_px: int) -> RgbImage:
+def decode_resized(payload: bytes, side_px: int, max_pixels: int = MAX_PIXELS) -> RgbImage:
     """Image bytes -> uint8 `[side_px, side_px, 3]`: what training and the service both feed the network.
 
     The same as `crop_resize(decode(payload), side_px)` but for JPEGs of at least four times `side_px`, of which no
     more is decoded than twice the pixels wanted (Pillow's own choice in `thumbnail`, its `reducing_gap`).
     Raises: UnreadableImage, ImageTooLarge.
     """
-    return np.asarray(_crop_resize(decode_picture(payload, enough_px=2 * side_px), side_px))
+    return crop_resize(decode(payload, 2 * side_px, max_pixels), side_px)
 
 
 def crop_resize(image: RgbImage, side_px: int) -> RgbImage:
@@ -48,19 +48,14 @@ def crop_resize(image: RgbImage, side_px: int) -> RgbImage:
 
     Idempotent: an image of that size comes back unchanged.
     """
-    if image.shape[:2] == (side_px, side_px):
+    height, width = image.shape[:2]
+    if height == width == side_px:
         return image
-    return np.asarray(_crop_resize(Image.fromarray(image), side_px))
-
-
-def _crop_resize(picture: Image.Image, side_px: int) -> Image.Image:
-    width, height = picture.size
-    if width == height == side_px:
-        return picture
     short = min(height, width)
     left, top = (width - short) / 2, (height - short) / 2
     box = (left, top, left + short, top + short)
-    return picture.resize((side_px, side_px), Image.Resampling.BILINEAR, box=box)
+    resized = Image.fromarray(image).resize((side_px, side_px), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized)
 
 
 def crop_resize_all(images: Sequence[RgbImage], side_px: int) -> PixelBatch:

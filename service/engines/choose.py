@@ -1,0 +1,129 @@
+"""Which engine runs a model on this machine, and why."""
+
+import ctypes
+import importlib.util
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from service.classifier import Classifier
+from service.engines.base import Engine, EngineUnavailable
+from service.model.artifact import Artifact, Manifest
+from service.model.errors import ArtifactError
+from service.model.machine import cores
+
+log = logging.getLogger(__name__)
+
+EngineName = Literal["torch-cuda", "openvino-int8", "openvino-bf16", "openvino-fp32", "torch"]
+NAMES: tuple[EngineName, ...] = get_args(EngineName)
+Wanted = Literal["auto", EngineName]
+
+MAX_LOSS_POINTS = 0.5
+"""An int8 network that loses more percentage points of accuracy than this runs only when it is asked for by name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the engine gets of the machine."""
+
+    threads: int
+    """Of an engine on the CPU."""
+    device: int = 0
+    """Number of the GPU."""
+    max_batch: int = 32
+    """Images the engine will get at once, at most."""
+
+    @classmethod
+    def default(cls) -> "Layout":
+        """All cores this process may use."""
+        return cls(cores())
+
+
+def load(artifact: Artifact, wanted: Wanted = "auto", layout: Layout | None = None) -> Classifier:
+    """A classifier whose engine gave the stored logits: `wanted`, or the fastest that does.
+
+    Raises: ArtifactError, EngineUnavailable.
+    """
+    layout = layout or Layout.default()
+    check = artifact.self_check()
+    if wanted != "auto":
+        classifier = Classifier.of(artifact, create(artifact, wanted, layout))
+        _log_choice(wanted, layout, "it was asked for", classifier.check(check))
+        return classifier
+    for name, reason in candidates(artifact.manifest):
+        try:
+            classifier = Classifier.of(artifact, create(artifact, name, layout))
+            difference = classifier.check(check)
+        except ArtifactError as exc:
+            if name in ("torch-cuda", "openvino-fp32", "torch"):  # none is more exact
+                raise
+            log.warning("engine %s is passed over: %s", name, exc)
+            continue
+        _log_choice(name, layout, reason, difference)
+        return classifier
+    raise EngineUnavailable("Neither OpenVINO nor torch is installed: 'pip install openvino' makes the service run.")
+
+
+def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
+    """What `auto` tries, the fastest first, each with the reason."""
+    if gpus():
+        yield "torch-cuda", f"there is a GPU ({gpus()} seen)"
+        return  # a GPU that is paid for and cannot be used is an error, no reason to run on the CPU
+    if importlib.util.find_spec("openvino") is not None:
+        from service.engines.openvino import can_compute
+
+        int8 = manifest.quantization
+        if int8 is None:
+            why = "the artifact has no int8 network"
+        else:
+            why = (
+                f"int8 agrees with float32 on {int8.top1_agreement:.2%} of {int8.n:,} validation images and loses "
+                f"{int8.loss_points:.2f} points of accuracy, allowed are {MAX_LOSS_POINTS}"
+            )
+            if int8.loss_points <= MAX_LOSS_POINTS:
+                yield "openvino-int8", why
+        if can_compute("bf16"):
+            yield "openvino-bf16", f"the processor computes in bfloat16, and {why}"
+        yield "openvino-fp32", f"the processor has no bfloat16, and {why}"
+    if importlib.util.find_spec("torch") is not None:
+        yield "torch", "OpenVINO is not installed"
+
+
+def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
+    """The engine of that name. Raises: ArtifactError, EngineUnavailable."""
+    try:
+        if name == "torch":
+            from service.engines.eager import EagerEngine  # torch takes seconds to import: only where it runs
+
+            return EagerEngine(artifact, layout.threads)
+        if name == "torch-cuda":
+            from service.engines.cuda import CudaEngine
+
+            return CudaEngine(artifact, layout.device, layout.max_batch)
+        from service.engines.openvino import OpenVinoEngine
+
+        precisions: dict[str, Literal["fp32", "bf16", "int8"]]
+        precisions = {"openvino-fp32": "fp32", "openvino-bf16": "bf16", "openvino-int8": "int8"}
+        return OpenVinoEngine(artifact, precisions[name], layout.threads)
+    except ImportError as exc:
+        raise EngineUnavailable(
+            f"The engine {name} needs a package that is not installed ({exc}); choose another of {', '.join(NAMES)}."
+        ) from exc
+
+
+def gpus() -> int:
+    """NVIDIA GPUs the driver shows this process; 0 without a driver (CUDA driver API, cuDeviceGetCount)."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def _log_choice(name: EngineName, layout: Layout, reason: str, difference: float) -> None:
+    where = f"GPU {layout.device}" if name == "torch-cuda" else f"{layout.threads} threads"
+    log.info("engine %s on %s: %s; self-check within %.2g of the largest logit", name, where, reason, difference)
