@@ -22,7 +22,7 @@ from service.errors import NotReady, Overloaded
 from service.inference import input_fn, load_model, payload_of, predict_fn
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError, ImageTooLarge
-from service.model.images import MAX_PIXELS, RgbImage
+from service.model.images import RgbImage
 from service.model.preprocess import decode_resized
 from service.settings import Settings
 
@@ -103,7 +103,7 @@ class Runtime:
     async def _decoded(self, body: bytes, content_type: str | None, side_px: int) -> tuple[RgbImage, float]:
         """Decode, crop and resize; small images here and now, which is done before a thread would have begun."""
 
-        def decode(max_pixels: int = MAX_PIXELS) -> tuple[RgbImage, float]:
+        def decode(max_pixels: int | None = None) -> tuple[RgbImage, float]:
             started_s = time.perf_counter()
             resized = decode_resized(payload_of(body, content_type), side_px, max_pixels)
             return resized, (time.perf_counter() - started_s) * 1000
