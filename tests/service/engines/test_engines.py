@@ -84,5 +84,5 @@ def test_a_gpu_that_is_not_there_is_told_in_a_sentence(model: Artifact) -> None:
             create(model, "torch-cuda", Layout(threads=1, device=99))
     else:
         assert gpus() == 0
-        with pytest.raises(EngineUnavailable, match="GPU cannot be used by torch .* CLASSIFIER_ENGINE=openvino-fp32"):
+        with pytest.raises(EngineUnavailable, match=r"GPU cannot be used by torch .* CLASSIFIER_ENGINE=openvino-fp32"):
             create(model, "torch-cuda", Layout(threads=1))
