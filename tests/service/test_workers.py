@@ -19,8 +19,8 @@ from service.settings import Settings
 
 def workers_of(server: Any) -> dict[int, int]:
     """Process ids by the workers' index."""
-    children = {each.pid: each.cmdline() for each in psutil.Process(server.process.pid).children()}
-    return {int(line[-1].split(":")[0]): pid for pid, line in children.items() if "--worker" in line}
+    lines = {each.pid: each.as_dict(["cmdline"])["cmdline"] for each in psutil.Process(server.process.pid).children()}
+    return {int(line[-1].split(":")[0]): pid for pid, line in lines.items() if line and "--worker" in line}
 
 
 def user_time(pid: int) -> int:
