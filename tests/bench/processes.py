@@ -127,6 +127,8 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        while self.pids() and time.monotonic() < until_s + 10:  # the next subject starts on a free machine
+            time.sleep(0.05)
 
 
 def clean_environment() -> dict[str, str]:

@@ -213,6 +213,13 @@ def _ray(site: Site) -> Launch:
     )
 
 
+def _pytriton(site: Site) -> Launch:
+    # Triton's Python stub links libpython: it must be that of this interpreter, not the system's of like name
+    # (https://triton-inference-server.github.io/pytriton/latest/installation/, on pyenv).
+    libraries = (site.bin / "python").resolve().parents[1] / "lib"
+    return Launch(_script(site).command, {"LD_LIBRARY_PATH": str(libraries), "TMPDIR": str(site.scratch)})
+
+
 def _torchserve(site: Site) -> Launch:
     handler = "torch_handler.py" if site.which == "torch" else "openvino_handler.py"
     parts = ["--handler", str(site.folder / handler), "--version", "1.0", "--export-path", str(site.scratch)]
@@ -257,7 +264,7 @@ PEERS = {
         Peer("mlflow", "mlflow", _mlflow, "/invocations", "/ping", base64_row),
         Peer("ray_serve", "ray", _ray, "/predict", "/-/healthz"),
         Peer(
-            "pytriton", "nvidia-pytriton", _script, "/v2/models/Classifier/infer", "/v2/models/Classifier/ready",
+            "pytriton", "nvidia-pytriton", _pytriton, "/v2/models/Classifier/infer", "/v2/models/Classifier/ready",
             raw, TRITON_RAW,
         ),
         Peer("torchserve", "torchserve", _torchserve, "/predictions/classifier", "/ping", needs=("java",)),
