@@ -3,6 +3,7 @@
     <folder>/artifact/            our service's
     <folder>/model.pt             state_dict of torchvision's resnet34 with the additional layer
     <folder>/int8.xml, int8.bin   OpenVINO's: uint8 [?, S, S, 3] -> float32 logits [?, K], normalisation inside
+    <folder>/float.xml, ...       the same before quantization, for the in-process limits in float32 and bfloat16
     <folder>/facts.json           classes, side, hidden units, mean, std
 
     python -m tests.bench.models --side 224 --output FOLDER --cache FOLDER
@@ -57,19 +58,27 @@ def network(side_px: int, batches: Sequence[np.ndarray]) -> Network:
     return model
 
 
-def int8_model(model: Network, batches: Sequence[np.ndarray]) -> Any:
-    """An openvino.Model of 8-bit weights and activations: uint8 `[?, S, S, 3]` -> float32 logits `[?, K]`."""
-    import nncf
+def float_model(model: Network, side_px: int) -> Any:
+    """An openvino.Model: uint8 `[?, S, S, 3]` -> float32 logits `[?, K]`, normalisation inside."""
     import openvino
 
-    side_px = batches[0].shape[1]
+    example = torch.zeros(1, side_px, side_px, 3, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # conversion traces with torch.jit, which torch calls deprecated
-        converted = openvino.convert_model(model, example_input=torch.from_numpy(batches[0][:1]))
+        converted = openvino.convert_model(model, example_input=example)
     converted.reshape([-1, side_px, side_px, 3])
+    return converted
+
+
+def int8_model(model: Network, batches: Sequence[np.ndarray]) -> Any:
+    """The same with 8-bit weights and activations, calibrated on `batches`, uint8 `[n, S, S, 3]`."""
+    import nncf
+
     samples = [batch[i : i + 1] for batch in batches for i in range(len(batch))]
-    preset = nncf.QuantizationPreset.MIXED
-    return nncf.quantize(converted, nncf.Dataset(samples), preset=preset, subset_size=len(samples))
+    return nncf.quantize(
+        float_model(model, batches[0].shape[1]), nncf.Dataset(samples),
+        preset=nncf.QuantizationPreset.MIXED, subset_size=len(samples),
+    )  # fmt: skip
 
 
 def write(folder: Path, side_px: int, payloads: Sequence[bytes]) -> None:
@@ -94,6 +103,7 @@ def write(folder: Path, side_px: int, payloads: Sequence[bytes]) -> None:
     weights = {name: tensor.contiguous().numpy() for name, tensor in model.state_dict().items()}
     write_artifact(folder / "artifact", facts, weights, SelfCheck(batches[0][:4], logits), (".jpg", payloads[0]))
     torch.save(model.state_dict(), folder / "model.pt")
+    openvino.save_model(float_model(model, side_px), folder / "float.xml", compress_to_fp16=False)
     openvino.save_model(int8_model(model, batches), folder / "int8.xml")
     shared = {
         "classes": names, "side": side_px, "hidden_units": HIDDEN_UNITS,

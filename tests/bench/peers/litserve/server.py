@@ -33,6 +33,6 @@ class ImageClassifier(ls.LitAPI):
 
 
 if __name__ == "__main__":
-    api = ImageClassifier(max_batch_size=8, batch_timeout=0.005)
+    api = ImageClassifier(max_batch_size=8, batch_timeout=0.0)
     server = ls.LitServer(api, accelerator="cpu", workers_per_device=WORKERS, fast_queue=True)
     server.run(host="127.0.0.1", port=PORT, num_api_servers=1, log_level="warning", generate_client_file=False)

@@ -34,6 +34,6 @@ if __name__ == "__main__":
             infer_func=[worker() for _ in range(WORKERS)],
             inputs=[Tensor(name="image", dtype=np.bytes_, shape=(1,))],
             outputs=[Tensor(name="predictions", dtype=np.bytes_, shape=(1,))],
-            config=ModelConfig(max_batch_size=8, batcher=DynamicBatcher(max_queue_delay_microseconds=5000)),
+            config=ModelConfig(max_batch_size=8, batcher=DynamicBatcher(max_queue_delay_microseconds=0)),
         )
         triton.serve()

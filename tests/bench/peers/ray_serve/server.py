@@ -18,7 +18,7 @@ class ImageModel:
     def __init__(self):
         self.classifier = load()
 
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
     async def predict(self, payloads: list[bytes]):
         return self.classifier.predict([self.classifier.decode(payload) for payload in payloads])
 
