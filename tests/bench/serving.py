@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report_only:
         report.write(json.loads(options.raw.read_text()), options.raw.parent)
         return 0
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # servers are stopped on the way out
     options.cache.mkdir(parents=True, exist_ok=True)
     options.raw.parent.mkdir(parents=True, exist_ok=True)
     settings, inputs = {}, {}
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for record in rounds(every, settings, options.rounds):
             records.append(record)
             options.raw.write_text(json.dumps({**facts, "records": records}, indent=1) + "\n")
-    finally:
+    finally:  # whatever ends the run, what was measured is told
         if records:
             report.write({**facts, "records": records}, options.raw.parent)
     ours = [record for record in records if record["kind"] == "ours" and failure(record)]

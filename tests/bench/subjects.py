@@ -1,6 +1,7 @@
 """What is measured: our service per engine, each peer with each model, the in-process limits, and an empty route.
 
-A subject is measured once a round and side by `measure`, which returns plain JSON: what it cost and reached, or why not.
+A subject is measured once a round and side by `measure`, which returns plain JSON: what it cost and reached, or
+why not.
 """
 
 import json
@@ -14,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +24,14 @@ from service.model.machine import cores
 from service.settings import names
 from tests.bench import load
 from tests.bench.limit import ENGINES
+from tests.bench.pauses import Disturbed, undisturbed
 from tests.bench.peers.catalogue import MODELS, PEERS, Site, Skipped, raw
 from tests.bench.pictures import ROOT
 from tests.bench.processes import NotStarted, Server, clean_environment, tail
 
 START_LIMIT_S = 180
+FIRST_ANSWER_LIMIT_S = 60
+"""After the server has called itself ready."""
 WARMUP_S = 2.0
 Kind = Literal["ours", "peer", "limit", "empty"]
 
@@ -97,18 +102,37 @@ def measure(subject: Subject, setting: Setting) -> dict[str, Any]:
     """Run one subject: its figures, or {"skipped": why} of a peer, or {"failed": why}."""
     try:
         if subject.kind == "limit":
-            return _limit(subject, setting)
-        with tempfile.TemporaryDirectory(prefix="run-", dir=setting.cache, ignore_cleanup_errors=True) as scratch:
-            return _served(subject, setting, Path(scratch))
+            return undisturbed(lambda: _limit(subject, setting))
+        return _served(subject, setting)
     except Skipped as exc:
         return {"skipped": str(exc)}
     except NotStarted as exc:
         return {"skipped" if subject.kind == "peer" else "failed": f"cannot be started: {exc}"}
-    except (OSError, subprocess.SubprocessError) as exc:
+    except (Disturbed, OSError, subprocess.SubprocessError) as exc:
         return {"failed": f"{type(exc).__name__}: {exc}"}
 
 
-def _served(subject: Subject, setting: Setting, scratch: Path) -> dict[str, Any]:
+def _served(subject: Subject, setting: Setting) -> dict[str, Any]:
+    with ExitStack() as stack:
+        server, plan, figures = undisturbed(lambda: _started(subject, setting, stack))
+        requests = [plan.make_request(body) for body in setting.bodies]
+        url = f"http://127.0.0.1:{plan.port}{plan.path}"
+        loads = {
+            str(count): asdict(
+                undisturbed(
+                    lambda count=count: load.run(url, requests, count, setting.seconds, WARMUP_S, plan.headers)
+                )
+            )
+            for count in setting.concurrency
+        }  # fmt: skip
+        return {"load": loads, "memory": asdict(server.memory()), **figures}
+
+
+def _started(subject: Subject, setting: Setting, stack: ExitStack) -> tuple[Server, Plan, dict[str, Any]]:
+    """A server that has answered; `stack` stops it, or the one that a standstill of the machine spoilt."""
+    stack.close()
+    folder = tempfile.TemporaryDirectory(prefix="run-", dir=setting.cache, ignore_cleanup_errors=True)
+    scratch = Path(stack.enter_context(folder))
     plan = _plan(subject, setting, scratch)
     logs = setting.cache / "logs"
     logs.mkdir(exist_ok=True)
@@ -116,34 +140,23 @@ def _served(subject: Subject, setting: Setting, scratch: Path) -> dict[str, Any]
     address = f"http://127.0.0.1:{plan.port}"
     cwd = ROOT if subject.kind in ("ours", "empty") else scratch
     server = Server(plan.command, plan.environment, address + plan.ready_path, log, cwd)
-    requests = [plan.make_request(body) for body in setting.bodies]
+    stack.callback(server.stop)
     started_s = time.perf_counter()
     server.start(START_LIMIT_S)
-    try:
-        answer = _first_answer(address + plan.path, *requests[0], plan.headers, started_s + START_LIMIT_S, log)
-        first_answer_s = time.perf_counter() - started_s
-        loads = {
-            str(count): asdict(
-                load.run(address + plan.path, requests, count, setting.seconds, WARMUP_S, plan.headers)
-            )
-            for count in setting.concurrency
-        }  # fmt: skip
-        memory = server.memory()
-        return {
-            "load": loads, "memory": asdict(memory), "startup_s": server.startup_s, "first_answer_s": first_answer_s,
-            "answer": answer[:200],
-        }  # fmt: skip
-    finally:
-        server.stop()
+    answer = _first_answer(server, address + plan.path, *plan.make_request(setting.bodies[0]), plan.headers)
+    first_answer_s = time.perf_counter() - started_s
+    return server, plan, {"startup_s": server.startup_s, "first_answer_s": first_answer_s, "answer": answer[:200]}
 
 
-def _first_answer(url: str, body: bytes, kind: str, headers: Mapping[str, str], until_s: float, log: Path) -> str:
+def _first_answer(server: Server, url: str, body: bytes, kind: str, headers: Mapping[str, str]) -> str:
     """Ask until the first 200: some servers call themselves ready before their workers are. Raises: NotStarted."""
-    reason = "was not asked"
-    while time.perf_counter() < until_s:
+    assert server.process is not None
+    until_s = time.perf_counter() + FIRST_ANSWER_LIMIT_S
+    reason = "does not answer"
+    while time.perf_counter() < until_s and server.process.poll() is None:
         request = urllib.request.Request(url, body, {"Content-Type": kind, **headers}, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=FIRST_ANSWER_LIMIT_S) as answer:
                 return str(answer.read().decode("utf-8", "replace"))
         except urllib.error.HTTPError as exc:
             reason = f"answers {exc.code}: {exc.read()[:300].decode('utf-8', 'replace')}"
@@ -152,7 +165,7 @@ def _first_answer(url: str, body: bytes, kind: str, headers: Mapping[str, str], 
         except OSError as exc:
             reason = f"does not answer: {exc}"
         time.sleep(0.1)
-    raise NotStarted(f"{reason}; {tail(log)}")
+    raise NotStarted(f"{reason}; {tail(server.log)}")
 
 
 def _plan(subject: Subject, setting: Setting, scratch: Path) -> Plan:
@@ -187,7 +200,7 @@ def _limit(subject: Subject, setting: Setting) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def free_ports(count: int = 3) -> int:
+def free_ports(count: int = 5) -> int:
     """The first of `count` free ports in a row, below those the system gives to clients (and MMS refuses)."""
     for _ in range(1000):
         first = random.randrange(20000, 32000)

@@ -35,7 +35,7 @@ class Site:
     model_dir: Path
     which: str
     port: int
-    """This and the next two ports are free."""
+    """This and the next four ports are free."""
     threads: int
     """Of one worker."""
     workers: int
@@ -202,6 +202,7 @@ def _sagemaker(site: Site) -> Launch:
         "SAGEMAKER_CONTAINER_LOG_LEVEL": "30",
         "AWS_DEFAULT_REGION": "us-east-1",
         "TMPDIR": str(site.scratch),  # its process id file
+        "TEMP": str(site.scratch),  # Java's: its sockets
     }
     return Launch([str(site.bin / "python"), str(site.folder / "server.py")], environment)
 
@@ -239,14 +240,15 @@ def _torchserve(site: Site) -> Launch:
             }
         }
     }  # fmt: skip
-    addresses = {"inference": site.port, "management": site.port + 1, "metrics": site.port + 2}
-    lines = [f"{name}_address=http://127.0.0.1:{port}" for name, port in addresses.items()]
+    names = ("inference", "management", "metrics")
+    lines = [f"{name}_address=http://127.0.0.1:{site.port + i}" for i, name in enumerate(names)]
+    lines += [f"grpc_inference_port={site.port + 3}", f"grpc_management_port={site.port + 4}"]
     lines += [f"model_store={site.scratch}", "load_models=classifier.mar", f"models={json.dumps(model)}"]
     lines += ["enable_metrics_api=false", "disable_token_authorization=true"]
     config = site.scratch / "config.properties"
     config.write_text("\n".join(lines) + "\n")
     flags = ["--foreground", "--start", "--ncs", "--ts-config", str(config), "--model-store", str(site.scratch)]
-    environment = {"TMPDIR": str(site.scratch), "LOG_LOCATION": str(site.scratch / "logs")}
+    environment = {"TMPDIR": str(site.scratch), "TEMP": str(site.scratch), "LOG_LOCATION": str(site.scratch / "logs")}
     environment["METRICS_LOCATION"] = environment["LOG_LOCATION"]
     return Launch([str(site.bin / "torchserve"), *flags, "--disable-token-auth"], environment, [archiver])
 
