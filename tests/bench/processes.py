@@ -110,25 +110,32 @@ class Server:
                     found.append(int(folder.name))
         return found
 
-    def stop(self, grace_s: float = 20.0) -> None:
-        """SIGTERM to the first process, later SIGKILL to whatever still carries the mark."""
+    def stop(self, grace_s: float = 15.0) -> None:
+        """SIGTERM to the first process, later SIGKILL to its group and to whatever else carries the mark."""
         if self.process is None:
             return
         self.process.terminate()
-        until_s = time.monotonic() + grace_s
-        while time.monotonic() < until_s:
-            ended = self.process.poll() is not None
-            if not self.pids():
-                break
-            if ended and time.monotonic() > until_s - grace_s + 5:  # what it left behind gets 5 s
-                break
+        ended, until_s = False, time.monotonic() + grace_s
+        while not self._gone() and time.monotonic() < until_s:
+            if not ended and self.process.poll() is not None:  # what it left behind gets less time
+                ended, until_s = True, min(until_s, time.monotonic() + grace_s / 5)
             time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        while self.pids() and time.monotonic() < until_s + 10:  # the next subject starts on a free machine
+        until_s = time.monotonic() + 10
+        while not self._gone() and time.monotonic() < until_s:  # the next subject starts on a free machine
             time.sleep(0.05)
+
+    def _gone(self) -> bool:
+        """No process with the mark, twice: one that just becomes another program shows no environment."""
+        if self.pids():
+            return False
+        time.sleep(0.05)
+        return not self.pids()
 
 
 def clean_environment() -> dict[str, str]:

@@ -175,15 +175,16 @@ def test_noise_falls_as_one_over_the_frequency() -> None:
     assert low / high == pytest.approx(10, rel=0.3)
 
 
-SERVER = "import http.server as h, sys\nh.HTTPServer(('127.0.0.1', int(sys.argv[1])), h.SimpleHTTPRequestHandler).serve_forever()"
+SERVER = """
+import http.server, subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
 
 
 def test_a_server_is_started_weighed_and_stopped_with_all_its_processes(tmp_path: Path) -> None:
     port = subjects.free_ports()
-    daemon = (
-        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n{SERVER}"
-    )
-    command = [sys.executable, "-c", daemon, str(port)]
+    command = [sys.executable, "-c", SERVER, str(port)]
     server = Server(command, {}, f"http://127.0.0.1:{port}/", tmp_path / "log", tmp_path).start(20)
     try:
         memory = server.memory()
@@ -191,7 +192,7 @@ def test_a_server_is_started_weighed_and_stopped_with_all_its_processes(tmp_path
         assert 5 < memory.pss <= memory.rss < 500
         assert server.startup_s > 0
     finally:
-        server.stop(grace_s=5)
+        server.stop(grace_s=1)
     assert server.pids() == []
 
 
