@@ -131,7 +131,7 @@ class Peer:
         launch = self.start(site)
         environment = {
             "PATH": f"{site.bin}{os.pathsep}{os.environ.get('PATH', '')}",
-            "PYTHONPATH": f"{HERE / 'shared'}{os.pathsep}{self.folder}",
+            "PYTHONPATH": str(HERE / "shared"),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(site.threads),
             "BENCH_MODEL_DIR": str(site.model_dir),
@@ -171,6 +171,7 @@ def _script(site: Site) -> Launch:
 
 def _fastapi(site: Site) -> Launch:
     flags = ["--host", "127.0.0.1", "--port", str(site.port), "--workers", str(site.workers)]
+    flags += ["--app-dir", str(site.folder)]
     return Launch([str(site.bin / "uvicorn"), "server:app", *flags, "--no-access-log", "--log-level", "warning"])
 
 
