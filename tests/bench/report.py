@@ -154,7 +154,8 @@ def page(data: dict[str, Any], tables: dict[int, dict[str, Figures]], folder: st
         lines += ["", f"## {side_px} px", "", f"Inputs: {data['inputs'][str(side_px)]}.", ""]
         lines += _bars_table(bars(found, data["concurrency"]), max(data["concurrency"]))
         lines += ["", *_table(found, data)]
-        lines += ["", *_missing(data["records"], side_px)]
+        tried = data.get("workers_tried", {}).get(str(side_px), {})
+        lines += ["", *_workers(tried), *_missing(data["records"], side_px)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -187,6 +188,16 @@ def _table(found: dict[str, Figures], data: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _workers(tried: dict[str, dict[str, float]]) -> list[str]:
+    """What each peer answered per second with other numbers of workers, before the rounds."""
+    rates = [
+        f"{name}: " + ", ".join(f"{rate:.0f} with {count}" for count, rate in by_count.items())
+        for name, by_count in tried.items()
+        if by_count
+    ]
+    return [f"- workers of peers tried beforehand, img/s; the best was kept: {'; '.join(rates)}"] if rates else []
 
 
 def _missing(records: Iterable[Record], side_px: int) -> list[str]:

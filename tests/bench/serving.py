@@ -6,7 +6,8 @@ Measures, per side, our service with each engine, each peer (tests/bench/peers/)
 shows and with the very int8 file that our engine runs, the in-process limit of each engine (decode and forward, no
 HTTP), and an empty route on the same HTTP server. In each round every subject has its turn, in an order shuffled by a
 fixed seed, so that all meet the same neighbours: a server is started, warmed up, asked by a closed-loop client at each
-concurrency (tests/bench/load.py, on the same cores), its memory read, and stopped. Figures are medians over rounds;
+concurrency (tests/bench/load.py, on the same cores), its memory read, and stopped. Before the rounds each peer is
+tried with one worker and with one per core, and keeps what answers more. Figures are medians over rounds;
 bars are ratios of medians with the lowest and the highest ratio of a single round. A peer that cannot be installed or
 started is reported as skipped; a failure of our own service fails the run.
 
@@ -21,15 +22,17 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from service.model.machine import cores
 from tests.bench import report
 from tests.bench.inputs import payloads
 from tests.bench.limit import ENGINES
-from tests.bench.peers.catalogue import PEERS
+from tests.bench.peers.catalogue import MODELS, PEERS
 from tests.bench.subjects import WARMUP_S, Setting, Subject, engines, measure, models, subjects
 from tests.bench.table import RESULTS, machine
 
@@ -57,11 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings[side_px] = Setting(
             side_px, folder, options.cache, tuple(options.concurrency), options.seconds, bodies
         )  # fmt: skip
-    every = subjects(options.peers, options.engines, options.workers)
+    every, tried = {}, {}
+    for side_px, setting in settings.items():
+        chosen, tried[str(side_px)] = tune(options.peers, setting, options.workers)
+        every[side_px] = subjects(options.peers, options.engines, chosen)
     facts = {
         "date": str(date.today()), "machine": machine(), "inputs": inputs, "sides": options.sides,
         "concurrency": options.concurrency, "seconds": options.seconds, "warmup_s": WARMUP_S,
-        "rounds": options.rounds, "seed": SEED, "engines_of_service": list(engines()),
+        "rounds": options.rounds, "seed": SEED, "engines_of_service": list(engines()), "workers_tried": tried,
         "versions": {name: PEERS[name].version for name in options.peers},
     }  # fmt: skip
     records: list[dict[str, Any]] = []
@@ -78,14 +84,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if ours else 0
 
 
-def rounds(every: Sequence[Subject], settings: dict[int, Setting], count: int) -> Any:
+def tune(
+    peers: Sequence[str], setting: Setting, counts: Sequence[int]
+) -> tuple[dict[tuple[str, str], int], dict[str, dict[str, float]]]:
+    """The number of workers with which each peer and model answers most at the highest concurrency, and all rates."""
+    chosen, tried = {}, {}
+    short = replace(setting, concurrency=(max(setting.concurrency),), seconds=min(3.0, setting.seconds))
+    for name in peers:
+        for model in MODELS:
+            rates = {}
+            for count in counts if len(counts) > 1 else ():
+                measured = measure(Subject("peer", model, name, count), short)
+                rates[count] = next(iter(measured["load"].values()))["throughput"] if "load" in measured else 0.0
+                log.info("side %d %s, %s with %d workers: %.0f/s", setting.side_px, name, model, count, rates[count])
+            chosen[name, model] = max(counts, key=lambda count: rates.get(count, 0.0))
+            tried[f"{name}, {model}"] = {str(count): round(rate, 1) for count, rate in rates.items()}
+    return chosen, tried
+
+
+def rounds(
+    every: Mapping[int, Sequence[Subject]], settings: Mapping[int, Setting], count: int
+) -> Iterator[dict[str, Any]]:
     """Yield the record of each subject, round by round; what was skipped once has no further turn."""
     turns = [(number, side_px) for number in range(1, count + 1) for side_px in settings]
     skipped: set[tuple[int, str]] = set()
-    started_s, done, total = time.monotonic(), 0, len(turns) * len(every)
+    started_s, done, total = time.monotonic(), 0, sum(len(every[side_px]) for _, side_px in turns)
     order = random.Random(SEED)
     for number, side_px in turns:
-        for subject in order.sample(list(every), len(every)):
+        for subject in order.sample(list(every[side_px]), len(every[side_px])):
             done += 1
             if (side_px, subject.name) in skipped:
                 continue
@@ -150,7 +176,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", type=lambda text: words(list(PEERS), text), default=list(PEERS))
     parser.add_argument("--engines", type=lambda text: words(ENGINES, text), default=list(ENGINES))
-    parser.add_argument("--workers", type=numbers, default=[], help="of every peer, instead of its own choice")
+    parser.add_argument(
+        "--workers", type=numbers, default=sorted({1, cores()}), help="of peers; of several the best is found first"
+    )
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--raw", type=Path, default=RAW, help="where the raw rounds go; the report lies beside")
     parser.add_argument("--report-only", action="store_true", help="write RESULTS.md and the plot from --raw again")

@@ -85,16 +85,14 @@ def engines() -> tuple[str, ...]:
     return ENGINES if "CLASSIFIER_ENGINE" in names() else ("torch",)
 
 
-def subjects(peers: Sequence[str], chosen: Sequence[str], workers: Sequence[int] = ()) -> list[Subject]:
-    """All subjects with these peers and engines; `workers` instead of each peer's own choice."""
+def subjects(peers: Sequence[str], chosen: Sequence[str], workers: Mapping[tuple[str, str], int]) -> list[Subject]:
+    """All subjects with these peers and engines; `workers` by peer and model, 1 where it says nothing."""
     found = [Subject("empty", "none")]
     for engine in chosen:
         found.append(Subject("limit", engine))
         if engine in engines():
             found.append(Subject("ours", engine))
-    for name in peers:
-        for model in MODELS:
-            found += [Subject("peer", model, name, count) for count in workers or (PEERS[name].workers[model],)]
+    found += [Subject("peer", model, name, workers.get((name, model), 1)) for name in peers for model in MODELS]
     return found
 
 

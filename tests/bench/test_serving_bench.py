@@ -126,19 +126,35 @@ def test_failures_of_our_own_are_told() -> None:
 def test_every_round_shuffles_all_subjects_and_what_is_skipped_has_no_further_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    every = subjects.subjects(["litserve", "fastapi"], ["torch"])
+    every = subjects.subjects(["litserve", "fastapi"], ["torch"], {})
     result = {"throughput": 1.0, "way": "", "p50_ms": 1.0, "n": 1}
     monkeypatch.setattr(
         serving, "measure", lambda subject, _: {"skipped": "no"} if subject.peer == "litserve" else result
     )
-    names = [record["name"] for record in serving.rounds(every, {32: None}, 3)]  # type: ignore[dict-item]
+    names = [record["name"] for record in serving.rounds({32: every}, {32: None}, 3)]  # type: ignore[dict-item]
     assert sorted(names[: len(every)]) == sorted(subject.name for subject in every)
     assert names.count("litserve, torch") == 1
     assert names.count("fastapi, torch") == 3
 
 
+def test_a_peer_keeps_the_number_of_workers_that_answers_most(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measure(subject: subjects.Subject, setting: subjects.Setting) -> dict[str, Any]:
+        assert setting.concurrency == (32,)
+        if subject.model == "torch" and subject.workers == 1:
+            return {"skipped": "no"}
+        return {"load": {"32": {"throughput": 100.0 / subject.workers}}}
+
+    monkeypatch.setattr(serving, "measure", measure)
+    setting = subjects.Setting(32, tmp_path, tmp_path, (1, 32), 6.0, [])
+    chosen, tried = serving.tune(["litserve"], setting, [1, 2])
+    assert chosen == {("litserve", "torch"): 2, ("litserve", "openvino-int8"): 1}
+    assert tried["litserve, openvino-int8"] == {"1": 100.0, "2": 50.0}
+    assert serving.tune(["litserve"], setting, [2])[0]["litserve", "torch"] == 2
+    assert subjects.subjects(["litserve"], [], chosen)[1].name == "litserve, torch, 2 workers"
+
+
 def test_every_peer_has_both_models_and_pinned_requirements() -> None:
-    chosen = subjects.subjects(list(PEERS), ["torch"])
+    chosen = subjects.subjects(list(PEERS), ["torch"], {})
     assert {(one.peer, one.model) for one in chosen if one.kind == "peer"} == {(p, m) for p in PEERS for m in MODELS}
     for peer in PEERS.values():
         lines = peer.requirements.read_text().split()

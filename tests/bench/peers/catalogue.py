@@ -87,8 +87,6 @@ class Peer:
     ready_path: str
     make_request: Callable[[bytes], tuple[bytes, str]] = raw
     headers: Mapping[str, str] = field(default_factory=dict)
-    workers: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(MODELS, 1))
-    """Per model, for two cores."""
     needs: tuple[str, ...] = ()
     """Programs that no wheel brings."""
 
