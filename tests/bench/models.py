@@ -43,7 +43,7 @@ def network(side_px: int, batches: Sequence[np.ndarray]) -> Network:
     model = Network(architecture, Preprocessing(side_px=side_px))
     for module in model.modules():
         if isinstance(module, BasicBlock):
-            nn.init.constant_(module.bn2.weight, 0.2)  # branches count, yet round-off does not grow with depth
+            nn.init.constant_(module.bn2.weight, 0.05)  # branches count, yet round-off does not grow with depth
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # plain averages over the batches below
     with torch.no_grad():
