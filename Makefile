@@ -8,12 +8,13 @@ HOST = 127.0.0.1
 PORT = 8080
 URL = http://127.0.0.1:$(PORT)
 PYTEST_ARGS =
+BENCH_ARGS =
 
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve evaluate test test-slow bench-training check fix clean
+.PHONY: help setup serve evaluate test test-slow bench bench-training check fix clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,10 @@ test: $(UV) ## set up and run the tests (minutes)
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
 	$(PYTHON) -m pytest -m slow -s $(PYTEST_ARGS)
+
+bench: $(UV) ## measure the service against its peers on a quiet machine: tests/bench/RESULTS.md (an hour or two)
+	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
+	@UV="$(abspath $(UV))" $(PYTHON) -m tests.bench.serving $(BENCH_ARGS)
 
 bench-training: $(UV) ## measure training on a quiet machine: tables in tests/bench/results (half an hour)
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow

@@ -1,0 +1,205 @@
+"""The in-process limit of an engine: decode, crop and resize, forward, top five over the same JPEG bytes, without HTTP.
+
+    python -m tests.bench.limit --engine openvino-int8 --model FOLDER --cache FOLDER --seconds 6
+
+Several ways to keep all cores busy are tried and the best one named; what a service adds to it is its own cost. Prints
+JSON: throughput, way, p50_ms of a single image on all cores (decode included), n.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from service.model.images import decode
+from service.model.machine import cores
+from service.model.preprocess import crop_resize
+from tests.bench.inputs import payloads
+
+ENGINES = ("torch", "openvino-fp32", "openvino-bf16", "openvino-int8")
+WARMUP_S = 1.0
+Infer = Callable[[np.ndarray], np.ndarray]
+
+
+def top_five(logits: np.ndarray) -> list[list[tuple[int, float]]]:
+    """Softmax and the five likeliest of each row."""
+    exps = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probs = exps / exps.sum(axis=1, keepdims=True)
+    return [[(int(i), float(row[i])) for i in np.argsort(-row)[:5]] for row in probs]
+
+
+class Images:
+    """Decoded and resized pictures from a pool of threads, always some ahead."""
+
+    def __init__(self, bodies: list[bytes], side_px: int, ahead: int) -> None:
+        self.bodies, self.side_px = cycle(bodies), side_px
+        self.pool = ThreadPoolExecutor(cores())
+        self.waiting: deque[Future[np.ndarray]] = deque(self._next() for _ in range(ahead))
+
+    def _next(self) -> Future[np.ndarray]:
+        return self.pool.submit(lambda body: crop_resize(decode(body), self.side_px), next(self.bodies))
+
+    def batch(self, size: int) -> np.ndarray:
+        """uint8 `[size, S, S, 3]`."""
+        taken = []
+        for _ in range(size):
+            taken.append(self.waiting.popleft().result())
+            self.waiting.append(self._next())
+        return np.stack(taken)
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def rate(step: Callable[[], int], seconds: float) -> tuple[float, int]:
+    """Pictures per second of `step`, which returns how many it finished; after a warm-up."""
+    until_s = time.perf_counter() + WARMUP_S
+    while time.perf_counter() < until_s:
+        step()
+    started_s, done = time.perf_counter(), 0
+    while (elapsed_s := time.perf_counter() - started_s) < seconds:
+        done += step()
+    return done / elapsed_s, done
+
+
+def synchronous(infer: Infer, images: Images, size: int) -> Callable[[], int]:
+    """Batches one after the other; the next is decoded meanwhile."""
+
+    def step() -> int:
+        top_five(infer(images.batch(size)))
+        return size
+
+    return step
+
+
+def parallel(infer: Infer, images: Images, size: int) -> Callable[[], int]:
+    """As many batches beside each other as there are cores."""
+    pool = ThreadPoolExecutor(cores())
+    running: deque[Future[Any]] = deque()
+
+    def step() -> int:
+        running.append(pool.submit(lambda batch: top_five(infer(batch)), images.batch(size)))
+        return len(running.popleft().result()) if len(running) > cores() else 0
+
+    return step
+
+
+def asynchronous(compiled: Any, images: Images, size: int) -> Callable[[], int]:
+    """OpenVINO's queue of infer requests, as many as its throughput mode wants."""
+    import openvino
+
+    queue = openvino.AsyncInferQueue(compiled)
+    finished: deque[int] = deque()
+
+    def done(request: Any, _: object) -> None:
+        finished.append(len(top_five(request.get_output_tensor(0).data)))
+
+    queue.set_callback(done)
+
+    def step() -> int:
+        queue.start_async({0: images.batch(size)})
+        count = 0
+        while finished:
+            count += finished.popleft()
+        return count
+
+    return step
+
+
+def torch_ways(model: Path) -> tuple[Infer, Iterator[tuple[str, Callable[[Images], Callable[[], int]], int]]]:
+    """How to run PyTorch: on all cores for one image, and the ways for many."""
+    import torch
+
+    from service.model.artifact import open_artifact
+    from service.model.network import Network
+
+    artifact = open_artifact(model / "artifact")
+    network = Network(artifact.manifest.architecture, artifact.manifest.preprocessing)
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in artifact.weights().items()})
+    network.eval()
+    torch.set_num_threads(cores())
+
+    def infer(batch: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return network(torch.from_numpy(batch)).numpy()
+
+    def ways() -> Iterator[tuple[str, Callable[[Images], Callable[[], int]], int]]:
+        for size in (8, 32):
+            yield f"batches of {size}", lambda images, size=size: synchronous(infer, images, size), size
+        torch.set_num_threads(1)  # the last way: threads beside each other, none inside an operation
+        yield "batches of 8, a thread per core", lambda images: parallel(infer, images, 8), 8 * cores()
+
+    return infer, ways()
+
+
+def openvino_ways(
+    engine: str, model: Path
+) -> tuple[Infer, Iterator[tuple[str, Callable[[Images], Callable[[], int]], int]]]:
+    """How to run OpenVINO: latency mode for one image, and the ways for many."""
+    import openvino
+
+    core = openvino.Core()
+    path = model / ("int8.xml" if engine == "openvino-int8" else "float.xml")
+    precision = {"INFERENCE_PRECISION_HINT": "bf16" if engine == "openvino-bf16" else "f32"}
+    threads = {"INFERENCE_NUM_THREADS": cores()}
+    latency = core.compile_model(path, "CPU", {"PERFORMANCE_HINT": "LATENCY", **precision, **threads})
+
+    def infer(batch: np.ndarray) -> np.ndarray:
+        return latency(batch)[0]
+
+    def ways() -> Iterator[tuple[str, Callable[[Images], Callable[[], int]], int]]:
+        yield "latency mode, batches of 32", lambda images: synchronous(infer, images, 32), 32
+        compiled = core.compile_model(path, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT", **precision, **threads})
+        for size in (1, 8):
+            name = f"throughput mode, batches of {size}"
+            yield name, lambda images, size=size: asynchronous(compiled, images, size), 4 * size
+
+    return infer, ways()
+
+
+def measure(engine: str, model: Path, cache: Path, seconds: float) -> dict[str, Any]:
+    """The engine's limit; see the module."""
+    side_px = json.loads((model / "facts.json").read_text())["side"]
+    bodies, _ = payloads(side_px, cache)
+    infer, ways = torch_ways(model) if engine == "torch" else openvino_ways(engine, model)
+
+    times_ms: list[float] = []
+    until_s = time.perf_counter() + WARMUP_S + seconds
+    for body in cycle(bodies):
+        started_s = time.perf_counter()
+        if started_s > until_s:
+            break
+        top_five(infer(np.stack([crop_resize(decode(body), side_px)])))
+        if started_s > until_s - seconds:
+            times_ms.append(1000 * (time.perf_counter() - started_s))
+
+    rates = {}
+    for name, make, ahead in ways:
+        images = Images(bodies, side_px, 2 * ahead)
+        rates[name] = rate(make(images), seconds)
+        images.close()
+    way, (throughput, n) = max(rates.items(), key=lambda entry: entry[1][0])
+    all_ways = {name: value for name, (value, _) in rates.items()}
+    return {"throughput": throughput, "way": way, "n": n, "p50_ms": statistics.median(times_ms), "ways": all_ways}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=ENGINES, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=6)
+    options = parser.parse_args()
+    print(json.dumps(measure(options.engine, options.model, options.cache, options.seconds)))
+
+
+if __name__ == "__main__":
+    main()
