@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -152,30 +152,41 @@ class Artifact:
 
         Raises: ArtifactError naming the file.
         """
-        entry = self.manifest.files[role]
-        path = self.folder / entry.path
-        try:
-            status = path.stat()
-            size = status.st_size
-            if not stat.S_ISREG(status.st_mode):  # a pipe or a device: reading it may never end
-                raise ArtifactError(f"{path} is no plain file; copy the artifact again.")
-            if size != entry.bytes:
-                raise ArtifactError(
-                    f"{path} is damaged: it has {size:,} bytes not {entry.bytes:,}; copy the artifact again."
-                )
-            content = path.read_bytes()
-        except FileNotFoundError as exc:
-            raise ArtifactError(f"{path} is missing, though {MANIFEST} names it; copy the artifact again.") from exc
-        except OSError as exc:
-            raise ArtifactError(f"{path} cannot be read: {exc.strerror}.") from exc
-        if hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise ArtifactError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; copy the artifact again.")
+        with self._opened(role) as file:
+            content = file.read()
+        self._compare(role, hashlib.sha256(content).hexdigest())
         return content
 
     def verify(self) -> None:
         """Compare every file with its sha256. Raises: ArtifactError naming the file that is missing or damaged."""
         for role in self.manifest.files:
-            self.read(role)
+            with self._opened(role) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._compare(role, digest)
+
+    @contextmanager
+    def _opened(self, role: Role) -> Iterator[BinaryIO]:
+        entry, path = self.manifest.files[role], self.path(role)
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device: reading it may never end
+                raise ArtifactError(f"{path} is no plain file; copy the artifact again.")
+            if status.st_size != entry.bytes:
+                raise ArtifactError(
+                    f"{path} is damaged: it has {status.st_size:,} bytes not {entry.bytes:,}; copy the artifact again."
+                )
+            with path.open("rb") as file:
+                yield file
+        except FileNotFoundError as exc:
+            raise ArtifactError(f"{path} is missing, though {MANIFEST} names it; copy the artifact again.") from exc
+        except OSError as exc:
+            raise ArtifactError(f"{path} cannot be read: {exc.strerror}.") from exc
+
+    def _compare(self, role: Role, digest: str) -> None:
+        if digest != self.manifest.files[role].sha256:
+            raise ArtifactError(
+                f"{self.path(role)} is damaged: its sha256 is not the one in {MANIFEST}; copy the artifact again."
+            )
 
     def weights(self) -> Weights:
         """The network's tensors by name. Raises: ArtifactError."""
