@@ -21,8 +21,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -165,7 +166,7 @@ class Artifact:
             self._compare(role, digest)
 
     @contextmanager
-    def _opened(self, role: Role) -> Iterator[BinaryIO]:
+    def _opened(self, role: Role) -> Iterator[BufferedReader]:
         entry, path = self.manifest.files[role], self.path(role)
         try:
             status = path.stat()
