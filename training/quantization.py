@@ -218,7 +218,10 @@ def _quantized(nncf: Any, model: Any, calibration: Calibration) -> tuple[str, An
 
 
 def _serialized(model: Any) -> tuple[bytes, bytes]:
-    """XML and weights. The same network gives the same bytes, and they tell nothing of this machine."""
+    """XML and weights. The same network gives the same bytes, and they tell nothing of this machine.
+
+    Raises: QuantizationError when the temporary folder is full.
+    """
     import openvino
 
     # Without nncf's notes in its rt_info. Names that OpenVINO makes up count on from model to model.
@@ -228,7 +231,10 @@ def _serialized(model: Any) -> tuple[bytes, bytes]:
             node.set_friendly_name(f"{node.get_type_name()}_{number}")
     with tempfile.TemporaryDirectory(prefix="int8-") as folder:
         path = Path(folder, "int8.xml")
-        openvino.save_model(plain, path, compress_to_fp16=False)
+        try:
+            openvino.save_model(plain, path, compress_to_fp16=False)
+        except RuntimeError as exc:
+            raise QuantizationError(f"it cannot be written into {folder} ({exc}); free space or set TMPDIR.") from exc
         return path.read_bytes(), path.with_suffix(".bin").read_bytes()
 
 
