@@ -1,4 +1,4 @@
-"""`python -m service`: one foreground process that serves a model until it is told to stop.
+"""`python -m service`: serves a model in the foreground until it is told to stop, in one process or several.
 
 Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model or the port cannot be served, 2 for wrong settings.
 """
@@ -13,11 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import uvicorn
-
-from service.app import create_app
+from service.model.machine import cores
 from service.settings import Settings
 from service.telemetry import configure_logging
+from service.workers import Supervisor, Worker
 
 log = logging.getLogger("service")
 
@@ -27,11 +26,22 @@ GRACE_S = 25
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = Settings.load(arguments)
     configure_logging(settings.log_level)
+    if "--worker" in arguments:
+        worker = Worker.parse(arguments[arguments.index("--worker") + 1])
+        return serve(settings.share(), worker.listener(), worker)
     log.info("settings: %s", " ".join(f"{name}={value}" for name, value in settings.model_dump().items()))
+    share = settings.share()
+    log.info(
+        "layout: %d worker%s, each with %d engine threads and %d decoding threads, on %d cores",
+        settings.workers, "s" * (settings.workers > 1), share.engine_threads, share.decode_threads, cores(),
+    )  # fmt: skip
     try:
-        listener = _listen(settings.host, settings.port)
+        if settings.workers > 1:
+            return supervise(settings, arguments)
+        return serve(settings, _listen(settings.host, settings.port))
     except OSError as exc:
         in_use = exc.errno == errno.EADDRINUSE
         remedy = (
@@ -42,6 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("Cannot listen on %s port %d: %s; %s.", settings.host, settings.port, exc.strerror or exc, remedy)
         return 1
 
+
+def supervise(settings: Settings, arguments: Sequence[str]) -> int:
+    """Run several workers; returns the exit status. Raises: OSError when the port cannot be had."""
+    supervisor = Supervisor(settings.workers, lambda shared: _listen(settings.host, settings.port, shared), arguments)
+    _stop_with(supervisor.stop, settings.exit_with_parent)
+    status = supervisor.run()
+    log.info("all workers have stopped")
+    return status
+
+
+def serve(settings: Settings, listener: socket.socket, worker: Worker | None = None) -> int:
+    """Serve in this process until told to stop; returns the exit status."""
+    import uvicorn  # here, because a supervisor needs none of this
+
+    from service.app import create_app
+
     failed = threading.Event()
 
     def stop() -> None:
@@ -51,30 +77,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed.set()
         stop()
 
-    app = create_app(settings, on_failure=fail)
+    app = create_app(settings, on_failure=fail, worker=worker)
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=75,
         )
     )  # fmt: skip
-    if settings.exit_with_parent and os.getppid() > 1:  # in a container we are process 1 and have no parent
-        threading.Thread(target=_watch_parent, args=(os.getppid(), stop), daemon=True, name="parent").start()
+    _stop_with(stop, settings.exit_with_parent or worker is not None)
     log.info("listening on %s port %d, loading the model", settings.host, settings.port)
-    # uvicorn raises the signal that stopped it once more when all is closed: ours then ends nothing, so we exit 0.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
     server.run(sockets=[listener])
     log.info("stopped")
     return 1 if failed.is_set() else 0
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; backlog as uvicorn's default."""
+def _stop_with(stop: Callable[[], None], watch_parent: bool) -> None:
+    """Call `stop` on SIGTERM, on Ctrl-C, and if asked for when the process that started this one is gone."""
+    if watch_parent and os.getppid() > 1:  # in a container we are process 1 and have no parent
+        threading.Thread(target=_watch_parent, args=(os.getppid(), stop), daemon=True, name="parent").start()
+    # uvicorn raises the signal that stopped it once more when all is closed: ours then ends nothing, so we exit 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop())
+
+
+def _listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A listening socket, `shared` with others on the port; backlog as uvicorn's default. Raises: OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(2048)
     except OSError:

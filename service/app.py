@@ -17,19 +17,23 @@ from service.invocations import PATH, Invocations
 from service.routes import router
 from service.runtime import Runtime
 from service.settings import Settings
+from service.workers import Worker
 
 
 def create_app(
-    settings: Settings, classifier: Classifier | None = None, on_failure: Callable[[], None] | None = None
+    settings: Settings,
+    classifier: Classifier | None = None,
+    on_failure: Callable[[], None] | None = None,
+    worker: Worker | None = None,
 ) -> FastAPI:
     """The app; its lifespan loads `settings.model`, or uses `classifier` if one is given.
 
-    `on_failure` is called once when the model cannot be served.
+    `on_failure` is called once when the model cannot be served. `worker`: which of several this process is.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        runtime = Runtime(settings, classifier, on_failure)
+        runtime = Runtime(settings, classifier, on_failure, worker)
         app.state.runtime = runtime
         runtime.open()
         try:

@@ -17,14 +17,15 @@ import numpy as np
 from service.batcher import Batched, Batcher
 from service.classifier import Classifier, Prediction
 from service.engines.base import EngineUnavailable
-from service.engines.choose import Layout
+from service.engines.choose import Layout, gpus
 from service.errors import NotReady, Overloaded
 from service.inference import input_fn, load_model, payload_of, predict_fn
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError, ImageTooLarge
-from service.model.images import MAX_PIXELS, RgbImage
+from service.model.images import RgbImage
 from service.model.preprocess import decode_resized
 from service.settings import Settings
+from service.workers import Worker
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,19 @@ class Runtime:
     """
 
     def __init__(
-        self, settings: Settings, classifier: Classifier | None = None, on_failure: Callable[[], None] | None = None
+        self,
+        settings: Settings,
+        classifier: Classifier | None = None,
+        on_failure: Callable[[], None] | None = None,
+        worker: Worker | None = None,
     ) -> None:
         """With a `classifier`, nothing is loaded. `on_failure` is called when the model cannot be served."""
         self.settings = settings
-        self.state: State = "loading"
+        self._state: State = "loading"
         self._given = classifier
-        self._layout = Layout(settings.engine_threads, max_batch=settings.max_batch)
+        self._worker, self._states = worker, worker.states() if worker else None
+        device = worker.index % max(1, gpus()) if worker else 0
+        self._layout = Layout(settings.engine_threads, device, settings.max_batch)
         self._on_failure = on_failure
         self._under_way = 0
         self._stopping = False
@@ -61,6 +68,13 @@ class Runtime:
         self._starting: asyncio.Task[None] | None = None
         self._held = ExitStack()
 
+    @property
+    def state(self) -> State:
+        """How far it is; "warming_up" also while other workers are not ready for the first time."""
+        if self._state == "ready" and self._states is not None and not self._states.all_were_ready():
+            return "warming_up"
+        return self._state
+
     def open(self) -> None:
         """Begin to load; `state` tells how far it is."""
         self._starting = asyncio.get_running_loop().create_task(self._start(), name="start")
@@ -68,8 +82,8 @@ class Runtime:
     async def close(self) -> None:
         """Answer what was accepted, then let everything go. A load under way is waited for."""
         self._stopping = True
-        if self.state != "failed":
-            self.state = "stopping"
+        if self._state != "failed":
+            self._state = "stopping"
         if self._starting is not None:
             await self._starting
         if self._serving is not None:
@@ -103,7 +117,7 @@ class Runtime:
     async def _decoded(self, body: bytes, content_type: str | None, side_px: int) -> tuple[RgbImage, float]:
         """Decode, crop and resize; small images here and now, which is done before a thread would have begun."""
 
-        def decode(max_pixels: int = MAX_PIXELS) -> tuple[RgbImage, float]:
+        def decode(max_pixels: int | None = None) -> tuple[RgbImage, float]:
             started_s = time.perf_counter()
             resized = decode_resized(payload_of(body, content_type), side_px, max_pixels)
             return resized, (time.perf_counter() - started_s) * 1000
@@ -117,7 +131,7 @@ class Runtime:
 
     def _require_ready(self) -> tuple[Classifier, Batcher[RgbImage, Prediction]]:
         # Requests accepted before a stop are still answered: the batcher refuses when it closes.
-        if self._serving is None or self.state not in ("ready", "stopping"):
+        if self._serving is None or self._state not in ("ready", "stopping"):
             raise NotReady(f"The service is not ready (state: {self.state}); GET /ping tells when it is.")
         return self._serving
 
@@ -130,13 +144,13 @@ class Runtime:
                 classifier = await loop.run_in_executor(self._engine_threads, self._load)
             if self._stopping:
                 return
-            self.state = "warming_up"
+            self._state = "warming_up"
             lanes = range(classifier.engine.lanes)
             await asyncio.gather(
                 *[loop.run_in_executor(self._engine_threads, self._warm_up, classifier) for _ in lanes]
             )
         except Exception as exc:  # whatever it is, the service cannot serve: told, then ended
-            self.state = "failed"
+            self._state = "failed"
             trace = None if isinstance(exc, ArtifactError | EngineUnavailable) else exc
             log.error("The model cannot be served. %s", exc, exc_info=trace)
             if self._on_failure is not None:
@@ -153,7 +167,9 @@ class Runtime:
         batcher.open()
         self._serving = (classifier, batcher)
         if not self._stopping:
-            self.state = "ready"
+            self._state = "ready"
+            if self._worker is not None and self._states is not None:
+                self._states.tell_ready(self._worker.index)
             self._log_ready(classifier)
 
     def _load(self) -> Classifier:

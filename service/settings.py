@@ -13,12 +13,14 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.engines.choose import Wanted
+from service.engines.choose import Wanted, gpus
 from service.model.machine import cores
 
 PREFIX = "CLASSIFIER_"
 SAGEMAKER_MODEL = Path("/opt/ml/model")
 LOCAL_MODEL = Path("artifacts/model")
+CORES_PER_WORKER = 8
+"""One event loop reads and answers some 4,000 requests a second: more than 8 cores compute, but for tiny pictures."""
 
 
 def default_model() -> Path:
@@ -40,24 +42,31 @@ class Settings(BaseSettings):
     """TCP port; SageMaker calls 8080."""
     engine: Wanted = "auto"
     """What computes: the fastest engine whose answers are those of the training ("auto"), or the one of this name."""
+    workers: int = Field(default_factory=lambda: gpus() or -(-cores() // CORES_PER_WORKER), ge=1, le=256)
+    """Processes that answer, each with a model of its own; default: one per GPU, else one for every 8 cores."""
     engine_threads: int = Field(default_factory=cores, ge=1)
-    """Threads of an engine that runs on the CPU; default: the cores this process may use."""
+    """Threads of engines that run on the CPU, of all workers together; default: the cores this process may use."""
     max_payload_bytes: int = Field(25 * 2**20, ge=1)
     """Larger request bodies are refused with 413; the default is the limit of SageMaker's real-time endpoints."""
     deadline_s: float = Field(55.0, gt=0)
     """A request not answered by then gets 504; below SageMaker's 60 s, so that the client reads the reason."""
     max_requests: int = Field(256, ge=1)
-    """Requests under way at once, from reading the body to the answer; more are refused with 503 at once."""
+    """Requests under way at once in all workers, from reading the body to the answer; more get 503 at once."""
     max_batch: int = Field(32, ge=1)
     """Images the engine gets at once, at most; it gets fewer where more would not be faster."""
     max_wait_ms: float = Field(0.0, ge=0)
     """How long a batch waits for company, counted from its first image; 0 takes what is there."""
     decode_threads: int = Field(default_factory=cores, ge=1)
-    """Threads that decode and resize images; default: the cores this process may use."""
+    """Threads that decode and resize images, of all workers together; default: the cores this process may use."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines below this level are not written; "warning" silences the line per request."""
     exit_with_parent: bool = True
     """Stop when the process that started the service ends, so that no server is left behind; false for nohup."""
+
+    def share(self) -> "Settings":
+        """What one of the workers gets of the machine, and of the requests."""
+        parts = ("engine_threads", "decode_threads", "max_requests")
+        return self.model_copy(update={name: max(1, getattr(self, name) // self.workers) for name in parts})
 
     @classmethod
     def load(cls, arguments: Sequence[str] | None = None) -> "Settings":
@@ -79,7 +88,9 @@ class Settings(BaseSettings):
         )
         parser.add_argument("--host", help="address to listen on (default: 0.0.0.0)")
         parser.add_argument("--port", help="TCP port (default: 8080)")
+        parser.add_argument("--worker", help=argparse.SUPPRESS)  # the supervisor's, `service.workers.Worker`
         flags = vars(parser.parse_args(arguments))
+        flags.pop("worker", None)
         if f"{PREFIX}PORT" not in os.environ and os.environ.get("SAGEMAKER_BIND_TO_PORT"):
             flags.setdefault("port", os.environ["SAGEMAKER_BIND_TO_PORT"])
         unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names())

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -51,8 +53,44 @@ def test_the_http_side_imports_without_torch() -> None:
     assert "torch" not in names
 
 
+CLASSIFY_ALL_THE_WAY = """
+import asyncio, sys
+from pathlib import Path
+from service.app import create_app
+from service.model.artifact import open_artifact
+from service.settings import Settings
+
+async def answer(model):
+    app = create_app(Settings(model=model, engine=sys.argv[2]))
+    sent, body = [], open_artifact(model).read("example")
+    async with app.router.lifespan_context(app):
+        while app.state.runtime.state in ("loading", "warming_up"):
+            await asyncio.sleep(0.01)
+        scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": []}
+        messages = iter([{"type": "http.request", "body": body}])
+        async def receive():
+            return next(messages)
+        async def send(message):
+            sent.append(message)
+        await app(scope, receive, send)
+    return sent[0]["status"]
+
+print(asyncio.run(answer(Path(sys.argv[1]))), "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("engine", "needs_torch"), [("openvino-fp32", False), ("torch", True)])
+def test_a_service_on_the_processor_answers_without_torch(artifact: Path, engine: str, needs_torch: bool) -> None:
+    command = [sys.executable, "-c", CLASSIFY_ALL_THE_WAY, str(artifact), engine]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == f"200 {needs_torch}"
+
+
 def test_importing_starts_no_thread_and_opens_no_socket() -> None:
-    modules = [name for name in modules_of("service") if "eager" not in name and "network" not in name]
+    heavy = {"service.engines.cuda", "service.engines.eager", "service.engines.openvino", "service.model.network"}
+    modules = [
+        name for name in modules_of("service") if name not in heavy
+    ]  # their libraries start threads of their own
     code = f"import importlib, os, threading; [importlib.import_module(m) for m in {modules!r}]"
     code += "; print(threading.active_count(), [os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')"
     code += " if os.path.islink(f'/proc/self/fd/{n}')])"

@@ -94,7 +94,7 @@ class Quantization(_FrozenModel):
     @property
     def loss_points(self) -> float:
         """Percentage points of accuracy lost; negative where int8 is the better one."""
-        return 100 * (self.accuracy_float32 - self.accuracy)
+        return round(100 * (self.accuracy_float32 - self.accuracy), 6)
 
 
 class Manifest(_FrozenModel):

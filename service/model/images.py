@@ -38,20 +38,21 @@ RgbImage = npt.NDArray[np.uint8]
 """uint8 `[H, W, 3]`, RGB."""
 
 
-def decode(payload: bytes, enough_px: int | None = None, max_pixels: int = MAX_PIXELS) -> RgbImage:
+def decode(payload: bytes, enough_px: int | None = None, max_pixels: int | None = None) -> RgbImage:
     """Decode one image, upright (EXIF orientation applied), transparency laid over white.
 
     Animated images give their first frame; 16-bit grey is scaled to 8 bits. With `enough_px`, a JPEG may come at a
     half, a quarter or an eighth of its size as long as both sides have that many pixels: the decoder then leaves out
-    the high frequencies (`PIL.Image.Image.draft`; libjpeg, scale_denom).
+    the high frequencies (`PIL.Image.Image.draft`; libjpeg, scale_denom). `max_pixels`: instead of MAX_PIXELS.
 
     Returns: uint8 `[H, W, 3]`, RGB.
     Raises: UnreadableImage, ImageTooLarge.
     """
     if not payload:
         raise UnreadableImage(f"The image is empty (0 bytes); send the bytes of a {allowed_formats()} file.")
-    plain = _decode_plain_jpeg(payload, enough_px, max_pixels)
-    return plain if plain is not None else _decode_any(payload, enough_px, max_pixels)
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
+    plain = _decode_plain_jpeg(payload, enough_px, limit)
+    return plain if plain is not None else _decode_any(payload, enough_px, limit)
 
 
 def _decode_plain_jpeg(payload: bytes, enough_px: int | None, max_pixels: int) -> RgbImage | None:
@@ -82,7 +83,7 @@ def _decode_any(payload: bytes, enough_px: int | None, max_pixels: int) -> RgbIm
     except (ImageTooLarge, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise _too_large("more than that") from exc
+        raise _too_large("more than that", max_pixels) from exc
     except UnidentifiedImageError as exc:
         start = payload[:8].hex(" ")
         raise UnreadableImage(
@@ -101,7 +102,7 @@ def allowed_formats() -> str:
     return f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 
-def _too_large(given: str, allowed: int = MAX_PIXELS) -> ImageTooLarge:
+def _too_large(given: str, allowed: int) -> ImageTooLarge:
     return ImageTooLarge(f"The image may have at most {allowed:,} pixels, given: {given}; send a smaller one.")
 
 

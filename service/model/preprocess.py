@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.model.images import MAX_PIXELS, RgbImage, decode
+from service.model.images import RgbImage, decode
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Per-channel mean of ImageNet in 0..1, as ResNet34_Weights.IMAGENET1K_V1 expects (torchvision, its `transforms`)."""
@@ -33,7 +33,7 @@ class Preprocessing(BaseModel):
     std: tuple[float, float, float] = IMAGENET_STD
 
 
-def decode_resized(payload: bytes, side_px: int, max_pixels: int = MAX_PIXELS) -> RgbImage:
+def decode_resized(payload: bytes, side_px: int, max_pixels: int | None = None) -> RgbImage:
     """Image bytes -> uint8 `[side_px, side_px, 3]`: what training and the service both feed the network.
 
     The same as `crop_resize(decode(payload), side_px)` but for JPEGs of at least four times `side_px`, of which no

@@ -325,3 +325,77 @@ def test_real_photos_decode() -> None:
         assert decoded.ndim == 3
         assert decoded.shape[2] == 3
         assert decoded.std() > 1
+
+
+def by_pillow(payload: bytes) -> Pixels:
+    return np.asarray(images._to_rgb(Image.open(BytesIO(payload))))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 20}, {"restart_marker_rows": 1}], ids=str)
+def test_a_jpegs_pixels_are_pillows(mode: str, subsampling: str, options: dict[str, object]) -> None:
+    for size in ((47, 33), (8, 8), (1, 1), (200, 3)):
+        noisy = Image.effect_noise(size, 80).convert(mode)
+        payload = encoded(noisy, "JPEG", **({"subsampling": subsampling} if mode == "RGB" else {}), **options)
+        np.testing.assert_array_equal(decode(payload), by_pillow(payload))
+
+
+def test_most_jpegs_are_decoded_without_pillow_and_unusual_ones_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bytes] = []
+    decode_any = images._decode_any
+    monkeypatch.setattr(
+        images, "_decode_any", lambda payload, *rest: asked.append(payload) or decode_any(payload, *rest)
+    )
+    plain, picture = encoded(Image.fromarray(smooth()), "JPEG"), Image.fromarray(smooth())
+    decode(plain)
+    assert not asked
+    unusual = [
+        encoded(picture, "JPEG", exif=exif(orientation(6))),
+        encoded(picture.convert("CMYK"), "JPEG"),
+        encoded(picture, "JPEG", keep_rgb=True),
+        encoded(picture, "PNG"),
+    ]
+    for payload in unusual:
+        decode(payload)
+    assert asked == unusual
+
+
+def test_damaged_jpegs_give_what_pillow_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    payload = encoded(Image.fromarray(smooth()), "JPEG")
+    for _ in range(400):
+        damaged = bytearray(payload)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(2, len(damaged))] = rng.randrange(256)
+        cut = bytes(damaged[: rng.choice((len(damaged), len(damaged), rng.randrange(len(damaged))))])
+        try:
+            expected = images._decode_any(cut, None, 100_000) if cut else None
+        except ImageError:
+            expected = None
+        try:
+            np.testing.assert_array_equal(decode(cut, None, 100_000), expected)
+        except ImageError:
+            assert expected is None
+
+
+@pytest.mark.parametrize(
+    ("enough_px", "shape"), [(None, (400, 600)), (401, (400, 600)), (200, (200, 300)), (30, (50, 75))]
+)
+def test_a_jpeg_is_scaled_while_decoding_as_long_as_enough_is_left(
+    enough_px: int | None, shape: tuple[int, int]
+) -> None:
+    ys, xs = np.mgrid[0:400, 0:600]
+    pixels = np.stack([ys // 2, xs // 3, (ys + xs) // 5], axis=2).astype(np.uint8)
+    scaled = decode(encoded(Image.fromarray(pixels), "JPEG", quality=95), enough_px)
+    assert scaled.shape[:2] == shape
+    expected = np.asarray(Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BOX))
+    assert np.abs(scaled.astype(int) - expected).mean() < 3
+
+
+def test_a_limit_of_pixels_can_be_given() -> None:
+    for format_name in FORMATS:
+        payload = encoded(Image.fromarray(smooth()), format_name)
+        assert decode(payload, max_pixels=48 * 64).shape == (48, 64, 3)
+        with pytest.raises(ImageTooLarge, match="at most 3,071 pixels"):
+            decode(payload, max_pixels=48 * 64 - 1)

@@ -1,12 +1,22 @@
 """Crop and resize: the centre square, resized, whatever the shape of the image."""
 
+from io import BytesIO
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from service.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, crop_resize, crop_resize_all
+from service.model.images import decode
+from service.model.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    crop_resize,
+    crop_resize_all,
+    decode_resized,
+)
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -89,3 +99,24 @@ def test_the_numbers_are_imagenets() -> None:
 def test_a_side_that_makes_no_sense_is_refused(side_px: int) -> None:
     with pytest.raises(ValidationError):
         Preprocessing(side_px=side_px)
+
+
+def jpeg(height: int, width: int) -> bytes:
+    ys, xs = np.mgrid[0:height, 0:width]
+    pixels = np.stack([ys * 255 // height, xs * 255 // width, (ys // 8 + xs // 8) % 2 * 90], axis=2).astype(np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (90, 120), (127, 300)])
+def test_a_file_is_decoded_and_resized_as_in_two_steps(height: int, width: int) -> None:
+    payload = jpeg(height, width)
+    np.testing.assert_array_equal(decode_resized(payload, 32), crop_resize(decode(payload), 32))
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (500, 375), (1200, 1600)])
+def test_a_large_jpeg_is_decoded_in_less_detail_and_looks_the_same(height: int, width: int) -> None:
+    payload = jpeg(height, width)
+    difference = np.abs(decode_resized(payload, 32).astype(int) - crop_resize(decode(payload), 32))
+    assert difference.mean() < 1.5

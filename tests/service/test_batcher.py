@@ -42,11 +42,13 @@ def submit(batcher: Batcher[Any, Any], *items: Any) -> list[asyncio.Task[Batched
     return [asyncio.create_task(batcher.submit(item)) for item in items]
 
 
-async def opened(engine: Any, max_batch: int = 4, max_queue: int = 8, max_wait_ms: float = 0) -> Batcher[Any, Any]:
-    thread = ThreadPoolExecutor(1)
+async def opened(
+    engine: Any, max_batch: int = 4, max_queue: int = 8, max_wait_ms: float = 0, lanes: int = 1
+) -> Batcher[Any, Any]:
     batcher: Batcher[Any, Any] = Batcher(
-        engine, thread, max_batch=max_batch, max_queue=max_queue, max_wait_ms=max_wait_ms
-    )
+        engine, ThreadPoolExecutor(lanes), lanes=lanes, max_batch=max_batch, max_queue=max_queue,
+        max_wait_ms=max_wait_ms,
+    )  # fmt: skip
     batcher.open()
     return batcher
 
@@ -198,6 +200,34 @@ def test_a_storm_of_cancellations_and_failures_leaves_nobody_waiting() -> None:
         for item, result in enumerate(results, 1):
             assert isinstance(result, EngineFailure | asyncio.CancelledError) or result.value == 2 * item  # type: ignore[union-attr]
         assert (await batcher.submit(1)).value == 2
+        await batcher.close()
+
+    run(scenario())
+
+
+def test_lanes_work_side_by_side_and_share_what_waits() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        batcher = await opened(engine, max_batch=8, lanes=2)
+        first = submit(batcher, 1)
+        await engine.until_entered()
+        second = submit(batcher, 2)
+        await engine.until_entered()  # while the first is under way
+        rest = submit(batcher, *range(3, 9))
+        await asyncio.sleep(0.01)
+        engine.gate.set()
+        assert [batched.value for batched in await asyncio.gather(*first, *second, *rest)] == [*range(2, 18, 2)]
+        assert engine.batches[:2] == [[1], [2]]
+        await batcher.close()
+
+    run(scenario())
+
+
+def test_many_items_through_many_lanes_get_their_own_results() -> None:
+    async def scenario() -> None:
+        batcher = await opened(lambda items: [2 * item for item in items], max_queue=5000, lanes=4)
+        results = await asyncio.gather(*submit(batcher, *range(3000)))
+        assert [batched.value for batched in results] == [*range(0, 6000, 2)]
         await batcher.close()
 
     run(scenario())

@@ -1,0 +1,135 @@
+"""Several processes on one port: the supervisor that starts them, and what one worker knows of the others.
+
+Each worker has a listening socket of its own, opened by the supervisor with SO_REUSEPORT, among which the kernel
+spreads connections (socket(7)). The supervisor keeps them all open, so that connections which wait for a worker that
+died are served by the next one.
+"""
+
+import logging
+import mmap
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS, WITHIN_S = 5, 60.0
+"""More workers dying within this time end the service: something is wrong that new workers do not mend."""
+
+Listen = Callable[[bool], socket.socket]
+"""Opens a listening socket; the argument tells whether to share the port (SO_REUSEPORT)."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What a worker is told on its command line: its number, its socket, and where the workers tell each other."""
+
+    index: int
+    socket_fd: int
+    states_fd: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From the flag's value, "INDEX:SOCKET_FD:STATES_FD"."""
+        return cls(*map(int, text.split(":")))
+
+    def __str__(self) -> str:
+        return f"{self.index}:{self.socket_fd}:{self.states_fd}"
+
+    def listener(self) -> socket.socket:
+        """The socket to accept connections from."""
+        return socket.socket(fileno=self.socket_fd)
+
+    def states(self) -> "States":
+        """Where this worker tells that it is ready."""
+        return States(self.states_fd)
+
+
+class States:
+    """One byte per worker, shared by all: 1 once it has been ready."""
+
+    def __init__(self, fd: int) -> None:
+        self._bytes = mmap.mmap(fd, 0)
+
+    def tell_ready(self, index: int) -> None:
+        """Worker `index` can answer."""
+        self._bytes[index] = 1
+
+    def was_ready(self, index: int) -> bool:
+        """Whether that worker ever could."""
+        return self._bytes[index] == 1
+
+    def all_were_ready(self) -> bool:
+        """Whether every worker has been ready: from then on each answers for itself."""
+        return b"\0" not in self._bytes[:]
+
+
+class Supervisor:
+    """Runs `count` workers until it is told to stop, or until it makes no sense to go on."""
+
+    def __init__(self, count: int, listen: Listen, arguments: Sequence[str]) -> None:
+        """Opens the port. Raises: OSError when it is not free."""
+        listen(False).close()  # with SO_REUSEPORT alone, another service of ours would silently share the port
+        self._sockets = [listen(True) for _ in range(count)]
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as we live
+        self._file.truncate(count)
+        self._states = States(self._file.fileno())
+        self._arguments = list(arguments)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Tell every worker to answer what it accepted and end; safe in a signal handler."""
+        self._stopping = True
+        for process in list(self._processes.values()):
+            process.terminate()
+
+    def run(self) -> int:
+        """Start the workers, replace those that die. Returns: the exit status, 0 when all ended as they were told."""
+        for index in range(len(self._sockets)):
+            self._start(index)
+        status = 0
+        while self._processes:
+            index, returned = self._wait()
+            if self._stopping:
+                status = max(status, int(returned not in (0, -signal.SIGTERM)))  # the latter before it could catch it
+                continue
+            how = f"signal {signal.Signals(-returned).name}" if returned < 0 else f"exit status {returned}"
+            self._deaths.append(time.monotonic())
+            if not self._states.was_ready(index):
+                log.error("worker %d ended before it was ready (%s); its lines above say why", index, how)
+            elif len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_S:
+                log.error("%d workers died within %.0f s, the last by %s; giving up", MAX_DEATHS, WITHIN_S, how)
+            else:
+                log.error("worker %d died (%s); requests it had are lost, another takes its place", index, how)
+                self._start(index)
+                continue
+            status = 1
+            self.stop()
+        return status
+
+    def _start(self, index: int) -> None:
+        worker = Worker(index, self._sockets[index].fileno(), self._file.fileno())
+        self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
+            [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
+            pass_fds=(worker.socket_fd, worker.states_fd),
+        )
+        if self._stopping:  # the signal came before the process was in the table
+            self._processes[index].terminate()
+
+    def _wait(self) -> tuple[int, int]:
+        """Wait until one of the workers ends. Returns: its index and return code, negative for a signal."""
+        while True:
+            for index, process in self._processes.items():
+                if (returned := process.poll()) is not None:
+                    del self._processes[index]
+                    return index, returned
+            time.sleep(0.05)

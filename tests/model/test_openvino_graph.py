@@ -1,0 +1,61 @@
+"""The OpenVINO model is the network: same logits from the same weights."""
+
+from typing import Any
+
+import numpy as np
+import openvino
+import pytest
+import torch
+
+from service.model.architecture import Architecture
+from service.model.errors import ArtifactError
+from service.model.network import Network
+from service.model.openvino_graph import build
+from service.model.preprocess import Preprocessing
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    """Random weights, and batch norms that have seen images: their scales and means differ from channel to channel."""
+    torch.manual_seed(0)
+    network = Network(Architecture(num_classes=7, hidden_units=12), Preprocessing(side_px=40))
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+            module.momentum = None  # the plain average
+            module.training = True
+    with torch.no_grad():
+        network(torch.randint(0, 256, (16, 40, 40, 3), dtype=torch.uint8))
+    return network.eval()
+
+
+def weights_of(network: Network) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("side_px", [32, 40, 75])
+def test_the_logits_are_the_networks(network: Network, n: int, side_px: int) -> None:
+    model = build(network.architecture, Preprocessing(side_px=side_px), weights_of(network))
+    batch = torch.randint(0, 256, (n, side_px, side_px, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = network(batch).numpy()
+    logits = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(batch.numpy())[0]
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_input_and_output_are_named_and_typed(network: Network) -> None:
+    model = build(network.architecture, Preprocessing(side_px=40), weights_of(network))
+    pixels, logits = model.input("pixels"), model.output("logits")
+    assert (pixels.partial_shape.to_string(), pixels.element_type.to_string()) == ("[?,40,40,3]", "u8")
+    assert (logits.partial_shape.to_string(), logits.element_type.to_string()) == ("[?,7]", "f32")
+
+
+def test_weights_of_another_architecture_are_refused(network: Network) -> None:
+    weights = weights_of(network)
+    with pytest.raises(ArtifactError, match=r"fc.hidden.weight is \[12, 512\], not \[13, 512\]"):
+        build(Architecture(num_classes=7, hidden_units=13), Preprocessing(side_px=40), weights)
+    del weights["layer3.5.bn2.running_var"]
+    with pytest.raises(ArtifactError, match=r"layer3.5.bn2.running_var is missing"):
+        build(network.architecture, Preprocessing(side_px=40), weights)

@@ -1,0 +1,102 @@
+"""`auto` takes the fastest engine that the machine has and that agrees with the training, and says why."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engines import choose
+from service.engines.base import EngineUnavailable
+from service.engines.choose import Layout, candidates, load
+from service.model.artifact import Artifact, Manifest, Quantization, open_artifact
+from service.model.errors import ArtifactError
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Path) -> Artifact:
+    return open_artifact(artifact)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "gpus", lambda: 0)
+
+
+def quantized(manifest: Manifest, loss_points: float) -> Manifest:
+    int8 = Quantization(
+        method="test", calibration_images=1, n=200, top1_agreement=0.99, accuracy=0.7 - loss_points / 100,
+        accuracy_float32=0.7, self_check_difference=0.1,
+    )  # fmt: skip
+    return manifest.model_copy(update={"quantization": int8})
+
+
+def computes(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
+    """Stands in for the processor: which precisions it has instructions for."""
+    from service.engines import openvino
+
+    monkeypatch.setattr(openvino, "can_compute", lambda precision: precision in precisions)
+
+
+@pytest.mark.parametrize(
+    ("loss_points", "bf16", "expected"),
+    [
+        (None, True, ["openvino-bf16", "openvino-fp32", "torch"]),
+        (None, False, ["openvino-fp32", "torch"]),
+        (0.5, True, ["openvino-int8", "openvino-bf16", "openvino-fp32", "torch"]),
+        (-0.2, False, ["openvino-int8", "openvino-fp32", "torch"]),
+        (0.6, True, ["openvino-bf16", "openvino-fp32", "torch"]),
+    ],
+)
+def test_the_order_follows_from_the_measured_loss_and_the_processor(
+    model: Artifact, monkeypatch: pytest.MonkeyPatch, loss_points: float | None, bf16: bool, expected: list[str]
+) -> None:
+    computes(monkeypatch, *(["bf16"] if bf16 else []))
+    manifest = model.manifest if loss_points is None else quantized(model.manifest, loss_points)
+    assert [name for name, _ in candidates(manifest)] == expected
+
+
+def test_the_reason_tells_how_good_int8_is(model: Artifact) -> None:
+    reasons = [reason for _, reason in candidates(quantized(model.manifest, 0.7))]
+    assert "99.00% of 200 validation images and loses 0.70 points of accuracy, allowed are 0.5" in reasons[0]
+
+
+def test_a_gpu_goes_before_all_and_is_not_replaced_when_it_fails(
+    model: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "gpus", lambda: 2)
+    assert [*candidates(model.manifest)] == [("torch-cuda", "there is a GPU (2 seen)")]
+
+
+def test_an_engine_that_fails_its_self_check_is_passed_over_with_a_line(
+    model: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from service.engines import openvino
+
+    computes(monkeypatch, "bf16")
+    monkeypatch.setitem(openvino.TOLERANCES, "bf16", 0.0)  # as if its answers were wrong
+    with caplog.at_level(logging.INFO):
+        assert load(model, layout=Layout(1)).engine.name == "openvino-fp32"
+    assert "engine openvino-bf16 is passed over: The self-check failed" in caplog.text
+    assert "engine openvino-fp32 on 1 threads: " in caplog.text
+    with pytest.raises(ArtifactError, match="The self-check failed: openvino-bf16 differs"):
+        load(model, "openvino-bf16", Layout(1))
+
+
+def test_without_openvino_torch_runs_it_and_without_both_a_sentence_says_what_to_install(
+    model: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    present: dict[str, Any] = {"torch": object()}
+    monkeypatch.setattr(choose.importlib.util, "find_spec", present.get)
+    assert [name for name, _ in candidates(model.manifest)] == ["torch"]
+    present.clear()
+    with pytest.raises(EngineUnavailable, match="'pip install openvino'"):
+        load(model)
+
+
+def test_a_named_engine_whose_package_is_missing_is_refused(model: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "service.engines.openvino", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(EngineUnavailable, match="openvino-fp32 needs a package that is not installed"):
+        load(model, "openvino-fp32", Layout(1))

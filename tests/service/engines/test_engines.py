@@ -1,0 +1,88 @@
+"""Every engine gives the stored logits within its tolerance, the same for a batch as for its images one by one."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from service.classifier import Classifier
+from service.engines.base import Engine, EngineUnavailable
+from service.engines.choose import EngineName, Layout, create, gpus
+from service.model.artifact import Artifact, open_artifact
+from service.model.errors import ArtifactError
+
+ON_CPU: tuple[EngineName, ...] = ("torch", "openvino-fp32", "openvino-bf16")
+Make = Callable[[EngineName], Engine]
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Path) -> Artifact:
+    return open_artifact(artifact)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Artifact) -> Make:
+    made: dict[EngineName, Engine] = {}
+
+    def make(name: EngineName) -> Engine:
+        if name == "torch-cuda" and not torch.cuda.is_available():
+            pytest.skip("There is no GPU on this machine.")
+        if name not in made:
+            made[name] = create(model, name, Layout(threads=2, max_batch=8))
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", [*ON_CPU, "torch-cuda"])
+def test_the_self_check_holds(model: Artifact, engine: Make, name: EngineName) -> None:
+    made = engine(name)
+    assert made.name == name
+    assert Classifier.of(model, made).check(model.self_check()) <= made.tolerance
+
+
+@pytest.mark.parametrize("name", [*ON_CPU, "torch-cuda"])
+def test_a_batch_gives_what_its_images_give_one_by_one(model: Artifact, engine: Make, name: EngineName) -> None:
+    made = engine(name)
+    images = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), np.uint8)
+    together = made.infer(images)
+    assert (together.shape, together.dtype) == ((7, len(model.manifest.classes)), np.float32)
+    alone = np.concatenate([made.infer(image[None]) for image in images])
+    np.testing.assert_allclose(together, alone, atol=made.tolerance * np.abs(alone).max())
+    one_after_the_other = made.infer(images)
+    np.testing.assert_array_equal(together, one_after_the_other)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_images_need_not_lie_in_one_piece(engine: Make, name: EngineName) -> None:
+    wide = np.random.default_rng(1).integers(0, 256, (3, 32, 64, 3), np.uint8)
+    np.testing.assert_array_equal(engine(name).infer(wide[:, :, ::2]), engine(name).infer(wide[:, :, ::2].copy()))
+
+
+@pytest.mark.parametrize("name", ["openvino-fp32", "openvino-bf16"])
+def test_lanes_do_not_mix_their_batches_up(engine: Make, name: EngineName) -> None:
+    made = engine(name)
+    assert made.lanes == 2
+    images = np.random.default_rng(2).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    expected = np.concatenate([made.infer(images[i : i + 2]) for i in range(0, 64, 2)])
+    with ThreadPoolExecutor(made.lanes) as threads:
+        found = [*threads.map(lambda i: made.infer(images[i : i + 2]), range(0, 64, 2))]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+def test_an_int8_engine_needs_an_int8_network(model: Artifact) -> None:
+    with pytest.raises(ArtifactError, match=r"has no int8 network; 'python -m training.quantize' adds one"):
+        create(model, "openvino-int8", Layout(threads=1))
+
+
+def test_a_gpu_that_is_not_there_is_told_in_a_sentence(model: Artifact) -> None:
+    if torch.cuda.is_available():
+        with pytest.raises(EngineUnavailable, match="There is no GPU number 99"):
+            create(model, "torch-cuda", Layout(threads=1, device=99))
+    else:
+        assert gpus() == 0
+        with pytest.raises(EngineUnavailable, match=r"GPU cannot be used by torch .* CLASSIFIER_ENGINE=openvino-fp32"):
+            create(model, "torch-cuda", Layout(threads=1))
