@@ -222,7 +222,8 @@ def _serialized(model: Any) -> tuple[bytes, bytes]:
 
     Raises: QuantizationError when the temporary folder is full.
     """
-    import openvino
+    with no_telemetry():
+        import openvino
 
     # Without nncf's notes in its rt_info. Names that OpenVINO makes up count on from model to model.
     plain = openvino.Model(model.get_results(), model.get_parameters(), model.get_friendly_name())
@@ -240,7 +241,8 @@ def _serialized(model: Any) -> tuple[bytes, bytes]:
 
 def _compiled(graph: bytes, weights: bytes) -> Any:
     """The function uint8 `[n, S, S, 3]` -> float32 `[n, K]` of a serialized model."""
-    import openvino
+    with no_telemetry():
+        import openvino
 
     core = openvino.Core()
     compiled = core.compile_model(
