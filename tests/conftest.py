@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,7 +44,18 @@ def artifact(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A real artifact, trained for one epoch on the small sample. Copy it before changing it."""
     output = tmp_path_factory.mktemp("artifact") / "model"
     flags = ["--weights", "none", "--freeze", "none", "--epochs", "1", "--batch-size", "50", "--model-name", "tiny"]
+    flags += ["--quantize", "off"]
     assert train_main(["--data", str(sample_root), "--output", str(output), *flags]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def int8_artifact(artifact: Path, sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same artifact with its int8 network. Copy it before changing it."""
+    from training.quantize import main as quantize_main
+
+    output = shutil.copytree(artifact, tmp_path_factory.mktemp("int8") / "model", copy_function=os.link)
+    assert quantize_main(["--model", str(output), "--data", str(sample_root), "--device", "cpu"]) == 0
     return output
 
 

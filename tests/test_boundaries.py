@@ -86,6 +86,17 @@ def test_a_service_on_the_processor_answers_without_torch(artifact: Path, engine
     assert result.stdout.splitlines()[-1] == f"200 {needs_torch}"
 
 
+def test_openvino_is_imported_without_its_telemetry() -> None:
+    names = imported_by(["service.engines.openvino"])
+    assert "openvino" in names
+    assert "openvino_telemetry" not in names
+    importing = re.compile(r"^ *(?:import|from) openvino\b", re.MULTILINE)
+    guarded = re.compile(r"with no_telemetry\(\).*:\n +(?:import|from) openvino\b")
+    for package in ("service", "training"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not importing.search(path.read_text()) or guarded.search(path.read_text()), path
+
+
 def test_importing_starts_no_thread_and_opens_no_socket() -> None:
     heavy = {"service.engines.cuda", "service.engines.eager", "service.engines.openvino", "service.model.network"}
     modules = [

@@ -6,7 +6,8 @@ TrainingError
 ├── WeightsError     pretrained weights cannot be had or do not fit
 ├── DivergedError    the loss is no longer a number
 ├── CheckpointError  a checkpoint cannot be written, read, or is of another run
-└── ExportError      the artifact cannot be written
+├── ExportError      the artifact cannot be written
+└── QuantizationError    no int8 network can be made; the float32 one is there
 """
 
 
@@ -32,6 +33,10 @@ class DivergedError(TrainingError):
 
 class CheckpointError(TrainingError):
     """A checkpoint cannot be written, read, or belongs to another run."""
+
+
+class QuantizationError(TrainingError):
+    """The int8 network cannot be made; the artifact holds the float32 network all the same."""
 
 
 class ExportError(TrainingError):

@@ -32,6 +32,7 @@ from training.entry import configure_logging, exit_status
 from training.errors import DataError, TrainingError
 from training.figures import Figures, figures
 from training.logits import BATCH, logits_of
+from training.quantization import described
 from training.report.sources import numbers
 from training.report.write import write_report
 
@@ -169,6 +170,8 @@ def evaluate(options: argparse.Namespace) -> None:
         options.split, 100 * measured.accuracy, 100 * measured.top5_accuracy, measured.loss, measured.ece,
         measured.macro_f1, measured.n,
     )  # fmt: skip
+    if manifest.quantization is not None:
+        log.info("int8, as the manifest states: %s", described(manifest.quantization))
     write_report(
         options.output or default_output(options.model), manifest, images, measured,
         split=options.split, dataset=facts_of(dataset),
@@ -196,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=Path, help="class folders to evaluate on, instead of a part of --data")
     parser.add_argument("--split", choices=("validation", "train"), default="validation", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the report (default: beside the model, -evaluation)")
-    parser.add_argument("--batch-size", type=_positive, default=BATCH, help="images at once (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=BATCH, help="images at once (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
-    parser.add_argument("--loader-workers", type=_positive, help="processes that decode what does not fit into memory")
+    parser.add_argument("--loader-workers", type=positive, help="processes that decode what does not fit into memory")
     try:
         options = parser.parse_args(arguments)
     except SystemExit as exc:  # argparse has told why, or printed --help
@@ -216,7 +219,8 @@ def _described(manifest: Manifest) -> str:
     return f"{facts.get('name')}, {facts.get('validation_images')} to validate on, split {facts.get('split')}"
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A flag's whole number from 1 up. Raises: argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"given {text}, allowed are whole numbers from 1 up")
     return int(text)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.model.network import Network
+from service.model.openvino_graph import no_telemetry
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def _torch(network: Network, device: torch.device, bf16: bool) -> PrefixEngine:
 
 def _openvino(network: Network, bf16: bool) -> PrefixEngine:
     # Measured on 2 cores of an AVX512-BF16 EPYC, 224 px, batches of 32, img/s: fp32 38 (torch 30), bf16 75 (torch 55).
-    import openvino
+    with no_telemetry():
+        import openvino
 
     @functools.cache
     def compiled() -> Callable[..., Any]:  # at the first batch: it takes seconds, and the cache may be there already

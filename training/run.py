@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from service.model.artifact import Artifact
+from service.model.artifact import Artifact, Role
 from service.model.network import Network
-from training import checkpoint
+from training import checkpoint, quantization
 from training.callbacks import Callback, RunContext, StopTraining, tell
 from training.config import TrainingConfig
 from training.devices import pick_device
 from training.distributed import ALONE, Group
 from training.epochs import Epochs
-from training.errors import ConfigError, DivergedError, TrainingError
+from training.errors import ConfigError, DivergedError, QuantizationError, TrainingError
 from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
 from training.figures import Figures, figures
@@ -40,6 +43,8 @@ class Fitted:
     """Of the last epoch, on the validation images."""
     figures: Figures | None
     """Of the weights that are kept, in float32; made in the first process, and not for tuning trials (see `fit`)."""
+    logits: npt.NDArray[np.float32] | None
+    """What the figures were made from, `[N, K]`."""
     pretrained: str
     """Where the initial weights came from."""
     stopped: str | None
@@ -58,12 +63,13 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
         ):  # fmt: skip
             require_writable(folder, flag)
         require_ours(config.output)
+    int8 = group.is_first and quantization.wanted(config.quantize)
     device = pick_device(config.device, group)
     group.join(device)
     claim = checkpoint.claimed(config.checkpoint_folder) if group.is_first else nullcontext()
     try:
         with claim:
-            return _run(config, callbacks, group, device)
+            return _run(config, callbacks, group, device, int8)
     except DivergedError:
         if group.is_first:
             checkpoint.remove(config.checkpoint_folder)  # from there it would diverge again
@@ -72,7 +78,9 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
         group.leave()
 
 
-def _run(config: TrainingConfig, callbacks: Sequence[Callback], group: Group, device: torch.device) -> Artifact | None:
+def _run(
+    config: TrainingConfig, callbacks: Sequence[Callback], group: Group, device: torch.device, int8: bool
+) -> Artifact | None:
     prepared = prepare(config, group, device)
     fitted = fit(config, prepared, callbacks, group, checkpoints=True)
     if fitted.figures is None:
@@ -88,9 +96,33 @@ def _run(config: TrainingConfig, callbacks: Sequence[Callback], group: Group, de
         100 * found.accuracy, 100 * found.top5_accuracy, found.loss, found.n,
         artifact.manifest.name, artifact.manifest.version, artifact.folder,
     )  # fmt: skip
+    failure = None
+    if int8:
+        artifact, failure = _quantized(config, prepared, artifact, fitted)
     if config.report:
         _report(config, prepared, artifact, found)
+    if failure is not None and config.quantize == "on":
+        raise failure
     return artifact
+
+
+def _quantized(
+    config: TrainingConfig, prepared: Prepared, artifact: Artifact, fitted: Fitted
+) -> tuple[Artifact, QuantizationError | None]:
+    """The artifact with its int8 network; or as it is already written, and why."""
+    assert fitted.figures is not None and fitted.logits is not None
+    elsewhere = f" --validation {config.validation}" if config.validation else ""
+    later = f"`python -m training.quantize --model {config.output} --data {config.data}{elsewhere}` makes it later"
+    try:
+        return quantization.add_quantized(
+            artifact, prepared.train, prepared.validation, fitted.logits, fitted.figures.labels
+        ), None
+    except QuantizationError as exc:
+        log.warning("the artifact is written, without an int8 network; %s. %s", later, exc)
+        return artifact, exc
+    except KeyboardInterrupt:
+        log.warning("stopped; the artifact is written, without an int8 network; %s", later)
+        raise
 
 
 def _report(config: TrainingConfig, prepared: Prepared, artifact: Artifact, found: Figures) -> None:
@@ -147,10 +179,11 @@ def fit(
             tell(callbacks, "on_run_end", error or (StopTraining(epochs.stopped) if epochs.stopped else None))
     assert epochs.evaluation is not None
     trainer.keep_final()
-    found = None
+    found = logits = None
     if checkpoints and group.is_first:
-        found = figures(*logits_of(network, prepared.validation, prepared.device, "final validation"))
-    return Fitted(network, epochs.history, epochs.evaluation, found, pretrained, epochs.stopped)
+        logits, labels = logits_of(network, prepared.validation, prepared.device, "final validation")
+        found = figures(logits, labels)
+    return Fitted(network, epochs.history, epochs.evaluation, found, logits, pretrained, epochs.stopped)
 
 
 def _write_settings(config: TrainingConfig) -> None:
@@ -181,7 +214,7 @@ def require_writable(folder: Path, flag: str) -> None:
 
 def require_ours(output: Path) -> None:
     """An artifact is not written among other files. Raises: ConfigError."""
-    ours = ("manifest", "weights.", "self_check.", "example.", ".")
+    ours = ("manifest", ".", *(f"{role}." for role in get_args(Role)))
     others = [entry.name for entry in output.iterdir() if not entry.name.startswith(ours)]
     if others:
         raise ConfigError(

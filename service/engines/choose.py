@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from service.classifier import Classifier
 from service.engines.base import Engine, EngineUnavailable
-from service.model.artifact import Artifact, Manifest
+from service.model.artifact import MAX_LOSS_POINTS, Artifact, Manifest
 from service.model.errors import ArtifactError
 from service.model.machine import cores
 
@@ -18,9 +18,6 @@ log = logging.getLogger(__name__)
 EngineName = Literal["torch-cuda", "openvino-int8", "openvino-bf16", "openvino-fp32", "torch"]
 NAMES: tuple[EngineName, ...] = get_args(EngineName)
 Wanted = Literal["auto", EngineName]
-
-MAX_LOSS_POINTS = 0.5
-"""An int8 network that loses more percentage points of accuracy than this runs only when it is asked for by name."""
 
 
 @dataclass(frozen=True)

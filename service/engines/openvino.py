@@ -4,13 +4,15 @@ import threading
 from typing import Any, Literal
 
 import numpy as np
-import openvino
 
 from service.engines.base import Logits
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
-from service.model.openvino_graph import build
+from service.model.openvino_graph import build, no_telemetry
 from service.model.preprocess import PixelBatch
+
+with no_telemetry():
+    import openvino
 
 Precision = Literal["fp32", "bf16", "int8"]
 

@@ -40,6 +40,9 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_TEXT = 256
 
+MAX_LOSS_POINTS = 0.5
+"""An int8 network that loses more percentage points of accuracy than this runs only when it is asked for by name."""
+
 Role = Literal["weights", "self_check", "example", "int8_graph", "int8_weights"]
 REQUIRED: tuple[Role, ...] = ("weights", "self_check", "example")
 INT8: tuple[Role, ...] = ("int8_graph", "int8_weights")
@@ -243,6 +246,10 @@ class Int8Network:
     """The .bin file."""
     quantization: Quantization
 
+    def contents(self) -> dict[Role, tuple[str, bytes]]:
+        """Its files by role: ending and bytes."""
+        return {"int8_graph": (".xml", self.graph), "int8_weights": (".bin", self.weights)}
+
 
 def write_artifact(
     folder: Path,
@@ -270,7 +277,7 @@ def write_artifact(
         "example": example,
     }
     if int8 is not None:
-        contents |= {"int8_graph": (".xml", int8.graph), "int8_weights": (".bin", int8.weights)}
+        contents |= int8.contents()
     with _exclusive(folder):
         files = {role: _store(folder, role, ending, content) for role, (ending, content) in contents.items()}
         manifest = Manifest(
@@ -281,6 +288,32 @@ def write_artifact(
             quantization=int8.quantization if int8 is not None else None,
             **facts,
         )
+        replace(folder / MANIFEST, _sealed(manifest))
+        _remove_leftovers(folder, manifest)
+    return open_artifact(folder)
+
+
+def add_int8(artifact: Artifact, int8: Int8Network, packages: Mapping[str, str]) -> Artifact:
+    """Add an int8 network to `artifact`, in place of one it has; the weights, the version and all other facts stay.
+
+    A reader sees the artifact as it was or with the network. `packages`: what made it, for the manifest.
+
+    Raises: ArtifactError when another model lies in the folder by now; OSError.
+    """
+    folder = artifact.folder
+    with _exclusive(folder):
+        before = open_artifact(folder).manifest
+        if before.files["weights"] != artifact.manifest.files["weights"]:
+            raise ArtifactError(
+                f"{folder} holds another model by now, version {before.version} not {artifact.manifest.version}."
+            )
+        stored = {role: _store(folder, role, ending, content) for role, (ending, content) in int8.contents().items()}
+        changed = {
+            "files": {**before.files, **stored},
+            "quantization": int8.quantization,
+            "packages": {**before.packages, **packages},
+        }
+        manifest = Manifest.model_validate({**dict(before), **changed})
         replace(folder / MANIFEST, _sealed(manifest))
         _remove_leftovers(folder, manifest)
     return open_artifact(folder)

@@ -4,7 +4,9 @@ The same function as `service.model.network.Network` in eval mode, with each bat
 Whoever calls it has OpenVINO; importing this module does not need it.
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,26 @@ BATCH_NORM_EPS = 1e-5
 Array = npt.NDArray[Any]
 
 
+@contextmanager
+def no_telemetry() -> Iterator[None]:
+    """What is imported in here finds no `openvino_telemetry`, as if it was not installed.
+
+    With it, importing OpenVINO or nncf writes an id into ~/intel and reports to Google Analytics (seen in OpenVINO
+    2026.4, openvino/tools/ovc/__init__.py, and nncf 3.4, nncf/telemetry/wrapper.py; both do without).
+    """
+    modules: dict[str, Any] = sys.modules
+    absent = object()
+    before = modules.get("openvino_telemetry", absent)
+    modules["openvino_telemetry"] = None
+    try:
+        yield
+    finally:
+        if before is absent:
+            del modules["openvino_telemetry"]
+        else:
+            modules["openvino_telemetry"] = before
+
+
 def build(architecture: Architecture, preprocessing: Preprocessing, weights: Mapping[str, Array]) -> "openvino.Model":
     """A model with input `pixels`, uint8 `[?, S, S, 3]`, and output `logits`, float32 `[?, K]`.
 
@@ -39,7 +61,8 @@ def build(architecture: Architecture, preprocessing: Preprocessing, weights: Map
 
 class _Builder:
     def __init__(self, architecture: Architecture, weights: Mapping[str, Array]) -> None:
-        from openvino import opset13
+        with no_telemetry():
+            from openvino import opset13
 
         self.op: Any = opset13
         self.architecture = architecture

@@ -42,6 +42,7 @@ def _measure(scratch: Path) -> int:
         TrainingConfig(
             data=first, output=scratch / "pretrained", weights="none", epochs=6, optimizer="adamw", learning_rate=1e-3,
             batch_size=64, weight_decay=0.01, schedule="one-cycle", precision="auto", augment="flip-crop",
+            quantize="off",
         )
     )  # fmt: skip
     pretraining_s = time.monotonic() - started_s
@@ -57,7 +58,7 @@ def _measure(scratch: Path) -> int:
             TrainingConfig(
                 data=second, output=scratch / name, weights=source, freeze=("stem", "layer1", "layer2", "layer3"),
                 epochs=12, learning_rate=0.01, schedule="one-cycle", precision="auto",
-                cache_folder=scratch / "features",
+                cache_folder=scratch / "features", quantize="off",
             )
         )  # fmt: skip
         assert artifact is not None

@@ -16,7 +16,17 @@ import safetensors.numpy
 from pydantic import ValidationError
 
 from service.model.architecture import Architecture
-from service.model.artifact import MANIFEST, Artifact, Role, SelfCheck, open_artifact, write_artifact
+from service.model.artifact import (
+    MANIFEST,
+    Artifact,
+    Int8Network,
+    Quantization,
+    Role,
+    SelfCheck,
+    add_int8,
+    open_artifact,
+    write_artifact,
+)
 from service.model.errors import ArtifactError
 from service.model.preprocess import Preprocessing
 
@@ -450,6 +460,43 @@ def test_an_interrupted_write_leaves_no_partial_file(folder: Path, monkeypatch: 
         write(folder, value=3.0)
     assert names(folder) == before
     assert_whole(folder)
+
+
+def int8(text: bytes = b"graph") -> Int8Network:
+    figures = {"method": "by hand", "calibration_images": 3, "n": 7, "self_check_difference": 0.1}
+    shares = {"top1_agreement": 0.9, "accuracy": 0.5, "accuracy_float32": 0.6}
+    return Int8Network(text, text + b" weights", Quantization.model_validate({**figures, **shares}))
+
+
+def test_an_int8_network_is_added_and_everything_else_stays(folder: Path) -> None:
+    before = open_artifact(folder)
+    after = add_int8(before, int8(), {"maker": "1.0"})
+    after.verify()
+    before.verify()  # who opened it before reads on
+    assert (after.read("int8_graph"), after.read("int8_weights")) == (b"graph", b"graph weights")
+    changed = {"quantization": int8().quantization, "packages": {**FACTS["packages"], "maker": "1.0"}}
+    files = {**before.manifest.files, **{role: after.manifest.files[role] for role in ("int8_graph", "int8_weights")}}
+    assert after.manifest == before.manifest.model_copy(update={**changed, "files": files})
+    assert after.manifest.quantization is not None
+    assert after.manifest.quantization.loss_points == pytest.approx(10)
+
+
+def test_another_int8_network_takes_the_place_of_the_first_and_a_new_model_takes_it_away(folder: Path) -> None:
+    add_int8(open_artifact(folder), int8(), {})
+    second = add_int8(open_artifact(folder), int8(b"second"), {})
+    assert len(names(folder)) == 6
+    assert second.read("int8_graph") == b"second"
+    write(folder, 1.0)
+    assert open_artifact(folder).manifest.quantization is None
+    assert len(names(folder)) == 4
+
+
+def test_an_int8_network_of_another_model_is_refused(folder: Path) -> None:
+    before = open_artifact(folder)
+    newer = write(folder, 1.0)
+    with pytest.raises(ArtifactError, match=f"another model by now, version {newer.manifest.version} not"):
+        add_int8(before, int8(), {})
+    assert open_artifact(folder).manifest == newer.manifest
 
 
 def test_a_path_too_long_for_the_system_is_refused_with_a_sentence(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def settings(shades: Path, backbone: Path, tmp_path: Path) -> Settings:
             "data": shades, "output": tmp_path / "model", "cache_folder": tmp_path / "features",
             "weights": str(backbone), "freeze": FROZEN, "hidden_units": 8, "epochs": 2, "batch_size": 9,
             "learning_rate": 0.01, "validation_fraction": 0.2, "device": "cpu", "feature_cache": "off",
-            "report": False,
+            "report": False, "quantize": "off",
         }  # fmt: skip
         return TrainingConfig.create({**small, **values})
 

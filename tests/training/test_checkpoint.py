@@ -169,6 +169,7 @@ def test_places_and_the_like_may_change(settings: Settings, tmp_path: Path) -> N
     elsewhere = {
         "data": "d", "validation": "v", "output": "o", "run_folder": "r", "checkpoints": "c", "checkpoint_every_s": 1,
         "device": "auto", "loader_workers": 3, "model_name": "other", "cache_folder": "f", "report": True,
+        "quantize": "on",
     }  # fmt: skip
     assert set(elsewhere) == LOCAL
     checkpoint.save(tmp_path, settings(), FACTS, state())

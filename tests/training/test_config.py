@@ -21,7 +21,7 @@ EXAMPLES = {
     "side": "64", "hidden_units": "5", "precision": "auto", "compile": "true", "deterministic": "true", "seed": "6",
     "validation_fraction": "0.3", "broken_files": "skip", "run_folder": "the/run", "checkpoints": "check/points",
     "checkpoint_every_s": "7.5", "device": "cpu", "loader_workers": "2", "model_name": "tiny",
-    "report": "false",
+    "report": "false", "quantize": "off",
 }  # fmt: skip
 
 

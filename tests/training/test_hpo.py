@@ -18,6 +18,7 @@ from training.tuning.best import read_best
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--weights", "none", "--freeze", "stem,layer1,layer2,layer3,layer4", "--hidden-units", "8", "--side", "8",
+    "--quantize", "off",
     "--device", "cpu", "--feature-cache", "off",
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from service.model.architecture import Architecture
-from service.model.artifact import Manifest
+from service.model.artifact import Manifest, Quantization
 from service.model.preprocess import Preprocessing
 from training.data import sample
 from training.data.dataset import ArrayImages, FileImages
@@ -255,6 +255,23 @@ def test_a_run_without_its_files_still_has_a_report(tmp_path: Path) -> None:
         assert sentence in page.text
     assert "top-5" not in page.text
     assert not (tmp_path / "new" / "curves.png").exists()
+
+
+def test_page_and_json_state_what_the_int8_network_was_measured_at(tmp_path: Path) -> None:
+    measured, manifest = some_figures(2, 10), manifest_of(("cat", "dog"), 20)
+    write_report(tmp_path, manifest, some_images(measured), measured)
+    assert "int8" not in Page((tmp_path / "report.html").read_text()).text
+    assert "quantization" not in json.loads((tmp_path / "evaluation.json").read_text())
+    int8 = Quantization(
+        method="nncf", calibration_images=300, n=4321, top1_agreement=0.987, accuracy=0.712, accuracy_float32=0.715,
+        self_check_difference=0.01,
+    )  # fmt: skip
+    with_int8 = manifest.model_copy(update={"quantization": int8})
+    write_report(tmp_path, with_int8, some_images(measured), measured)
+    text = Page((tmp_path / "report.html").read_text()).text
+    for part in ("The int8 network", "98.7 %", "71.2 % (-0.30 points)", "4,321"):
+        assert part in text
+    assert json.loads((tmp_path / "evaluation.json").read_text())["quantization"] == int8.model_dump()
 
 
 def test_without_recorded_metrics_the_manifests_history_is_drawn(tmp_path: Path) -> None:

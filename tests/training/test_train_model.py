@@ -34,6 +34,7 @@ from training.train_model import main
 
 ROOT = Path(__file__).parents[2]
 BARE = ["--report", "false", "--tensorboard", "false", "--profile", "false"]  # test_run_folder.py tests them
+BARE += ["--quantize", "off"]  # test_quantization.py
 SMALL = ["--weights", "none", "--side", "8", "--hidden-units", "8", "--epochs", "1", "--device", "cpu", *BARE]
 HEAD_ONLY = ["--freeze", "stem,layer1,layer2,layer3,layer4"]
 PROCESS_LIMIT_S = 120
@@ -321,7 +322,14 @@ def test_inside_a_sagemaker_job_the_environment_tells_places(pictures: Path, tmp
     (root / "input" / "config").mkdir(parents=True)
     (root / "input" / "data").mkdir()
     (root / "input" / "data" / "training").symlink_to(pictures)
-    given = {"weights": "none", "freeze": "none", "epochs": "1", "side": "8", "sagemaker_program": "x"}
+    given = {
+        "weights": "none",
+        "freeze": "none",
+        "epochs": "1",
+        "side": "8",
+        "quantize": "off",
+        "sagemaker_program": "x",
+    }
     (root / "input" / "config" / "hyperparameters.json").write_text(
         json.dumps({name: json.dumps(value) for name, value in given.items()})
     )

@@ -92,12 +92,16 @@ class Loader:
         """Forget the decoded images: they are not needed soon. The next batch decodes them again."""
         self._pixels = None
 
+    def spread_indices(self, count: int) -> Tensor:
+        """Indices int64 `[n]` of up to `count` images, spread evenly: class folders lie one after the other."""
+        return torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
+
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
-        """Up to `count` images spread evenly over all (class folders lie one after the other).
+        """The images of `spread_indices`, decoded now.
 
         Returns: their indices int64 `[n]`, and the images uint8 `[n, S, S, 3]`, both on the CPU.
         """
-        indices = torch.linspace(0, len(self) - 1, min(count, len(self))).round().long()
+        indices = self.spread_indices(count)
         return indices, torch.stack([torch.from_numpy(self._lazy[i][0].copy()) for i in indices.tolist()])
 
     def _resized(self) -> Tensor | None:

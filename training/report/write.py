@@ -115,6 +115,7 @@ def _evaluation(
         "worst": [image(index) for index in figures.worst(LISTED_IMAGES)],
         "surprising": [image(index) for index in figures.surprising(LISTED_IMAGES)],
         "hardware": hardware(),
+        **({"quantization": manifest.quantization.model_dump()} if manifest.quantization else {}),
     }
 
 
@@ -156,8 +157,21 @@ def _page(
         worst=_shown(others[:LISTED_IMAGES], images, figures, classes),
         calibration=(charts.reliability_chart(figures), charts.confidence_chart(figures)),
         profile=profile_view(sources.profile), hardware=hardware(),
-        settings=sources.settings or manifest.hyperparameters,
+        settings=sources.settings or manifest.hyperparameters, int8=_int8(manifest),
     )  # fmt: skip
+
+
+def _int8(manifest: Manifest) -> dict[str, str]:
+    """The row of the int8 network; empty where there is none."""
+    found = manifest.quantization
+    if found is None:
+        return {}
+    return {
+        "same class as float32": charts.percent(found.top1_agreement),
+        "accuracy": f"{charts.percent(found.accuracy)} ({-found.loss_points:+.2f} points)",
+        "validation images": f"{found.n:,}", "calibration images": f"{found.calibration_images:,}",
+        "method": found.method,
+    }  # fmt: skip
 
 
 def _shown(
