@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from service.engines.choose import candidates, gpus, load
 from service.model.artifact import Artifact, Int8Network, open_artifact
 from training import quantization
 from training.data.loader import Loader
@@ -105,6 +106,17 @@ def test_the_int8_network_agrees_with_float32_as_its_manifest_states(model: Path
     assert difference == pytest.approx(stated.self_check_difference, rel=1e-3)
     assert 0 < difference < 0.2
     assert not np.array_equal(mine, reference)
+
+
+def test_the_service_takes_it_where_it_costs_nothing(model: Path) -> None:
+    artifact = open_artifact(model)
+    stated = artifact.manifest.quantization
+    assert stated is not None and stated.loss_points <= 0.5
+    assert "openvino-int8" in [name for name, _ in candidates(artifact.manifest)][:1] or gpus()
+    classifier = load(artifact, "openvino-int8")  # compares the self-check's logits
+    check = artifact.self_check()
+    found = [each.argmax() for each in classifier.engine.infer(check.inputs)]
+    assert found == check.logits.argmax(1).tolist()
 
 
 def test_it_is_int8_and_small_and_tells_nothing_of_this_machine(model: Path) -> None:
