@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from service.model.machine import cores
 from service.settings import Settings
 from service.telemetry import configure_logging
-from service.workers import Supervisor, Worker
+from service.workers import Supervisor, Worker, choose_count
 
 log = logging.getLogger("service")
 
@@ -31,16 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(settings.log_level)
     if "--worker" in arguments:
         worker = Worker.parse(arguments[arguments.index("--worker") + 1])
-        return serve(settings.share(), worker.listener(), worker)
+        return serve(settings.share(worker.count), worker.listener(), worker)
     log.info("settings: %s", " ".join(f"{name}={value}" for name, value in settings.model_dump().items()))
-    share = settings.share()
+    workers = settings.workers or choose_count(settings.model)
+    share = settings.share(workers)
     log.info(
         "layout: %d worker%s, each with %d engine threads and %d decoding threads, on %d cores",
-        settings.workers, "s" * (settings.workers > 1), share.engine_threads, share.decode_threads, cores(),
+        workers, "s" * (workers > 1), share.engine_threads, share.decode_threads, cores(),
     )  # fmt: skip
     try:
-        if settings.workers > 1:
-            return supervise(settings, arguments)
+        if workers > 1:
+            return supervise(settings, workers, arguments)
         return serve(settings, _listen(settings.host, settings.port))
     except OSError as exc:
         in_use = exc.errno == errno.EADDRINUSE
@@ -53,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def supervise(settings: Settings, arguments: Sequence[str]) -> int:
+def supervise(settings: Settings, workers: int, arguments: Sequence[str]) -> int:
     """Run several workers; returns the exit status. Raises: OSError when the port cannot be had."""
-    supervisor = Supervisor(settings.workers, lambda shared: _listen(settings.host, settings.port, shared), arguments)
+    supervisor = Supervisor(workers, lambda shared: _listen(settings.host, settings.port, shared), arguments)
     _stop_with(supervisor.stop, settings.exit_with_parent)
     status = supervisor.run()
     log.info("all workers have stopped")

@@ -23,6 +23,7 @@ from service.inference import input_fn, load_model, payload_of, predict_fn
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError, ImageTooLarge
 from service.model.images import RgbImage
+from service.model.machine import cores
 from service.model.preprocess import decode_resized
 from service.settings import Settings
 from service.workers import Worker
@@ -58,7 +59,7 @@ class Runtime:
         self._given = classifier
         self._worker, self._states = worker, worker.states() if worker else None
         device = worker.index % max(1, gpus()) if worker else 0
-        self._layout = Layout(settings.engine_threads, device, settings.max_batch)
+        self._layout = Layout(settings.engine_threads, cores(), device, settings.max_batch)
         self._on_failure = on_failure
         self._under_way = 0
         self._stopping = False

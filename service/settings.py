@@ -13,14 +13,12 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.engines.choose import Wanted, gpus
+from service.engines.choose import Wanted
 from service.model.machine import cores
 
 PREFIX = "CLASSIFIER_"
 SAGEMAKER_MODEL = Path("/opt/ml/model")
 LOCAL_MODEL = Path("artifacts/model")
-CORES_PER_WORKER = 8
-"""One event loop reads and answers some 4,000 requests a second: more than 8 cores compute, but for tiny pictures."""
 
 
 def default_model() -> Path:
@@ -42,8 +40,9 @@ class Settings(BaseSettings):
     """TCP port; SageMaker calls 8080."""
     engine: Wanted = "auto"
     """What computes: the fastest engine whose answers are those of the training ("auto"), or the one of this name."""
-    workers: int = Field(default_factory=lambda: gpus() or -(-cores() // CORES_PER_WORKER), ge=1, le=256)
-    """Processes that answer, each with a model of its own; default: one per GPU, else one for every 8 cores."""
+    workers: int = Field(0, ge=0, le=256)
+    """Processes that answer, each with a model of its own; 0: one per GPU, else one for every 8 cores, or one per core
+    where the model's pictures are small."""
     engine_threads: int = Field(default_factory=cores, ge=1)
     """Threads of engines that run on the CPU, of all workers together; default: the cores this process may use."""
     max_payload_bytes: int = Field(25 * 2**20, ge=1)
@@ -63,10 +62,10 @@ class Settings(BaseSettings):
     exit_with_parent: bool = True
     """Stop when the process that started the service ends, so that no server is left behind; false for nohup."""
 
-    def share(self) -> "Settings":
-        """What one of the workers gets of the machine, and of the requests."""
+    def share(self, workers: int) -> "Settings":
+        """What one of so many workers gets of the machine, and of the requests."""
         parts = ("engine_threads", "decode_threads", "max_requests")
-        return self.model_copy(update={name: max(1, getattr(self, name) // self.workers) for name in parts})
+        return self.model_copy(update={name: max(1, getattr(self, name) // workers) for name in parts})
 
     @classmethod
     def load(cls, arguments: Sequence[str] | None = None) -> "Settings":

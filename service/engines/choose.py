@@ -25,7 +25,9 @@ class Layout:
     """What the engine gets of the machine."""
 
     threads: int
-    """Of an engine on the CPU."""
+    """Of an engine on the CPU, for its lanes together."""
+    alone_threads: int = 0
+    """Of an engine on the CPU, for an image that comes alone; 0: as many as `threads`."""
     device: int = 0
     """Number of the GPU."""
     max_batch: int = 32
@@ -102,7 +104,7 @@ def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
 
         precisions: dict[str, Literal["fp32", "bf16", "int8"]]
         precisions = {"openvino-fp32": "fp32", "openvino-bf16": "bf16", "openvino-int8": "int8"}
-        return OpenVinoEngine(artifact, precisions[name], layout.threads)
+        return OpenVinoEngine(artifact, precisions[name], layout.threads, layout.alone_threads or layout.threads)
     except ImportError as exc:
         raise EngineUnavailable(
             f"The engine {name} needs a package that is not installed ({exc}); choose another of {', '.join(NAMES)}."

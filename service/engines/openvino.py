@@ -42,7 +42,7 @@ class OpenVinoEngine:
     int8 is checked against the float32 logits within twice what was measured when it was quantized.
     """
 
-    def __init__(self, artifact: Artifact, precision: Precision, threads: int) -> None:
+    def __init__(self, artifact: Artifact, precision: Precision, threads: int, alone_threads: int) -> None:
         """Compile the network. Raises: ArtifactError."""
         manifest = artifact.manifest
         core = openvino.Core()
@@ -59,13 +59,15 @@ class OpenVinoEngine:
         self.best_batch = max(1, BEST_PIXELS // side**2)
         self.lanes = min(threads, MAX_LANES)
         hints: dict[str, Any] = {
-            "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16",
             "ENABLE_CPU_PINNING": False,  # a container's share of the machine is not ours to place threads on
         }
-        self._lanes = core.compile_model(model, "CPU", {**hints, "NUM_STREAMS": self.lanes})
+        self._lanes = core.compile_model(
+            model, "CPU", {**hints, "NUM_STREAMS": self.lanes, "INFERENCE_NUM_THREADS": threads}
+        )
         self._lane = threading.local()
-        self._alone = core.compile_model(model, "CPU", {**hints, "NUM_STREAMS": 1}).create_infer_request()
+        alone = {**hints, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": alone_threads}
+        self._alone = core.compile_model(model, "CPU", alone).create_infer_request()
         self._under_way = 0
         self._lock = threading.Lock()
 

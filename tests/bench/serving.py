@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
     every, tried = {}, {}
     for side_px, setting in settings.items():
-        chosen, tried[str(side_px)] = tune(options.peers, setting, options.workers)
+        known = options.tried.get(str(side_px), {})
+        chosen, tried[str(side_px)] = tune(options.peers, setting, options.workers, known)
         every[side_px] = subjects(options.peers, options.engines, chosen)
     facts = {
         "date": str(date.today()), "machine": machine(), "inputs": inputs, "sides": options.sides,
@@ -85,15 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tune(
-    peers: Sequence[str], setting: Setting, counts: Sequence[int]
+    peers: Sequence[str], setting: Setting, counts: Sequence[int], known: Mapping[str, Mapping[str, float]]
 ) -> tuple[dict[tuple[str, str], int], dict[str, dict[str, float]]]:
-    """The number of workers with which each peer and model answers most at the highest concurrency, and all rates."""
+    """The number of workers with which each peer and model answers most at the highest concurrency, and all rates.
+
+    `known`: rates of an earlier run, which are not measured again.
+    """
     chosen, tried = {}, {}
     short = replace(setting, concurrency=(max(setting.concurrency),), seconds=min(3.0, setting.seconds))
     for name in peers:
         for model in MODELS:
-            rates = {}
-            for count in counts if len(counts) > 1 else ():
+            rates = {int(count): rate for count, rate in known.get(f"{name}, {model}", {}).items()}
+            for count in [count for count in counts if count not in rates] if len(counts) > 1 else ():
                 measured = measure(Subject("peer", model, name, count), short)
                 rates[count] = next(iter(measured["load"].values()))["throughput"] if "load" in measured else 0.0
                 log.info("side %d %s, %s with %d workers: %.0f/s", setting.side_px, name, model, count, rates[count])
@@ -176,6 +180,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", type=lambda text: words(list(PEERS), text), default=list(PEERS))
     parser.add_argument("--engines", type=lambda text: words(ENGINES, text), default=list(ENGINES))
+    parser.add_argument(
+        "--tried", type=lambda path: json.loads(Path(path).read_text())["workers_tried"], default={}, metavar="JSON",
+        help="serving.json of an earlier run, whose trials of workers hold",
+    )  # fmt: skip
     parser.add_argument(
         "--workers", type=numbers, default=sorted({1, cores()}), help="of peers; of several the best is found first"
     )

@@ -111,5 +111,5 @@ def test_a_port_in_use_is_refused_though_workers_share_theirs(artifact: Path, pa
 
 
 def test_what_is_shared_is_divided() -> None:
-    share = Settings(workers=4, engine_threads=8, decode_threads=2, max_requests=256).share()
+    share = Settings(engine_threads=8, decode_threads=2, max_requests=256).share(4)
     assert (share.engine_threads, share.decode_threads, share.max_requests) == (2, 1, 64)
