@@ -31,18 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(settings.log_level)
     if "--worker" in arguments:
         worker = Worker.parse(arguments[arguments.index("--worker") + 1])
-        return serve(settings.share(worker.count), worker.listener(), worker)
+        return serve(settings, worker.listener(), worker)
     log.info("settings: %s", " ".join(f"{name}={value}" for name, value in settings.model_dump().items()))
     workers = settings.workers or choose_count(settings.model)
-    share = settings.share(workers)
     log.info(
-        "layout: %d worker%s, each with %d engine threads and %d decoding threads, on %d cores",
-        workers, "s" * (workers > 1), share.engine_threads, share.decode_threads, cores(),
+        "layout: %d worker%s, %d engine threads and %d decoding threads%s, on %d cores",
+        workers, "s" * (workers > 1), settings.engine_threads, settings.decode_threads,
+        " among them" * (workers > 1), cores(),
     )  # fmt: skip
+
+    def listen(shared: bool) -> socket.socket:
+        return _listen(settings.host, settings.port, shared)
+
     try:
-        if workers > 1:
-            return supervise(settings, workers, arguments)
-        return serve(settings, _listen(settings.host, settings.port))
+        supervisor = Supervisor(workers, listen, arguments) if workers > 1 else None
+        listener = listen(False) if supervisor is None else None
     except OSError as exc:
         in_use = exc.errno == errno.EADDRINUSE
         remedy = (
@@ -52,12 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         log.error("Cannot listen on %s port %d: %s; %s.", settings.host, settings.port, exc.strerror or exc, remedy)
         return 1
-
-
-def supervise(settings: Settings, workers: int, arguments: Sequence[str]) -> int:
-    """Run several workers; returns the exit status. Raises: OSError when the port cannot be had."""
-    supervisor = Supervisor(workers, lambda shared: _listen(settings.host, settings.port, shared), arguments)
-    _stop_with(supervisor.stop, settings.exit_with_parent)
+    if supervisor is None:
+        assert listener is not None
+        return serve(settings, listener)
+    _stop_with(supervisor.stop, os.getppid() if settings.exit_with_parent and os.getppid() > 1 else None)
     status = supervisor.run()
     log.info("all workers have stopped")
     return status
@@ -85,23 +86,26 @@ def serve(settings: Settings, listener: socket.socket, worker: Worker | None = N
             timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=75,
         )
     )  # fmt: skip
-    _stop_with(stop, settings.exit_with_parent or worker is not None)
+    if worker is not None:
+        _stop_with(stop, worker.supervisor_pid)
+    else:  # in a container we are process 1 and have no parent
+        _stop_with(stop, os.getppid() if settings.exit_with_parent and os.getppid() > 1 else None)
     log.info("listening on %s port %d, loading the model", settings.host, settings.port)
     server.run(sockets=[listener])
     log.info("stopped")
     return 1 if failed.is_set() else 0
 
 
-def _stop_with(stop: Callable[[], None], watch_parent: bool) -> None:
-    """Call `stop` on SIGTERM, on Ctrl-C, and if asked for when the process that started this one is gone."""
-    if watch_parent and os.getppid() > 1:  # in a container we are process 1 and have no parent
-        threading.Thread(target=_watch_parent, args=(os.getppid(), stop), daemon=True, name="parent").start()
+def _stop_with(stop: Callable[[], None], parent: int | None) -> None:
+    """Call `stop` on SIGTERM, on Ctrl-C, and when this is no longer a child of `parent`."""
+    if parent is not None:
+        threading.Thread(target=_watch_parent, args=(parent, stop), daemon=True, name="parent").start()
     # uvicorn raises the signal that stopped it once more when all is closed: ours then ends nothing, so we exit 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
 
 
-def _listen(host: str, port: int, shared: bool = False) -> socket.socket:
+def _listen(host: str, port: int, shared: bool) -> socket.socket:
     """A listening socket, `shared` with others on the port; backlog as uvicorn's default. Raises: OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -35,7 +35,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         runtime = Runtime(settings, classifier, on_failure, worker)
         app.state.runtime = runtime
-        runtime.open()
+        await runtime.open()
         try:
             yield
         finally:

@@ -124,13 +124,15 @@ class Batcher(Generic[In, Out]):
                     self._free += 1
 
     def _take(self) -> list[_Waiting[In, Out]]:
-        """This lane's share of what waits: the other free ones get theirs."""
+        """This lane's share of what waits, the other free ones get theirs; all of it where it waited for company."""
         with self._arrived:
-            count = min(self._max_batch, -(-len(self._queue) // self._free))
-            batch = []
-            for _ in range(count):
+            share = -(-len(self._queue) // self._free) if not self._max_wait_s else self._max_batch
+            batch: list[_Waiting[In, Out]] = []
+            while self._queue and len(batch) < min(self._max_batch, share):
                 with suppress(IndexError):  # its client has just left
-                    batch.append(self._queue.popleft())
+                    waiting = self._queue.popleft()
+                    if not waiting.future.cancelled():
+                        batch.append(waiting)
             self._free -= 1
         return batch
 

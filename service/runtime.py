@@ -22,19 +22,19 @@ from service.errors import NotReady, Overloaded
 from service.inference import input_fn, load_model, payload_of, predict_fn
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError, ImageTooLarge
-from service.model.images import RgbImage
-from service.model.machine import cores
+from service.model.images import JPEG, RgbImage
 from service.model.preprocess import decode_resized
 from service.settings import Settings
 from service.workers import Worker
 
 log = logging.getLogger(__name__)
 
-MAX_LANES = 64
-"""More than any engine has: threads are started as they are needed."""
+ENGINE_THREADS = 64
+"""More than any engine has lanes: threads are started as they are needed."""
 
-SMALL_BYTES, SMALL_PIXELS = 16 * 2**10, 128 * 128
-"""Images this small are decoded on the event loop: in 0.1 ms for CIFAR's, of which most is Pillow's Python code."""
+SMALL_BYTES, SMALL_SIDE_PX = 16 * 2**10, 128
+"""JPEGs this small, for a model of at most this side, are decoded on the event loop: CIFAR's take 0.02 ms, less than
+handing them to a thread."""
 
 State = Literal["loading", "warming_up", "ready", "stopping", "failed"]
 
@@ -59,12 +59,14 @@ class Runtime:
         self._given = classifier
         self._worker, self._states = worker, worker.states() if worker else None
         device = worker.index % max(1, gpus()) if worker else 0
-        self._layout = Layout(settings.engine_threads, cores(), device, settings.max_batch)
+        threads = worker.share(settings.engine_threads) if worker else settings.engine_threads
+        self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch)
         self._on_failure = on_failure
         self._under_way = 0
         self._stopping = False
-        self._engine_threads = ThreadPoolExecutor(MAX_LANES, thread_name_prefix="engine")
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
+        decoders = worker.share(settings.decode_threads) if worker else settings.decode_threads
+        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._serving: tuple[Classifier, Batcher[RgbImage, Prediction]] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._held = ExitStack()
@@ -76,9 +78,15 @@ class Runtime:
             return "warming_up"
         return self._state
 
-    def open(self) -> None:
-        """Begin to load; `state` tells how far it is."""
+    async def open(self) -> None:
+        """Begin to load; `state` tells how far it is.
+
+        The replacement of a worker that died loads before it returns, and so before it accepts connections: the others
+        answer meanwhile.
+        """
         self._starting = asyncio.get_running_loop().create_task(self._start(), name="start")
+        if self._states is not None and self._states.all_were_ready():
+            await self._starting
 
     async def close(self) -> None:
         """Answer what was accepted, then let everything go. A load under way is waited for."""
@@ -123,9 +131,9 @@ class Runtime:
             resized = decode_resized(payload_of(body, content_type), side_px, max_pixels)
             return resized, (time.perf_counter() - started_s) * 1000
 
-        if len(body) <= SMALL_BYTES:
+        if len(body) <= SMALL_BYTES and side_px <= SMALL_SIDE_PX and body.startswith(JPEG):
             try:
-                return decode(SMALL_PIXELS)
+                return decode(SMALL_SIDE_PX**2)
             except ImageTooLarge:  # few bytes, many pixels
                 pass
         return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
@@ -200,6 +208,8 @@ class Runtime:
         host = "127.0.0.1" if self.settings.host == "0.0.0.0" else self.settings.host  # noqa: S104  # compared
         url = f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}/invocations"
         log.info("ready: %s", url)
+        if self._worker is not None and self._worker.index:
+            return  # the first worker says the rest
         if classifier.example is not None:
             example = classifier.example
             command = ["curl", "-H", f"Content-Type: {example.media_type}", "--data-binary", f"@{example.path}", url]

@@ -1,12 +1,13 @@
 """Several processes on one port: the supervisor that starts them, and what one worker knows of the others.
 
-Each worker has a listening socket of its own, opened by the supervisor with SO_REUSEPORT, among which the kernel
-spreads connections (socket(7)). The supervisor keeps them all open, so that connections which wait for a worker that
-died are served by the next one.
+Each worker has a listening socket of its own, opened by the supervisor with SO_REUSEPORT, among which Linux spreads
+connections (socket(7)). The supervisor keeps them all open, so that connections which wait for a worker that died are
+served by its replacement, which accepts them when it is ready.
 """
 
 import logging
 import mmap
+import os
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from service.model.machine import cores
 log = logging.getLogger(__name__)
 
 CORES_PER_WORKER = 8
-"""One event loop reads and answers some 4,000 requests a second, more than so many cores compute of photos."""
+"""For photos: an event loop takes about 0.6 ms of a core for each (224 px), their network some 20 ms."""
 
 SMALL_SIDE_PX = 64
 """Up to this side, HTTP takes as long as the network, and a process for every core shares the work best.
@@ -37,9 +38,10 @@ second, one 1,253 and 750.
 """
 
 MAX_WORKERS = 16
+"""Unless more are asked for: each has a model in memory, and the threads are shared among them."""
 
 MAX_DEATHS, WITHIN_S = 5, 60.0
-"""More workers dying within this time end the service: something is wrong that new workers do not mend."""
+"""So many workers dying within this time end the service: something is wrong that new workers do not mend."""
 
 Listen = Callable[[bool], socket.socket]
 """Opens a listening socket; the argument tells whether to share the port (SO_REUSEPORT)."""
@@ -47,6 +49,8 @@ Listen = Callable[[bool], socket.socket]
 
 def choose_count(model: Path) -> int:
     """How many workers serve the model best on this machine."""
+    if sys.platform != "linux":  # elsewhere the socket that was bound last gets every connection
+        return 1
     if gpus():
         return gpus()
     try:
@@ -62,16 +66,21 @@ class Worker:
 
     index: int
     count: int
+    supervisor_pid: int
     socket_fd: int
     states_fd: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From the flag's value, "INDEX:COUNT:SOCKET_FD:STATES_FD"."""
+        """From the flag's value, "INDEX:COUNT:SUPERVISOR_PID:SOCKET_FD:STATES_FD"."""
         return cls(*map(int, text.split(":")))
 
     def __str__(self) -> str:
-        return f"{self.index}:{self.count}:{self.socket_fd}:{self.states_fd}"
+        return f"{self.index}:{self.count}:{self.supervisor_pid}:{self.socket_fd}:{self.states_fd}"
+
+    def share(self, total: int) -> int:
+        """This worker's share of `total` threads: at least one, and no thread is left over."""
+        return max(1, total // self.count + (self.index < total % self.count))
 
     def listener(self) -> socket.socket:
         """The socket to accept connections from."""
@@ -83,7 +92,7 @@ class Worker:
 
 
 class States:
-    """One byte per worker, shared by all: 1 once it has been ready."""
+    """Bytes shared by all: one per worker, 1 while it is ready; the last, 1 once all have been ready together."""
 
     def __init__(self, fd: int) -> None:
         self._bytes = mmap.mmap(fd, 0)
@@ -92,13 +101,19 @@ class States:
         """Worker `index` can answer."""
         self._bytes[index] = 1
 
-    def was_ready(self, index: int) -> bool:
-        """Whether that worker ever could."""
+    def forget(self, index: int) -> None:
+        """A process that is not ready yet takes the place of worker `index`."""
+        self._bytes[index] = 0
+
+    def is_ready(self, index: int) -> bool:
+        """Whether the process that is worker `index` now has been ready."""
         return self._bytes[index] == 1
 
     def all_were_ready(self) -> bool:
-        """Whether every worker has been ready: from then on each answers for itself."""
-        return b"\0" not in self._bytes[:]
+        """Whether all have been ready together: from then on each answers for itself."""
+        if self._bytes[-1] == 0 and b"\0" not in self._bytes[:-1]:
+            self._bytes[-1] = 1
+        return self._bytes[-1] == 1
 
 
 class Supervisor:
@@ -109,7 +124,7 @@ class Supervisor:
         listen(False).close()  # with SO_REUSEPORT alone, another service of ours would silently share the port
         self._sockets = [listen(True) for _ in range(count)]
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as we live
-        self._file.truncate(count)
+        self._file.truncate(count + 1)
         self._states = States(self._file.fileno())
         self._arguments = list(arguments)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -117,8 +132,10 @@ class Supervisor:
         self._stopping = False
 
     def stop(self) -> None:
-        """Tell every worker to answer what it accepted and end; safe in a signal handler."""
+        """Accept no more, and tell every worker to answer what it accepted and end; safe in a signal handler."""
         self._stopping = True
+        for listener in self._sockets:
+            listener.close()
         for process in list(self._processes.values()):
             process.terminate()
 
@@ -134,7 +151,7 @@ class Supervisor:
                 continue
             how = f"signal {signal.Signals(-returned).name}" if returned < 0 else f"exit status {returned}"
             self._deaths.append(time.monotonic())
-            if not self._states.was_ready(index):
+            if not self._states.is_ready(index):
                 log.error("worker %d ended before it was ready (%s); its lines above say why", index, how)
             elif len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_S:
                 log.error("%d workers died within %.0f s, the last by %s; giving up", MAX_DEATHS, WITHIN_S, how)
@@ -147,10 +164,17 @@ class Supervisor:
         return status
 
     def _start(self, index: int) -> None:
-        worker = Worker(index, len(self._sockets), self._sockets[index].fileno(), self._file.fileno())
+        if self._stopping:
+            return
+        self._states.all_were_ready()  # noted before this one is not
+        self._states.forget(index)
+        worker = Worker(
+            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._file.fileno()
+        )  # fmt: skip
         self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
             [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
             pass_fds=(worker.socket_fd, worker.states_fd),
+            start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
         )
         if self._stopping:  # the signal came before the process was in the table
             self._processes[index].terminate()

@@ -110,9 +110,9 @@ def free_port() -> int:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without settings of the service, plus `extra`."""
+    """This process's environment without settings of the service but one worker, plus `extra`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CLASSIFIER_", "SAGEMAKER_", "SM_"))}
-    return {**kept, **extra}
+    return {**kept, "CLASSIFIER_WORKERS": "1", **extra}
 
 
 Start = Callable[..., Any]

@@ -37,7 +37,7 @@ from training.randomness import generator
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 64 * 2**20
 FREE_BYTES = 2**30
 """What a cache leaves free on its disk."""
@@ -159,7 +159,7 @@ def _key(network: Network, loader: Loader, views: Views, engine: PrefixEngine) -
     digest.update(network.mean.cpu().numpy().tobytes() + network.std.cpu().numpy().tobytes())
     facts = [
         FORMAT, network.prefix, loader.side_px, views, augment.CROP_SHARE, engine.name, metadata.version("pillow"),
-        fingerprint(loader.images),
+        metadata.version("simplejpeg"),         fingerprint(loader.images),
     ]  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:32]

@@ -50,18 +50,21 @@ def load(artifact: Artifact, wanted: Wanted = "auto", layout: Layout | None = No
         classifier = Classifier.of(artifact, create(artifact, wanted, layout))
         _log_choice(wanted, layout, "it was asked for", classifier.check(check))
         return classifier
+    failure: ArtifactError | EngineUnavailable
+    failure = EngineUnavailable(
+        "Neither OpenVINO nor torch is installed: 'pip install openvino' makes the service run."
+    )
     for name, reason in candidates(artifact.manifest):
         try:
             classifier = Classifier.of(artifact, create(artifact, name, layout))
             difference = classifier.check(check)
-        except ArtifactError as exc:
-            if name in ("torch-cuda", "openvino-fp32", "torch"):  # none is more exact
-                raise
+        except (ArtifactError, EngineUnavailable) as exc:
             log.warning("engine %s is passed over: %s", name, exc)
+            failure = exc
             continue
         _log_choice(name, layout, reason, difference)
         return classifier
-    raise EngineUnavailable("Neither OpenVINO nor torch is installed: 'pip install openvino' makes the service run.")
+    raise failure
 
 
 def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
@@ -70,8 +73,6 @@ def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
         yield "torch-cuda", f"there is a GPU ({gpus()} seen)"
         return  # a GPU that is paid for and cannot be used is an error, no reason to run on the CPU
     if importlib.util.find_spec("openvino") is not None:
-        from service.engines.openvino import can_compute
-
         int8 = manifest.quantization
         if int8 is None:
             why = "the artifact has no int8 network"
@@ -82,11 +83,10 @@ def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
             )
             if int8.loss_points <= MAX_LOSS_POINTS:
                 yield "openvino-int8", why
-        if can_compute("bf16"):
-            yield "openvino-bf16", f"the processor computes in bfloat16, and {why}"
-        yield "openvino-fp32", f"the processor has no bfloat16, and {why}"
+        yield "openvino-bf16", why
+        yield "openvino-fp32", why
     if importlib.util.find_spec("torch") is not None:
-        yield "torch", "OpenVINO is not installed"
+        yield "torch", "OpenVINO cannot run it"
 
 
 def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:

@@ -47,7 +47,8 @@ class CudaEngine:
 
     def _infer(self, batch: PixelBatch) -> Logits:
         captured = self._graphs[min(size for size in self._graphs if size >= len(batch))]
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        # The static memory was made in inference mode, and can be written in it alone.
+        with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             return captured.replay(batch)
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from service.engines.base import Logits
+from service.engines.base import EngineUnavailable, Logits
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
 from service.model.openvino_graph import build, no_telemetry
@@ -29,9 +29,6 @@ MAX_LANES = 8
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2}
 """Relative to the largest logit. bfloat16 keeps 8 bits, and 36 layers add their roundings up."""
 
-CAPABILITIES = {"bf16": "BF16"}
-"""What OpenVINO calls the ability of a processor to compute in a precision, where not every one can."""
-
 
 class OpenVinoEngine:
     """Runs the network that the artifact's weights describe, or its int8 network.
@@ -39,11 +36,15 @@ class OpenVinoEngine:
     Under load each lane computes a batch of its own on its share of the threads: threads that share one layer wait for
     each other at its end, and burn the time that decoding and HTTP need.
 
-    int8 is checked against the float32 logits within twice what was measured when it was quantized.
+    int8 is checked against the float32 logits within twice what was measured when it was quantized, and a little.
     """
 
     def __init__(self, artifact: Artifact, precision: Precision, threads: int, alone_threads: int) -> None:
-        """Compile the network. Raises: ArtifactError."""
+        """Compile the network. Raises: ArtifactError, EngineUnavailable."""
+        if precision == "bf16" and not has_bf16():
+            raise EngineUnavailable(
+                "This processor does not compute in bfloat16; choose CLASSIFIER_ENGINE=openvino-fp32, or auto."
+            )
         manifest = artifact.manifest
         core = openvino.Core()
         if precision == "int8":
@@ -59,15 +60,18 @@ class OpenVinoEngine:
         self.best_batch = max(1, BEST_PIXELS // side**2)
         self.lanes = min(threads, MAX_LANES)
         hints: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16",
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",  # of int8: what is not quantized
             "ENABLE_CPU_PINNING": False,  # a container's share of the machine is not ours to place threads on
         }
-        self._lanes = core.compile_model(
-            model, "CPU", {**hints, "NUM_STREAMS": self.lanes, "INFERENCE_NUM_THREADS": threads}
-        )
-        self._lane = threading.local()
+        lanes = {**hints, "NUM_STREAMS": self.lanes, "INFERENCE_NUM_THREADS": threads}
         alone = {**hints, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": alone_threads}
-        self._alone = core.compile_model(model, "CPU", alone).create_infer_request()
+        try:
+            self._lanes = core.compile_model(model, "CPU", lanes)
+            self._alone = core.compile_model(model, "CPU", alone).create_infer_request()
+        except RuntimeError as exc:
+            detail = ascii(" ".join(str(exc).split())[:300])
+            raise EngineUnavailable(f"OpenVINO cannot compile the network for this processor: {detail}.") from exc
+        self._lane = threading.local()
         self._under_way = 0
         self._lock = threading.Lock()
 
@@ -93,10 +97,9 @@ class OpenVinoEngine:
         return request
 
 
-def can_compute(precision: Precision) -> bool:
-    """Whether this processor has instructions for it; every one can do float32 and int8."""
-    needed = CAPABILITIES.get(precision)
-    return needed is None or needed in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+def has_bf16() -> bool:
+    """Whether this processor has instructions for bfloat16; without, OpenVINO would imitate them, slowly."""
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _read(core: openvino.Core, artifact: Artifact) -> openvino.Model:

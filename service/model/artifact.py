@@ -35,7 +35,9 @@ from service.model.errors import ArtifactError
 from service.model.files import replace
 from service.model.preprocess import PixelBatch, Preprocessing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""1 had no `quantization`."""
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_TEXT = 256
@@ -101,7 +103,7 @@ class Quantization(_FrozenModel):
 class Manifest(_FrozenModel):
     """The content of manifest.json."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     name: Text
     version: Text
     created_at: datetime
@@ -343,10 +345,10 @@ def _parse_manifest(content: bytes, path: Path) -> Manifest:
     start, end = seals[-1].span()
     if hashlib.sha256(content[:start] + _UNSEALED + content[end:]).hexdigest() != fields.pop("manifest_sha256", None):
         raise damaged
-    if fields.get("format_version") != FORMAT_VERSION:
+    if fields.get("format_version") not in READABLE:
         stated = ascii(fields.get("format_version"))[:20]
         raise ArtifactError(
-            f"{path} has format version {stated}, this release reads {FORMAT_VERSION}; "
+            f"{path} has format version {stated}, this release reads {' and '.join(map(str, READABLE))}; "
             "export the model again with this release."
         )
     try:

@@ -34,6 +34,12 @@ It is the size at which Pillow warns of a decompression bomb (`PIL.Image.MAX_IMA
 a GiB of RGB); Pillow itself refuses only above twice that.
 """
 
+JPEG = b"\xff\xd8\xff"
+"""How a JPEG begins."""
+
+TURNING = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
+"""Begin the blocks that may say how a JPEG is to be turned: Exif and XMP."""
+
 RgbImage = npt.NDArray[np.uint8]
 """uint8 `[H, W, 3]`, RGB."""
 
@@ -57,7 +63,7 @@ def decode(payload: bytes, enough_px: int | None = None, max_pixels: int | None 
 
 def _decode_plain_jpeg(payload: bytes, enough_px: int | None, max_pixels: int) -> RgbImage | None:
     """The image, or None where it is for Pillow to say: anything but an upright, whole, unscaled YCbCr or grey JPEG."""
-    if payload[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in payload:  # Exif may say that it lies on its side
+    if payload[:3] != JPEG or any(block in payload for block in TURNING):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(payload)

@@ -146,10 +146,10 @@ def test_a_peer_keeps_the_number_of_workers_that_answers_most(monkeypatch: pytes
 
     monkeypatch.setattr(serving, "measure", measure)
     setting = subjects.Setting(32, tmp_path, tmp_path, (1, 32), 6.0, [])
-    chosen, tried = serving.tune(["litserve"], setting, [1, 2])
+    chosen, tried = serving.tune(["litserve"], setting, [1, 2], {})
     assert chosen == {("litserve", "torch"): 2, ("litserve", "openvino-int8"): 1}
     assert tried["litserve, openvino-int8"] == {"1": 100.0, "2": 50.0}
-    assert serving.tune(["litserve"], setting, [2])[0]["litserve", "torch"] == 2
+    assert serving.tune(["litserve"], setting, [2], {})[0]["litserve", "torch"] == 2
     assert subjects.subjects(["litserve"], [], chosen)[1].name == "litserve, torch, 2 workers"
 
 

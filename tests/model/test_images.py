@@ -352,6 +352,7 @@ def test_most_jpegs_are_decoded_without_pillow_and_unusual_ones_with_it(monkeypa
     assert not asked
     unusual = [
         encoded(picture, "JPEG", exif=exif(orientation(6))),
+        encoded(picture, "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
         encoded(picture.convert("CMYK"), "JPEG"),
         encoded(picture, "JPEG", keep_rgb=True),
         encoded(picture, "PNG"),

@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
-from service.model.artifact import open_artifact
-from service.settings import Settings
+from service import workers
+from service.model.architecture import Architecture
+from service.model.artifact import SelfCheck, open_artifact, write_artifact
+from service.model.preprocess import Preprocessing
+from service.workers import Worker
 
 
 def workers_of(server: Any) -> dict[int, int]:
@@ -62,16 +66,18 @@ def test_a_worker_that_dies_is_replaced_while_the_other_answers(artifact: Path, 
     before = workers_of(pair)
     os.kill(before[1], signal.SIGKILL)
     until(lambda: workers_of(pair).get(1) not in (None, before[1]))
+    for _ in range(20):  # while the new one loads: its share waits until it is ready
+        assert pair.ask("POST", "/invocations", body).status == 200
+        assert pair.ask("GET", "/ping").status == 200
     until(lambda: pair.log.read_text().count("ready: http://") == 3)
     assert workers_of(pair)[0] == before[0]
     assert "worker 1 died (signal SIGKILL)" in pair.log.read_text()
-    for _ in range(20):
-        assert pair.ask("POST", "/invocations", body).status == 200
 
 
 def test_sigterm_ends_all_with_status_0(artifact: Path, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_WORKERS="2") as server:
         pids = workers_of(server).values()
+        assert len(pids) == 2
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
         assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
@@ -81,6 +87,7 @@ def test_sigterm_ends_all_with_status_0(artifact: Path, start_server: Any) -> No
 def test_workers_end_when_their_supervisor_is_killed(artifact: Path, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_WORKERS="2", CLASSIFIER_EXIT_WITH_PARENT="false") as server:
         pids = workers_of(server).values()
+        assert len(pids) == 2
         server.process.kill()
         until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()])
 
@@ -110,6 +117,31 @@ def test_a_port_in_use_is_refused_though_workers_share_theirs(artifact: Path, pa
         pass
 
 
-def test_what_is_shared_is_divided() -> None:
-    share = Settings(engine_threads=8, decode_threads=2, max_requests=256).share(4)
-    assert (share.engine_threads, share.decode_threads, share.max_requests) == (2, 1, 64)
+def test_threads_are_shared_out_and_none_is_left_over() -> None:
+    for total, count, expected in ((8, 4, [2, 2, 2, 2]), (7, 4, [2, 2, 2, 1]), (1, 2, [1, 1])):
+        assert [Worker(index, count, 1, 0, 0).share(total) for index in range(count)] == expected
+
+
+@pytest.mark.parametrize(
+    ("side_px", "cores", "gpus", "expected"),
+    [(32, 2, 0, 2), (64, 24, 0, 16), (65, 8, 0, 1), (224, 9, 0, 2), (32, 8, 4, 4), (None, 16, 0, 2)],
+)
+def test_workers_follow_from_the_side_the_cores_and_the_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side_px: int | None, cores: int, gpus: int, expected: int
+) -> None:
+    if side_px is not None:
+        written(tmp_path / "model", side_px)
+    monkeypatch.setattr(workers, "cores", lambda: cores)
+    monkeypatch.setattr(workers, "gpus", lambda: gpus)
+    assert workers.choose_count(tmp_path / "model") == expected
+
+
+def written(folder: Path, side_px: int) -> None:
+    """An artifact of that side; nobody will run its network."""
+    pixels, logits = np.zeros((1, side_px, side_px, 3), np.uint8), np.zeros((1, 2), np.float32)
+    facts = {
+        "name": "m", "architecture": Architecture(num_classes=2), "classes": ("a", "b"),
+        "preprocessing": Preprocessing(side_px=side_px), "example": {"label": "a", "media_type": "image/png"},
+        "hyperparameters": {}, "dataset": {}, "metrics": {}, "packages": {},
+    }  # fmt: skip
+    write_artifact(folder, facts, {"w": logits}, SelfCheck(pixels, logits), (".png", b""))

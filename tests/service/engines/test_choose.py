@@ -36,23 +36,21 @@ def computes(monkeypatch: pytest.MonkeyPatch, *precisions: str) -> None:
     """Stands in for the processor: which precisions it has instructions for."""
     from service.engines import openvino
 
-    monkeypatch.setattr(openvino, "can_compute", lambda precision: precision in precisions)
+    monkeypatch.setattr(openvino, "has_bf16", lambda: "bf16" in precisions)
 
 
 @pytest.mark.parametrize(
-    ("loss_points", "bf16", "expected"),
+    ("loss_points", "expected"),
     [
-        (None, True, ["openvino-bf16", "openvino-fp32", "torch"]),
-        (None, False, ["openvino-fp32", "torch"]),
-        (0.5, True, ["openvino-int8", "openvino-bf16", "openvino-fp32", "torch"]),
-        (-0.2, False, ["openvino-int8", "openvino-fp32", "torch"]),
-        (0.6, True, ["openvino-bf16", "openvino-fp32", "torch"]),
+        (None, ["openvino-bf16", "openvino-fp32", "torch"]),
+        (0.5, ["openvino-int8", "openvino-bf16", "openvino-fp32", "torch"]),
+        (-0.2, ["openvino-int8", "openvino-bf16", "openvino-fp32", "torch"]),
+        (0.6, ["openvino-bf16", "openvino-fp32", "torch"]),
     ],
 )
-def test_the_order_follows_from_the_measured_loss_and_the_processor(
-    model: Artifact, monkeypatch: pytest.MonkeyPatch, loss_points: float | None, bf16: bool, expected: list[str]
+def test_the_order_follows_from_the_measured_loss(
+    model: Artifact, loss_points: float | None, expected: list[str]
 ) -> None:
-    computes(monkeypatch, *(["bf16"] if bf16 else []))
     manifest = model.manifest if loss_points is None else quantized(model.manifest, loss_points)
     assert [name for name, _ in candidates(manifest)] == expected
 
@@ -81,6 +79,16 @@ def test_an_engine_that_fails_its_self_check_is_passed_over_with_a_line(
     assert "engine openvino-bf16 is passed over: The self-check failed" in caplog.text
     assert "engine openvino-fp32 on 1 threads: " in caplog.text
     with pytest.raises(ArtifactError, match="The self-check failed: openvino-bf16 differs"):
+        load(model, "openvino-bf16", Layout(1))
+
+
+def test_a_processor_without_bfloat16_computes_in_float32(
+    model: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    computes(monkeypatch)
+    assert load(model, layout=Layout(1)).engine.name == "openvino-fp32"
+    assert "openvino-bf16 is passed over: This processor does not compute in bfloat16" in caplog.text
+    with pytest.raises(EngineUnavailable, match="choose CLASSIFIER_ENGINE=openvino-fp32"):
         load(model, "openvino-bf16", Layout(1))
 
 
