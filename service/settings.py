@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     deadline_s: float = Field(55.0, gt=0)
     """A request not answered by then gets 504; below SageMaker's 60 s, so that the client reads the reason."""
     max_requests: int = Field(256, ge=1)
-    """Requests under way at once in a worker, from reading the body to the answer; more are refused with 503 at once."""
+    """Requests under way at once in a worker, from reading the body to the answer; more get 503 at once."""
     max_batch: int = Field(32, ge=1)
     """Images the engine gets at once, at most; it gets fewer where more would not be faster."""
     max_wait_ms: float = Field(0.0, ge=0)

@@ -59,7 +59,8 @@ def load(artifact: Artifact, wanted: Wanted = "auto", layout: Layout | None = No
             classifier = Classifier.of(artifact, create(artifact, name, layout))
             difference = classifier.check(check)
         except (ArtifactError, EngineUnavailable) as exc:
-            log.warning("engine %s is passed over: %s", name, exc)
+            level = logging.WARNING if isinstance(exc, ArtifactError) else logging.INFO
+            log.log(level, "engine %s is passed over: %s", name, exc)
             failure = exc
             continue
         _log_choice(name, layout, reason, difference)
