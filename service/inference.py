@@ -2,7 +2,8 @@
 
 `model_fn` loads, `input_fn` decodes, `predict_fn` predicts, `output_fn` writes the answer. The service is made of the
 same parts (it decodes straight to the model's side), AWS's inference toolkit calls these, given
-`SAGEMAKER_PROGRAM=service.inference` (https://github.com/aws/sagemaker-inference-toolkit; it counts parameters, so none has more than these).
+`SAGEMAKER_PROGRAM=service.inference` (https://github.com/aws/sagemaker-inference-toolkit; it counts parameters, so none
+has more than these).
 """
 
 import json
