@@ -16,11 +16,12 @@ with no_telemetry():
 
 Precision = Literal["fp32", "bf16", "int8"]
 
-BEST_PIXELS = 8 * 224 * 224
+BEST_PIXELS = 16 * 224 * 224
 """Pixels per call beyond which the activations leave the caches and each image takes longer.
 
-Seen with int8 on 2 cores of an AVX512-BF16 EPYC, OpenVINO 2026.4, images/s by batch: at 224 px 105 (1), 118 (4),
-104 (8), 47 (32); at 32 px 2,213 (1), 3,883 (8), 5,303 (32).
+Seen with int8 on 2 cores of an AVX512-BF16 EPYC, OpenVINO 2026.4, two lanes, decoding included, images/s by batch: at
+224 px 88 (1), 94 (4), 89 to 100 (8), 96 to 105 (16), 71 (32). At 32 px the forward pass alone: 2,213 (1), 3,883 (8),
+5,303 (32).
 """
 
 MAX_LANES = 8
