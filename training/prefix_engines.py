@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from service.model.network import Network
-from service.model.openvino_graph import no_telemetry
+from service.model.openvino_graph import core, no_telemetry
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _openvino(network: Network, bf16: bool) -> PrefixEngine:
             model = openvino.convert_model(_Features(network).eval(), example_input=example)
         model.reshape([-1, -1, -1, 3])
         hints = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
-        found: Callable[..., Any] = openvino.Core().compile_model(model, "CPU", hints)
+        found: Callable[..., Any] = core().compile_model(model, "CPU", hints)
         return found
 
     def run(images: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from service.model.artifact import (
 )
 from service.model.errors import ArtifactError
 from service.model.machine import cores
-from service.model.openvino_graph import build, no_telemetry
+from service.model.openvino_graph import build, core, no_telemetry
 from service.model.preprocess import PixelBatch, Preprocessing
 from training.config import Quantize
 from training.data.dataset import LabelledImages, Labels
@@ -126,6 +126,7 @@ def int8_network(
     """
     started_s = time.monotonic()
     nncf = _import_nncf()
+    core()  # before nncf makes cores of its own
     calibration = Calibration(train, count)
     log.info("int8: calibrating on %d training images", calibration.count)
     with _quiet():
@@ -241,12 +242,8 @@ def _serialized(model: Any) -> tuple[bytes, bytes]:
 
 def _compiled(graph: bytes, weights: bytes) -> Any:
     """The function uint8 `[n, S, S, 3]` -> float32 `[n, K]` of a serialized model."""
-    with no_telemetry():
-        import openvino
-
-    core = openvino.Core()
-    compiled = core.compile_model(
-        core.read_model(graph, weights), "CPU",
+    compiled = core().compile_model(
+        core().read_model(graph, weights), "CPU",
         {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": cores()},
     )  # fmt: skip
 

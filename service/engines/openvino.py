@@ -8,7 +8,7 @@ import numpy as np
 from service.engines.base import EngineUnavailable, Logits
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
-from service.model.openvino_graph import build, no_telemetry
+from service.model.openvino_graph import build, core, no_telemetry
 from service.model.preprocess import PixelBatch
 
 with no_telemetry():
@@ -47,11 +47,10 @@ class OpenVinoEngine:
                 "This processor does not compute in bfloat16; choose CLASSIFIER_ENGINE=openvino-fp32, or auto."
             )
         manifest = artifact.manifest
-        core = openvino.Core()
         if precision == "int8":
             if manifest.quantization is None:
                 raise ArtifactError("The artifact has no int8 network; 'python -m training.quantize' adds one.")
-            model = _read(core, artifact)
+            model = _read(artifact)
             self.tolerance = 2 * manifest.quantization.self_check_difference + TOLERANCES["bf16"]
         else:
             model = build(manifest.architecture, manifest.preprocessing, artifact.weights())
@@ -67,8 +66,8 @@ class OpenVinoEngine:
         lanes = {**hints, "NUM_STREAMS": self.lanes, "INFERENCE_NUM_THREADS": threads}
         alone = {**hints, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": alone_threads}
         try:
-            self._lanes = core.compile_model(model, "CPU", lanes)
-            self._alone = core.compile_model(model, "CPU", alone).create_infer_request()
+            self._lanes = core().compile_model(model, "CPU", lanes)
+            self._alone = core().compile_model(model, "CPU", alone).create_infer_request()
         except RuntimeError as exc:
             detail = ascii(" ".join(str(exc).split())[:300])
             raise EngineUnavailable(f"OpenVINO cannot compile the network for this processor: {detail}.") from exc
@@ -100,13 +99,13 @@ class OpenVinoEngine:
 
 def has_bf16() -> bool:
     """Whether this processor has instructions for bfloat16; without, OpenVINO would imitate them, slowly."""
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _read(core: openvino.Core, artifact: Artifact) -> openvino.Model:
+def _read(artifact: Artifact) -> openvino.Model:
     graph, weights = artifact.read("int8_graph"), artifact.read("int8_weights")
     try:
-        model = core.read_model(graph, weights)
+        model = core().read_model(graph, weights)
         shapes = [model.input(0).partial_shape.to_string(), model.output(0).partial_shape.to_string()]
     except RuntimeError as exc:  # its hash was right, so whoever wrote it wrote no such model
         detail = ascii(" ".join(str(exc).split())[:300])

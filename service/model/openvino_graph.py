@@ -7,6 +7,7 @@ Whoever calls it has OpenVINO; importing this module does not need it.
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,22 @@ def no_telemetry() -> Iterator[None]:
             del modules["openvino_telemetry"]
         else:
             modules["openvino_telemetry"] = before
+
+
+@cache
+def core() -> "openvino.Core":
+    """The one OpenVINO core of this process. Raises: ImportError without OpenVINO.
+
+    Its CPU plugin gives the thread that makes it another stack for signals, and puts the one before back when it goes.
+    Two cores that go in another order than they came leave a stack that was freed, and the next signal kills the
+    process (seen in OpenVINO 2026.4: SIGTERM to a process with two cores, SIGSEGV in kill(2)).
+    """
+    with no_telemetry():
+        import openvino
+
+    made = openvino.Core()
+    made.get_property("CPU", "OPTIMIZATION_CAPABILITIES")  # loads the plugin: here, and for good
+    return made
 
 
 def build(architecture: Architecture, preprocessing: Preprocessing, weights: Mapping[str, Array]) -> "openvino.Model":

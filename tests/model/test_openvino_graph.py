@@ -1,16 +1,18 @@
 """The OpenVINO model is the network: same logits from the same weights."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import pytest
 import torch
 
 from service.model.architecture import Architecture
 from service.model.errors import ArtifactError
 from service.model.network import Network
-from service.model.openvino_graph import build
+from service.model.openvino_graph import build, core
 from service.model.preprocess import Preprocessing
 
 
@@ -41,7 +43,7 @@ def test_the_logits_are_the_networks(network: Network, n: int, side_px: int) -> 
     batch = torch.randint(0, 256, (n, side_px, side_px, 3), dtype=torch.uint8)
     with torch.inference_mode():
         expected = network(batch).numpy()
-    logits = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(batch.numpy())[0]
+    logits = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(batch.numpy())[0]
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -59,3 +61,24 @@ def test_weights_of_another_architecture_are_refused(network: Network) -> None:
     del weights["layer3.5.bn2.running_var"]
     with pytest.raises(ArtifactError, match=r"layer3.5.bn2.running_var is missing"):
         build(network.architecture, Preprocessing(side_px=40), weights)
+
+
+SIGNALLED = """
+import os, signal, sys
+from service.model.openvino_graph import core
+from service.engines.openvino import has_bf16
+
+core(); has_bf16(); core.__wrapped__()  # a second one comes and goes, as nncf makes them
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+os.kill(os.getpid(), signal.SIGTERM)
+print(heard)
+"""
+
+
+def test_a_signal_is_heard_after_openvino_was_used() -> None:
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", SIGNALLED], cwd=root, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (0, "[1]\n")

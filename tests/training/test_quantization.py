@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import pytest
 import torch
 from PIL import Image
 
 from service.engines.choose import candidates, gpus, load
 from service.model.artifact import Artifact, Int8Network, open_artifact
+from service.model.openvino_graph import core
 from training import quantization
 from training.data.loader import Loader
 from training.errors import DataError
@@ -76,10 +76,9 @@ def links(folder: Path, target: Path) -> Path:
 
 
 def int8_logits(artifact: Artifact, pixels: Any) -> Any:
-    core = openvino.Core()
-    network = core.read_model(artifact.read("int8_graph"), artifact.read("int8_weights"))
+    network = core().read_model(artifact.read("int8_graph"), artifact.read("int8_weights"))
     assert network.input(0).partial_shape.to_string() == f"[?,{pixels.shape[1]},{pixels.shape[1]},3]"
-    return core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels)[0]
+    return core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels)[0]
 
 
 # What the artifact says -----------------------------------------------------------------------------------------
