@@ -161,7 +161,7 @@ def test_the_manifest_tells_what_was_trained(artifact: Path, sample_root: Path) 
     manifest = open_artifact(artifact).manifest
     dataset = cifar100.read(sample_root)
     assert manifest.classes == dataset.classes
-    assert (manifest.name, manifest.format_version) == ("tiny", 1)
+    assert (manifest.name, manifest.format_version) == ("tiny", 2)
     assert manifest.version == manifest.files["weights"].sha256[:12]
     assert (manifest.architecture.num_classes, manifest.architecture.hidden_units) == (100, 512)
     assert manifest.architecture.frozen == ()
