@@ -5,12 +5,13 @@ Exit status: 0 done; 1 data, weights or the run failed; 2 wrong settings; 128 + 
 /opt/ml/output/failure too.
 """
 
+import argparse
 import logging
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from training.environment import write_failure
@@ -25,6 +26,31 @@ def configure_logging() -> None:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
+
+
+def positive(text: str) -> int:
+    """A flag's whole number from 1 up. Raises: argparse.ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"given {text}, allowed are whole numbers from 1 up")
+    return int(text)
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """--device and --loader-workers, of a command that runs a network over images."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
+    parser.add_argument("--loader-workers", type=positive, help="processes that decode what does not fit into memory")
+
+
+def run_command(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, command: Callable[[argparse.Namespace], object]
+) -> int:
+    """Parse `arguments` (None: the process's) and run `command` with them; returns the exit status."""
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as exc:  # argparse has told why, or printed --help
+        return int(exc.code or 0)
+    configure_logging()
+    return exit_status(lambda: command(options))
 
 
 def exit_status(program: Callable[[], object]) -> int:

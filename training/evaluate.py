@@ -19,16 +19,17 @@ import numpy as np
 import torch
 
 from service.model.archive import model_folder
-from service.model.artifact import Artifact, Manifest, open_artifact
+from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.images import RgbImage
 from service.model.machine import cores
-from service.model.network import Network
+from service.model.manifest import Manifest
+from service.model.network import network_of
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
 from training.devices import pick_device
-from training.entry import configure_logging, exit_status
+from training.entry import add_machine_flags, positive, run_command
 from training.errors import DataError, TrainingError
 from training.figures import Figures, figures
 from training.logits import BATCH, logits_of
@@ -71,19 +72,6 @@ class Relabelled:
     def digest(self) -> bytes:
         """See `LabelledImages.digest`."""
         return self.images.digest()
-
-
-def network_of(artifact: Artifact, device: torch.device) -> Network:
-    """The network of an artifact, every file compared with its hash first. Raises: ArtifactError."""
-    artifact.verify()
-    network = Network(artifact.manifest.architecture, artifact.manifest.preprocessing)
-    try:
-        network.load_state_dict({name: torch.from_numpy(array) for name, array in artifact.weights().items()})
-    except RuntimeError as exc:
-        detail = ascii(" ".join(str(exc).split())[:300])
-        raise ArtifactError(f"{artifact.path('weights')} does not fit the architecture stated: {detail}") from exc
-    network.eval().to(device)
-    return network
 
 
 def open_images(manifest: Manifest, data: Path, validation: Path | None, split: str) -> tuple[Dataset, LabelledImages]:
@@ -158,7 +146,8 @@ def evaluate(options: argparse.Namespace) -> None:
         with model_folder(options.model) as folder:
             artifact = open_artifact(folder)
             manifest = artifact.manifest
-            network = network_of(artifact, device)
+            artifact.verify()
+            network = network_of(artifact).to(device)
     except ArtifactError as exc:
         raise TrainingError(str(exc)) from exc
     dataset, images = open_images(manifest, options.data, options.validation, options.split)
@@ -200,14 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=("validation", "train"), default="validation", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the report (default: beside the model, -evaluation)")
     parser.add_argument("--batch-size", type=positive, default=BATCH, help="images at once (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
-    parser.add_argument("--loader-workers", type=positive, help="processes that decode what does not fit into memory")
-    try:
-        options = parser.parse_args(arguments)
-    except SystemExit as exc:  # argparse has told why, or printed --help
-        return int(exc.code or 0)
-    configure_logging()
-    return exit_status(lambda: evaluate(options))
+    add_machine_flags(parser)
+    return run_command(parser, arguments, evaluate)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -217,13 +200,6 @@ def _listed(names: Sequence[str]) -> str:
 def _described(manifest: Manifest) -> str:
     facts = manifest.dataset
     return f"{facts.get('name')}, {facts.get('validation_images')} to validate on, split {facts.get('split')}"
-
-
-def positive(text: str) -> int:
-    """A flag's whole number from 1 up. Raises: argparse.ArgumentTypeError."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"given {text}, allowed are whole numbers from 1 up")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from service.model.archive import model_folder
-from service.model.artifact import Manifest, open_artifact
+from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.images import MEDIA_TYPES
+from service.model.manifest import Manifest
 from training.data.dataset import Dataset, LabelledImages
 from training.data.layouts import open_dataset
 from training.entry import configure_logging

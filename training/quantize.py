@@ -15,11 +15,12 @@ import torch
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.machine import cores
+from service.model.network import network_of
 from training.data.loader import Loader
 from training.devices import pick_device
-from training.entry import configure_logging, exit_status
+from training.entry import add_machine_flags, positive, run_command
 from training.errors import TrainingError
-from training.evaluate import compare, network_of, open_images, positive
+from training.evaluate import compare, open_images
 from training.figures import figures
 from training.logits import logits_of
 from training.quantization import CALIBRATION_IMAGES, add_quantized, require
@@ -40,7 +41,8 @@ def quantize(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     try:
         artifact = open_artifact(options.model)
-        network = network_of(artifact, device)
+        artifact.verify()
+        network = network_of(artifact).to(device)
     except ArtifactError as exc:
         raise TrainingError(str(exc)) from exc
     require_writable(artifact.folder, "model")
@@ -71,14 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--calibration-images", type=positive, default=CALIBRATION_IMAGES,
         help="training images that tell the ranges of the activations (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
-    parser.add_argument("--loader-workers", type=positive, help="processes that decode what does not fit into memory")
-    try:
-        options = parser.parse_args(arguments)
-    except SystemExit as exc:  # argparse has told why, or printed --help
-        return int(exc.code or 0)
-    configure_logging()
-    return exit_status(lambda: quantize(options))
+    add_machine_flags(parser)
+    return run_command(parser, arguments, quantize)
 
 
 if __name__ == "__main__":

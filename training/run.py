@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from service.model.artifact import Artifact, Role
+from service.model.artifact import Artifact
+from service.model.manifest import Role
 from service.model.network import Network
 from training import checkpoint, quantization
 from training.callbacks import Callback, RunContext, StopTraining, tell

@@ -9,9 +9,10 @@ from typing import Literal, get_args
 
 from service.classifier import Classifier
 from service.engines.base import Engine, EngineUnavailable
-from service.model.artifact import MAX_LOSS_POINTS, Artifact, Manifest
+from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
 from service.model.machine import cores
+from service.model.manifest import MAX_LOSS_POINTS, Manifest
 
 log = logging.getLogger(__name__)
 

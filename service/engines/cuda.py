@@ -8,9 +8,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock
 
 from service.engines.base import EngineUnavailable, Logits
-from service.engines.eager import network_of
 from service.model.artifact import Artifact
-from service.model.network import Network
+from service.model.network import Network, network_of
 from service.model.preprocess import PixelBatch
 
 WARM_UP = 3

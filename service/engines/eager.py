@@ -5,8 +5,7 @@ import torch
 
 from service.engines.base import Logits
 from service.model.artifact import Artifact
-from service.model.errors import ArtifactError
-from service.model.network import Network
+from service.model.network import network_of
 from service.model.preprocess import PixelBatch
 
 
@@ -31,15 +30,3 @@ class EagerEngine:
         with torch.inference_mode():
             logits: Logits = self._network(torch.from_numpy(np.ascontiguousarray(batch))).numpy()
         return logits
-
-
-def network_of(artifact: Artifact) -> Network:
-    """The artifact's network on the CPU, in eval mode. Raises: ArtifactError when the weights do not fit it."""
-    network = Network(artifact.manifest.architecture, artifact.manifest.preprocessing)
-    try:
-        network.load_state_dict({name: torch.from_numpy(array) for name, array in artifact.weights().items()})
-    except RuntimeError as exc:
-        detail = ascii(" ".join(str(exc).split())[:300])
-        raise ArtifactError(f"{artifact.path('weights')} does not fit the architecture stated: {detail}") from exc
-    network.eval()
-    return network

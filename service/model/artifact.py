@@ -13,7 +13,6 @@ them, is replaced last and at once: whoever reads the folder sees the old model 
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import stat
@@ -23,117 +22,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from service.model.architecture import Architecture
 from service.model.errors import ArtifactError
 from service.model.files import replace
-from service.model.preprocess import PixelBatch, Preprocessing
+from service.model.manifest import FORMAT_VERSION, FileEntry, Manifest, Quantization, Role, parse_manifest, sealed
+from service.model.preprocess import PixelBatch
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""1 had no `quantization`."""
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
-MAX_TEXT = 256
 
-MAX_LOSS_POINTS = 0.5
-"""An int8 network that loses more percentage points of accuracy than this runs only when it is asked for by name."""
-
-Role = Literal["weights", "self_check", "example", "int8_graph", "int8_weights"]
-REQUIRED: tuple[Role, ...] = ("weights", "self_check", "example")
-INT8: tuple[Role, ...] = ("int8_graph", "int8_weights")
 Weights = dict[str, npt.NDArray[Any]]
-
-
-class _FrozenModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable() or not 1 <= len(text) <= MAX_TEXT:
-        raise ValueError(f"must be 1 to {MAX_TEXT} printable characters")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_printable)]
-"""Text that logs and answers can carry: no control characters, no lone surrogates."""
-
-
-class FileEntry(_FrozenModel):
-    """One file of the artifact."""
-
-    path: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0)
-
-
-class Example(_FrozenModel):
-    """The image to try: its class and the media type to send it with."""
-
-    label: Text
-    media_type: Text
-
-
-class Quantization(_FrozenModel):
-    """How the int8 network was made, and how well it agrees with the float32 one on the validation images."""
-
-    method: Text
-    calibration_images: int = Field(ge=1)
-    n: int = Field(ge=1)
-    """Validation images both networks were compared on."""
-    top1_agreement: float = Field(ge=0, le=1)
-    """Share of the n images that both give the same likeliest class."""
-    accuracy: float = Field(ge=0, le=1)
-    accuracy_float32: float = Field(ge=0, le=1)
-    self_check_difference: float = Field(ge=0)
-    """Largest difference of its logits on the self-check's inputs, as a share of the largest |logit|."""
-
-    @property
-    def loss_points(self) -> float:
-        """Percentage points of accuracy lost; negative where int8 is the better one."""
-        return round(100 * (self.accuracy_float32 - self.accuracy), 6)
-
-
-class Manifest(_FrozenModel):
-    """The content of manifest.json."""
-
-    format_version: Literal[1, 2]
-    name: Text
-    version: Text
-    created_at: datetime
-    architecture: Architecture
-    classes: tuple[Text, ...] = Field(min_length=2)
-    preprocessing: Preprocessing
-    example: Example
-    hyperparameters: dict[str, Any]
-    dataset: dict[str, Any]
-    metrics: dict[str, Any]
-    packages: dict[str, str]
-    quantization: Quantization | None = None
-    files: dict[Role, FileEntry]
-
-    @model_validator(mode="after")
-    def _agrees_with_itself(self) -> "Manifest":
-        if self.architecture.num_classes != len(self.classes):
-            raise ValueError(
-                f"the network has {self.architecture.num_classes} classes, but {len(self.classes)} are named"
-            )
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("a class is named twice")
-        if self.example.label not in self.classes:
-            raise ValueError("the example is of none of the classes")
-        missing = {*REQUIRED, *(INT8 if self.quantization else ())} - set(self.files)
-        if missing:
-            raise ValueError(f"no entry for {', '.join(sorted(missing))} in 'files'")
-        if not self.quantization and set(INT8) & set(self.files):
-            raise ValueError("there is an int8 network, but 'quantization' does not say how good it is")
-        return self
 
 
 @dataclass(frozen=True)
@@ -144,6 +47,10 @@ class SelfCheck:
     """uint8 `[n, S, S, 3]`."""
     logits: npt.NDArray[np.float32]
     """float32 `[n, K]`."""
+
+    def difference(self, logits: npt.NDArray[np.float32]) -> float:
+        """The largest difference of `logits`, float32 `[n, K]`, from these, as a share of the largest |logit|."""
+        return float(np.abs(logits - self.logits).max() / max(1e-12, float(np.abs(self.logits).max())))
 
 
 @dataclass(frozen=True)
@@ -235,7 +142,7 @@ def open_artifact(folder: Path) -> Artifact:
         content = path.read_bytes()
     except OSError as exc:
         raise ArtifactError(f"{path} cannot be read: {exc.strerror}.") from exc
-    return Artifact(home, _parse_manifest(content, path))
+    return Artifact(home, parse_manifest(content, path))
 
 
 @dataclass(frozen=True)
@@ -254,12 +161,7 @@ class Int8Network:
 
 
 def write_artifact(
-    folder: Path,
-    facts: Mapping[str, Any],
-    weights: Weights,
-    self_check: SelfCheck,
-    example: tuple[str, bytes],
-    int8: Int8Network | None = None,
+    folder: Path, facts: Mapping[str, Any], weights: Weights, self_check: SelfCheck, example: tuple[str, bytes]
 ) -> Artifact:
     """Write an artifact into `folder` (made if missing), replacing the one that is there in a single step.
 
@@ -267,7 +169,6 @@ def write_artifact(
         facts: the manifest's fields but format_version, version, created_at, quantization and files.
         weights: the network's tensors by name.
         example: file name ending (".png") and bytes of the image to try.
-        int8: the quantized network, if there is one.
 
     Raises: OSError (disk full, no permission); the artifact that was there is then still whole.
     """
@@ -278,8 +179,6 @@ def write_artifact(
         "self_check": (".safetensors", safetensors.numpy.save(check)),
         "example": example,
     }
-    if int8 is not None:
-        contents |= int8.contents()
     with _exclusive(folder):
         files = {role: _store(folder, role, ending, content) for role, (ending, content) in contents.items()}
         manifest = Manifest(
@@ -287,10 +186,9 @@ def write_artifact(
             version=files["weights"].sha256[:12],
             created_at=datetime.now(UTC).replace(microsecond=0),
             files=files,
-            quantization=int8.quantization if int8 is not None else None,
             **facts,
         )
-        replace(folder / MANIFEST, _sealed(manifest))
+        replace(folder / MANIFEST, sealed(manifest))
         _remove_leftovers(folder, manifest)
     return open_artifact(folder)
 
@@ -311,52 +209,15 @@ def add_int8(artifact: Artifact, int8: Int8Network, packages: Mapping[str, str])
             )
         stored = {role: _store(folder, role, ending, content) for role, (ending, content) in int8.contents().items()}
         changed = {
+            "format_version": FORMAT_VERSION,
             "files": {**before.files, **stored},
             "quantization": int8.quantization,
             "packages": {**before.packages, **packages},
         }
         manifest = Manifest.model_validate({**dict(before), **changed})
-        replace(folder / MANIFEST, _sealed(manifest))
+        replace(folder / MANIFEST, sealed(manifest))
         _remove_leftovers(folder, manifest)
     return open_artifact(folder)
-
-
-_SEAL = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
-_UNSEALED = b'"manifest_sha256": "' + b"0" * 64 + b'"'
-
-
-def _sealed(manifest: Manifest) -> bytes:
-    """The manifest as JSON whose last field is the sha256 of this very text with zeros in that field's place."""
-    fields = {**manifest.model_dump(mode="json"), "manifest_sha256": "0" * 64}
-    text = json.dumps(fields, indent=2, ensure_ascii=False).encode() + b"\n"
-    seal = b'"manifest_sha256": "' + hashlib.sha256(text).hexdigest().encode() + b'"'
-    return seal.join(text.rsplit(_UNSEALED, 1))
-
-
-def _parse_manifest(content: bytes, path: Path) -> Manifest:
-    damaged = ArtifactError(f"{path} is damaged: its sha256 is not the one it states; copy the artifact again.")
-    seals = list(_SEAL.finditer(content))
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as exc:
-        raise ArtifactError(f"{path} is damaged: it is not valid JSON; copy the artifact again.") from exc
-    if not isinstance(fields, dict) or not seals:
-        raise damaged
-    start, end = seals[-1].span()
-    if hashlib.sha256(content[:start] + _UNSEALED + content[end:]).hexdigest() != fields.pop("manifest_sha256", None):
-        raise damaged
-    if fields.get("format_version") not in READABLE:
-        stated = ascii(fields.get("format_version"))[:20]
-        raise ArtifactError(
-            f"{path} has format version {stated}, this release reads {' and '.join(map(str, READABLE))}; "
-            "export the model again with this release."
-        )
-    try:
-        return Manifest.model_validate(fields)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        where = ascii(".".join(str(part) for part in first["loc"]) or "the whole")[1:100].strip("'")
-        raise ArtifactError(f"{path} is not a valid manifest: {where}: {first['msg']}.") from exc
 
 
 def _find_home(folder: Path) -> Path:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from service.model.architecture import BLOCKS, Architecture, Block
+from service.model.artifact import Artifact
+from service.model.errors import ArtifactError
 from service.model.preprocess import Preprocessing
 
 STEM = ("conv1", "bn1")
@@ -94,3 +96,15 @@ class Network(ResNet):  # type: ignore[misc]  # torchvision has no types
             else:
                 tensor = self.get_submodule(block)(tensor)
         return tensor
+
+
+def network_of(artifact: Artifact) -> Network:
+    """The artifact's network on the CPU, in eval mode. Raises: ArtifactError when the weights do not fit it."""
+    network = Network(artifact.manifest.architecture, artifact.manifest.preprocessing)
+    try:
+        network.load_state_dict({name: torch.from_numpy(array) for name, array in artifact.weights().items()})
+    except RuntimeError as exc:
+        detail = ascii(" ".join(str(exc).split())[:300])
+        raise ArtifactError(f"{artifact.path('weights')} does not fit the architecture stated: {detail}") from exc
+    network.eval()
+    return network

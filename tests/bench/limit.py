@@ -119,12 +119,9 @@ def torch_ways(model: Path) -> tuple[Infer, Iterator[tuple[str, Callable[[Images
     import torch
 
     from service.model.artifact import open_artifact
-    from service.model.network import Network
+    from service.model.network import network_of
 
-    artifact = open_artifact(model / "artifact")
-    network = Network(artifact.manifest.architecture, artifact.manifest.preprocessing)
-    network.load_state_dict({name: torch.from_numpy(array) for name, array in artifact.weights().items()})
-    network.eval()
+    network = network_of(open_artifact(model / "artifact"))
     torch.set_num_threads(cores())
 
     def infer(batch: np.ndarray) -> np.ndarray:

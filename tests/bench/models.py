@@ -25,11 +25,13 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from service.model.architecture import Architecture
-from service.model.artifact import Int8Network, Quantization, SelfCheck, write_artifact
+from service.model.artifact import Int8Network, SelfCheck, add_int8, write_artifact
 from service.model.images import decode
+from service.model.manifest import Quantization
 from service.model.network import Network
-from service.model.openvino_graph import build
+from service.model.openvino_graph import build, core
 from service.model.preprocess import Preprocessing, crop_resize_all
+from training.quantization import quantized
 
 CLASSES = 100
 HIDDEN_UNITS = 512
@@ -65,29 +67,14 @@ def float_model(model: Network, side_px: int) -> Any:
     return build(model.architecture, Preprocessing(side_px=side_px), weights)
 
 
-def int8_model(model: Network, batches: Sequence[np.ndarray]) -> Any:
-    """The same with 8-bit weights and activations, calibrated on `batches`, uint8 `[n, S, S, 3]`."""
-    import nncf
-
-    samples = [batch[i : i + 1] for batch in batches for i in range(len(batch))]
-    return nncf.quantize(
-        float_model(model, batches[0].shape[1]), nncf.Dataset(samples),
-        preset=nncf.QuantizationPreset.MIXED, subset_size=len(samples),
-    )  # fmt: skip
-
-
-def agreement(folder: Path, pixels: np.ndarray, checked: np.ndarray) -> Quantization:
+def agreement(folder: Path, pixels: np.ndarray, check: SelfCheck) -> Quantization:
     """How well the two networks agree on the pictures; the labels being random, accuracy says nothing."""
-    import openvino
-
-    core = openvino.Core()
-    exact, int8 = (core.compile_model(folder / name, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}) for name in FILES)
+    hints = {"INFERENCE_PRECISION_HINT": "f32"}
+    exact, int8 = (core().compile_model(folder / name, "CPU", hints) for name in FILES)
     same = float((exact(pixels)[0].argmax(1) == int8(pixels)[0].argmax(1)).mean())
-    expected = exact(checked)[0]
     return Quantization(
-        method="nncf, for the benchmark", calibration_images=len(pixels), n=len(pixels), top1_agreement=same,
-        accuracy=0, accuracy_float32=0,
-        self_check_difference=float(np.abs(int8(checked)[0] - expected).max() / np.abs(expected).max()),
+        method="as in training, for the benchmark", calibration_images=len(pixels), n=len(pixels), top1_agreement=same,
+        accuracy=0, accuracy_float32=0, self_check_difference=check.difference(int8(check.inputs)[0]),
     )  # fmt: skip
 
 
@@ -110,16 +97,18 @@ def write(folder: Path, side_px: int, payloads: Sequence[bytes]) -> None:
         "hyperparameters": {}, "dataset": {"name": "bench"}, "metrics": {},
         "packages": {"python": platform.python_version(), "torch": metadata.version("torch")},
     }  # fmt: skip
+    check = SelfCheck(batches[0][:4], logits)
     weights = {name: tensor.contiguous().numpy() for name, tensor in model.state_dict().items()}
     torch.save(model.state_dict(), folder / "model.pt")
     openvino.save_model(float_model(model, side_px), folder / "float.xml", compress_to_fp16=False)
-    openvino.save_model(int8_model(model, batches), folder / "int8.xml")
+    openvino.save_model(quantized(float_model(model, side_px), batches)[1], folder / "int8.xml")
     int8 = Int8Network(
         (folder / "int8.xml").read_bytes(),
         (folder / "int8.bin").read_bytes(),
-        agreement(folder, pixels, batches[0][:4]),
+        agreement(folder, pixels, check),
     )
-    write_artifact(folder / "artifact", facts, weights, SelfCheck(batches[0][:4], logits), (".jpg", payloads[0]), int8)
+    artifact = write_artifact(folder / "artifact", facts, weights, check, (".jpg", payloads[0]))
+    add_int8(artifact, int8, {})
     shared = {
         "classes": names, "side": side_px, "hidden_units": HIDDEN_UNITS,
         "mean": preprocessing.mean, "std": preprocessing.std,

@@ -16,18 +16,9 @@ import safetensors.numpy
 from pydantic import ValidationError
 
 from service.model.architecture import Architecture
-from service.model.artifact import (
-    MANIFEST,
-    Artifact,
-    Int8Network,
-    Quantization,
-    Role,
-    SelfCheck,
-    add_int8,
-    open_artifact,
-    write_artifact,
-)
+from service.model.artifact import MANIFEST, Artifact, Int8Network, SelfCheck, add_int8, open_artifact, write_artifact
 from service.model.errors import ArtifactError
+from service.model.manifest import Quantization, Role
 from service.model.preprocess import Preprocessing
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from service.model.artifact import open_artifact
+from service.model.network import network_of
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
 from training.errors import DataError
-from training.evaluate import compare, default_output, main, network_of, open_images
+from training.evaluate import compare, default_output, main, open_images
 from training.figures import figures
 from training.logits import logits_of
 
@@ -106,7 +107,7 @@ def test_logits_do_not_depend_on_the_batch(artifact: Path, sample_root: Path) ->
     opened = open_artifact(artifact)
     _, images = open_images(opened.manifest, sample_root, None, "validation")
     device = torch.device("cpu")
-    network = network_of(opened, device)
+    network = network_of(opened).to(device)
     many, labels = logits_of(network, Loader(images, 32, 0, "all at once"), device, "all at once", 100)
     few, _ = logits_of(network, Loader(images, 32, 0, "thirty"), device, "thirty", 30)
     assert many.dtype == np.float32 and many.shape == (100, 100)

@@ -20,12 +20,13 @@ from PIL import Image
 
 from service.engines.choose import candidates, gpus, load
 from service.model.artifact import Artifact, Int8Network, open_artifact
+from service.model.network import network_of
 from service.model.openvino_graph import core
 from training import quantization
 from training.data.loader import Loader
 from training.errors import DataError
 from training.evaluate import main as evaluate
-from training.evaluate import network_of, open_images
+from training.evaluate import open_images
 from training.logits import logits_of
 from training.quantize import main as quantize
 from training.train_model import main as train_main
@@ -91,7 +92,7 @@ def test_the_int8_network_agrees_with_float32_as_its_manifest_states(model: Path
     assert stated is not None
     dataset, images = open_images(artifact.manifest, pictures, None, "validation")
     pixels = np.stack([images.resized(i, 32) for i in range(len(images))])
-    reference, labels = logits_of(network_of(artifact, CPU), Loader(images, 32, 0, "validation"), CPU, "float32")
+    reference, labels = logits_of(network_of(artifact), Loader(images, 32, 0, "validation"), CPU, "float32")
     mine = int8_logits(artifact, pixels)
     assert (mine.dtype, mine.shape) == (np.float32, (40, 4))
     assert (stated.n, stated.calibration_images) == (40, len(dataset.train)) == (40, 120)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from service.model.architecture import Architecture
-from service.model.artifact import Manifest, Quantization
+from service.model.manifest import Manifest, Quantization
 from service.model.preprocess import Preprocessing
 from training.data import sample
 from training.data.dataset import ArrayImages, FileImages

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from service.model.artifact import Manifest
+from service.model.manifest import Manifest
 from training.figures import Figures
 from training.report.charts import percent
 from training.report.sources import Sources, finite

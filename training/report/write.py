@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.model.artifact import Manifest
 from service.model.files import replace
+from service.model.manifest import Manifest
 from training.data.dataset import LabelledImages
 from training.data.superclasses import superclasses
 from training.errors import ExportError

@@ -10,8 +10,9 @@ import pytest
 from service.engines import choose
 from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, candidates, load
-from service.model.artifact import Artifact, Manifest, Quantization, open_artifact
+from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
+from service.model.manifest import Manifest, Quantization
 
 
 @pytest.fixture(scope="module")
