@@ -74,6 +74,7 @@ async def _answer_http_error(request: Request, exc: Exception) -> Response:
         raise exc
     record = telemetry.current()
     record.code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "http_error")
-    sentence = f"{request.method} {request.url.path}: {exc.detail}; there are GET /ping and POST {PATH}."
+    path = ascii(request.url.path[:100])[1:-1]
+    sentence = f"{request.method} {path}: {exc.detail}; there are GET /ping and POST {PATH}."
     body = telemetry.error_body(record.code, sentence, record.request_id)
     return Response(body, exc.status_code, dict(exc.headers or {}), media_type="application/json")
