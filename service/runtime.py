@@ -145,13 +145,13 @@ class Runtime:
         self._held.close()
 
     async def drain(self, grace_s: float) -> None:
-        """Answer what is under way, for `grace_s` at most; `state` is "stopping" from now on."""
+        """Answer what is under way now, for `grace_s` at most; `state` is "stopping" from now on."""
         self.stopping = True
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self.settings.drain_s
         self.admission.stop_within(grace_s)
-        while loop.time() < until_s or self.admission.requests:
-            await asyncio.sleep(0.02)
+        await self.admission.all_done()
+        await asyncio.sleep(until_s - loop.time())
 
     async def predict(self, body: bytes, content_type: str | None, places: Places) -> Answered:
         """Decode, crop and resize, then predict in batches with what else is there.
