@@ -75,6 +75,11 @@ class Batcher(Generic[In, Out]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: list[asyncio.Future[None]] = []
 
+    @property
+    def waiting(self) -> int:
+        """Items that wait for the engine."""
+        return len(self._queue)
+
     def open(self) -> None:
         """Start taking batches."""
         self._loop = asyncio.get_running_loop()

@@ -20,6 +20,7 @@ from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, gpus
 from service.errors import NotReady, Overloaded
 from service.inference import input_fn, load_model, payload_of, predict_fn
+from service.metrics import Gauges
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError, ImageTooLarge
 from service.model.images import JPEG, RgbImage
@@ -77,6 +78,23 @@ class Runtime:
         if self._state == "ready" and self._states is not None and not self._states.all_were_ready():
             return "warming_up"
         return self._state
+
+    @property
+    def gauges(self) -> Gauges:
+        """What /metrics shows of it."""
+
+        def model() -> tuple[str, str, str] | None:
+            if self._serving is None:
+                return None
+            classifier = self._serving[0]
+            return classifier.card.name, classifier.card.version, classifier.engine.name
+
+        return Gauges(
+            state=lambda: self.state,
+            queue_depth=lambda: self._serving[1].waiting if self._serving else 0,
+            under_way=lambda: self._under_way,
+            model=model,
+        )
 
     async def open(self) -> None:
         """Begin to load; `state` tells how far it is.

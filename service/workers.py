@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from service.deaths import MemoryKills, cause_of
 from service.engines.choose import gpus
+from service.metrics import Page
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.machine import cores
@@ -69,14 +71,15 @@ class Worker:
     supervisor_pid: int
     socket_fd: int
     states_fd: int
+    metrics_fd: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From the flag's value, "INDEX:COUNT:SUPERVISOR_PID:SOCKET_FD:STATES_FD"."""
+        """From the flag's value, "INDEX:COUNT:SUPERVISOR_PID:SOCKET_FD:STATES_FD:METRICS_FD"."""
         return cls(*map(int, text.split(":")))
 
     def __str__(self) -> str:
-        return f"{self.index}:{self.count}:{self.supervisor_pid}:{self.socket_fd}:{self.states_fd}"
+        return f"{self.index}:{self.count}:{self.supervisor_pid}:{self.socket_fd}:{self.states_fd}:{self.metrics_fd}"
 
     def share(self, total: int) -> int:
         """This worker's share of `total` threads: at least one, and no thread is left over."""
@@ -89,6 +92,10 @@ class Worker:
     def states(self) -> "States":
         """Where this worker tells that it is ready."""
         return States(self.states_fd)
+
+    def page(self) -> Page:
+        """Where all workers count."""
+        return Page(self.count, self.metrics_fd)
 
 
 class States:
@@ -126,6 +133,9 @@ class Supervisor:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as we live
         self._file.truncate(count + 1)
         self._states = States(self._file.fileno())
+        self._metrics_file = tempfile.TemporaryFile()  # noqa: SIM115  # likewise; it has no name, and no other can open it
+        self._page = Page.in_file(count, self._metrics_file)
+        self._memory_kills = MemoryKills()
         self._arguments = list(arguments)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
@@ -149,10 +159,12 @@ class Supervisor:
             if self._stopping:
                 status = max(status, int(returned not in (0, -signal.SIGTERM)))  # the latter before it could catch it
                 continue
-            how = f"signal {signal.Signals(-returned).name}" if returned < 0 else f"exit status {returned}"
+            death = cause_of(returned, self._memory_kills.any_new())
+            how = death.how
+            self._page.died(index, death.cause)
             self._deaths.append(time.monotonic())
             if not self._states.is_ready(index):
-                log.error("worker %d ended before it was ready (%s); its lines above say why", index, how)
+                log.error("worker %d ended before it was ready (%s)", index, how)
             elif len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_S:
                 log.error("%d workers died within %.0f s, the last by %s; giving up", MAX_DEATHS, WITHIN_S, how)
             else:
@@ -169,11 +181,12 @@ class Supervisor:
         self._states.all_were_ready()  # noted before this one is not
         self._states.forget(index)
         worker = Worker(
-            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._file.fileno()
+            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._file.fileno(),
+            self._metrics_file.fileno(),
         )  # fmt: skip
         self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
             [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
-            pass_fds=(worker.socket_fd, worker.states_fd),
+            pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd),
             start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
         )
         if self._stopping:  # the signal came before the process was in the table
