@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 Format = Literal["text", "json"]
 
@@ -21,14 +21,6 @@ _USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 MASK = "***"
 
 _encode = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps would make an encoder for each line
-
-
-@runtime_checkable
-class Structured(Protocol):
-    """A message that has fields of its own: JSON lines show them as such, text lines `str` of it."""
-
-    def fields(self) -> dict[str, Any]:
-        """By name; numbers as numbers."""
 
 
 def configure_logging(level: str, format: Format = "text") -> None:
@@ -93,12 +85,16 @@ class TextFormatter(_UtcFormatter):
 
 
 class JsonFormatter(_UtcFormatter):
-    """One object a line: `time`, `level`, `logger`, `message`, the message's own fields, `exception` with its trace."""
+    """One object a line: `time`, `level`, `logger`, `message`, and `exception` with its trace.
+
+    A message with a method `fields` (`service.telemetry.RequestRecord`) gives these, typed, and `message` among them.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
-        line |= record.msg.fields() if isinstance(record.msg, Structured) else {"message": record.getMessage()}
+        line: dict[str, Any] = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        fields = getattr(record.msg, "fields", None)
+        line |= fields() if callable(fields) else {"message": record.getMessage()}
         if trace := self.trace(record):
             line["exception"] = trace
         return _encode(line)

@@ -2,7 +2,11 @@
 
 import math
 import os
+import shlex
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +25,8 @@ from service.metrics import Gauges, Metrics, Page
 from service.model.artifact import open_artifact
 from service.runtime import State
 from service.telemetry import RequestRecord
+
+ROOT = Path(__file__).parent.parent.parent
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -262,6 +268,47 @@ def test_kills_for_memory_are_noticed_in_both_versions_of_cgroups(
     events.write_text(after)
     assert kills.any_new()
     assert not kills.any_new()
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A memory cgroup of our own, without a limit yet; of either version."""
+    version_1 = Path("/sys/fs/cgroup/memory")
+    group = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit_of(group)
+    except OSError as exc:
+        pytest.skip(f"no memory cgroup can be made here: {exc}")
+    yield group
+    until(lambda: not (group / "cgroup.procs").read_text(), 30)
+    group.rmdir()
+
+
+def limit_of(group: Path) -> Path:
+    """The file that limits the group's memory. Raises: OSError when the group has none."""
+    names = ("memory.limit_in_bytes", "memory.max")
+    found = [group / name for name in names if (group / name).exists()]
+    if not found:
+        raise OSError("the memory controller is not delegated")
+    return found[0]
+
+
+def test_a_worker_that_the_kernel_kills_for_memory_is_named_so(
+    artifact: Path, tmp_path: Path, memory_group: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    limit_of(memory_group).write_text(str(200 * 2**20))  # too little for two workers that load a model
+    command = [sys.executable, "-m", "service", "--model", str(artifact), "--host", "127.0.0.1", "--port", str(port)]
+    moved = f"echo $$ > {memory_group}/cgroup.procs; exec {shlex.join(command)}"
+    environment = {**os.environ, "CLASSIFIER_WORKERS": "2"}
+    result = subprocess.run(
+        ["sh", "-c", moved], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )  # fmt: skip
+    assert result.returncode == 1, result.stdout + result.stderr
+    (line, *_) = [line for line in result.stdout.splitlines() if "SIGKILL" in line]
+    assert "ended before it was ready (signal SIGKILL: out of memory, the kernel killed it; give it more memory" in line
 
 
 def test_without_cgroups_no_kill_for_memory_is_claimed(tmp_path: Path) -> None:
