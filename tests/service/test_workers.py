@@ -101,7 +101,7 @@ def test_a_model_that_cannot_be_served_ends_all_with_status_1(
         assert server.process.wait(60) == 1
     log = server.log.read_text()
     assert "The model cannot be served." in log
-    assert "ended before it was ready (exit status 1); its lines above say why" in log
+    assert "ended before it was ready (exit status 1; its lines above say why)" in log
 
 
 def test_a_port_in_use_is_refused_though_workers_share_theirs(artifact: Path, pair: Any) -> None:
