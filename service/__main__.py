@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from service.logs import configure_logging, shown
 from service.model.machine import cores
 from service.settings import Settings
-from service.telemetry import configure_logging
 from service.workers import Supervisor, Worker, choose_count
 
 log = logging.getLogger("service")
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = Settings.load(arguments)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     if "--worker" in arguments:
         return serve(settings, Worker.parse(arguments[arguments.index("--worker") + 1]))
-    log.info("settings: %s", " ".join(f"{name}={value}" for name, value in settings.model_dump().items()))
+    log.info("settings: %s", shown(settings.model_dump()))
     workers = settings.workers or choose_count(settings.model)
     log.info(
         "layout: %d worker%s, %d engine threads and %d decoding threads%s, on %d cores",

@@ -24,6 +24,7 @@ from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, gpus
 from service.errors import NotReady
 from service.inference import load_model
+from service.metrics import Gauges
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError, ImageError, ImageTooLarge
 from service.model.images import JPEG, RgbImage
@@ -122,6 +123,23 @@ class Runtime:
         if batcher.failures >= FAILING_AFTER:
             return "failing"
         return "stuck" if batcher.busy_s() > self.settings.deadline_s else "ready"
+
+    @property
+    def gauges(self) -> Gauges:
+        """What /metrics shows of it."""
+
+        def model() -> tuple[str, str, str] | None:
+            if self._serving is None:
+                return None
+            classifier = self._serving[0]
+            return classifier.card.name, classifier.card.version, classifier.engine.name
+
+        return Gauges(
+            state=lambda: self.state,
+            queue_depth=lambda: self._serving[1].waiting if self._serving else 0,
+            under_way=lambda: self.admission.under_way,
+            model=model,
+        )
 
     async def open(self) -> None:
         """Begin to load; `state` tells how far it is.

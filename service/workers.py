@@ -21,8 +21,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Self
 
+from service.deaths import MemoryKills, cause_of
 from service.engines.choose import gpus
 from service.lifeline import Held, Lifeline, Lingering, pair, slots
+from service.metrics import Page
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.machine import cores
@@ -71,6 +73,7 @@ class Worker:
     supervisor_pid: int
     socket_fd: int
     states_fd: int
+    metrics_fd: int
     lifeline_fd: int
     slots_fd: int
 
@@ -97,6 +100,10 @@ class Worker:
     def states(self) -> "States":
         """Where this worker tells that it is ready."""
         return States(self.states_fd)
+
+    def page(self) -> Page:
+        """Where all workers count."""
+        return Page(self.count, self.metrics_fd)
 
 
 class States:
@@ -134,6 +141,9 @@ class Supervisor:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as we live
         self._file.truncate(count + 1)
         self._states = States(self._file.fileno())
+        self._metrics_file = tempfile.TemporaryFile()  # noqa: SIM115  # likewise; it has no name, and no other can open it
+        self._page = Page.in_file(count, self._metrics_file)
+        self._memory_kills = MemoryKills()
         self._arguments = list(arguments)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._held: dict[int, Held] = {}
@@ -158,11 +168,13 @@ class Supervisor:
             if self._stopping:
                 status = max(status, int(returned not in (0, -signal.SIGTERM)))  # the latter before it could catch it
                 continue
-            how = f"signal {signal.Signals(-returned).name}" if returned < 0 else f"exit status {returned}"
+            death = cause_of(returned, self._memory_kills.any_new())
+            how = death.how
+            self._page.died(index, death.cause)
             self._deaths.append(time.monotonic())
             if not self._states.is_ready(index):
                 level = logging.INFO if returned == 1 else logging.ERROR  # with 1, it has said why
-                log.log(level, "worker %d ended before it was ready (%s); its lines above say why", index, how)
+                log.log(level, "worker %d ended before it was ready (%s)", index, how)
             elif len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_S:
                 log.error("%d workers died within %.0f s, the last by %s; giving up", MAX_DEATHS, WITHIN_S, how)
             else:
@@ -187,13 +199,13 @@ class Supervisor:
         slots_fd = slots()
         worker = Worker(
             index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._file.fileno(),
-            theirs.fileno(), slots_fd,
+            self._metrics_file.fileno(), theirs.fileno(), slots_fd,
         )  # fmt: skip
         self._held[index] = Held(ours, slots_fd)
         self._talk.register(ours, selectors.EVENT_READ, self._held[index])
         self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
             [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
-            pass_fds=(worker.socket_fd, worker.states_fd, worker.lifeline_fd, worker.slots_fd),
+            pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
             start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
         )
         theirs.close()

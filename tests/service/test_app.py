@@ -201,7 +201,7 @@ def test_a_client_that_hangs_up_while_waiting_never_reaches_the_engine(caplog: p
 
 def test_the_openapi_document_names_both_routes_and_every_error_status(service: Served) -> None:
     paths = service.ask("GET", "/openapi.json").json["paths"]
-    assert set(paths) == {"/ping", "/invocations", "/execution-parameters"}
+    assert set(paths) == {"/ping", "/invocations", "/execution-parameters", "/metrics"}
     documented = set(paths["/invocations"]["post"]["responses"])
     assert {str(status) for status, _ in HTTP_ERRORS.values()} <= documented
 
