@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import telemetry
+from service import page, telemetry
 from service.classifier import Classifier
 from service.invocations import PATH, Invocations
 from service.routes import router
@@ -50,6 +50,8 @@ def create_app(
     )
     app.direct = telemetry.Telemetry(Invocations(lambda: app.state.runtime))
     app.include_router(router)
+    if settings.page:
+        app.include_router(page.router)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_middleware(telemetry.Telemetry)
     return app

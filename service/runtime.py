@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from service.batcher import Batched, Batcher
-from service.classifier import Classifier, Prediction
+from service.classifier import Classifier, ExampleFile, Prediction
 from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, gpus
 from service.errors import NotReady, Overloaded
@@ -77,6 +77,11 @@ class Runtime:
         if self._state == "ready" and self._states is not None and not self._states.all_were_ready():
             return "warming_up"
         return self._state
+
+    @property
+    def example(self) -> ExampleFile | None:
+        """The model's own image to try, if it came with one. Raises: NotReady."""
+        return self._require_ready()[0].example
 
     async def open(self) -> None:
         """Begin to load; `state` tells how far it is.
