@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import page, telemetry
+from service import openapi, page, reference, telemetry
 from service.classifier import Classifier
 from service.invocations import PATH, Invocations
 from service.routes import router
@@ -46,10 +46,14 @@ def create_app(
         description="GET /ping tells whether it is ready; POST /invocations classifies an image.",
         version="1",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's would be loaded from another host
+        redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from the client's own Host header
     )
     app.direct = telemetry.Telemetry(Invocations(lambda: app.state.runtime))
     app.include_router(router)
+    app.include_router(reference.router)
+    app.openapi = lambda: openapi.document(settings)  # type: ignore[method-assign]  # FastAPI's way to a document of one's own
     if settings.page:
         app.include_router(page.router)
     app.add_exception_handler(HTTPException, _answer_http_error)

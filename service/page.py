@@ -74,7 +74,9 @@ def example(request: Request) -> Response:
     try:
         content = given.path.read_bytes()
     except OSError as exc:  # a training has replaced the model on disk since it was loaded
-        raise HTTPException(404, "The example image is gone from the model's folder, another model may be there") from exc
+        raise HTTPException(
+            404, "The example image is gone from the model's folder, another model may be there"
+        ) from exc
     # The type is the artifact's word: only an image's is passed on, or it could be a page that runs in our name.
     media_type = given.media_type if given.media_type in MEDIA_TYPES.values() else "application/octet-stream"
     headers = {
@@ -88,12 +90,12 @@ def example(request: Request) -> Response:
 
 @cache
 def _page() -> Page:
-    return Page(static("index.html"), static("page.css"), static("card.js") + static("page.js"))
+    return Page(static("index.html"), static("page.css"), static("shared.js", "card.js", "page.js"))
 
 
-def static(name: str) -> str:
-    """A part of the pages."""
-    return (STATIC / name).read_text("utf-8")
+def static(*names: str) -> str:
+    """Parts of the pages, one after the other."""
+    return "".join((STATIC / name).read_text("utf-8") for name in names)
 
 
 def _source(content: str) -> str:

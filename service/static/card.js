@@ -1,4 +1,3 @@
-"use strict";
 // One image: its preview, its request to POST /invocations, and the answer or what went wrong, as a card. What it asks
 // of the page around it (`state`, `maxMb`, `poll`, `enqueue`) is in page.js, which follows in the same script.
 // Whatever the service or a file says is put in as text, never as markup: class names are not to be trusted.
@@ -20,8 +19,6 @@ const TITLES = {
   deadline_exceeded: "No answer in time",
 };
 
-const byId = (id) => document.getElementById(id);
-
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -30,10 +27,6 @@ function el(tag, attributes = {}, ...children) {
   }
   node.append(...children); // strings become text nodes
   return node;
-}
-
-function say(text) {
-  byId("live").textContent = text;
 }
 
 function notice(text) {
@@ -46,8 +39,10 @@ const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 const size = (bytes) => (bytes < 1024 * 1024 ? `${Math.ceil(bytes / 1024)} KB` : `${(bytes / 1024 / 1024).toFixed(1)} MB`);
 
 class Card {
-  constructor(file, note = "") {
+  /** `note`: what else is known of the file. `source`: the address it came from, if it is none of the user's. */
+  constructor(file, note = "", source = "") {
     this.file = file;
+    this.source = source;
     this.name = file.name || "image";
     // What the browser takes for no image is the service's to look at.
     this.type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
@@ -210,10 +205,12 @@ class Card {
 
   /** The same request as a command, quoted for a POSIX shell. */
   command() {
-    const name = this.name === "-" ? "./-" : this.name; // "@-" would be standard input
-    const words = ["curl", "-H", `Content-Type: ${this.type}`, "--data-binary", `@${name}`, WHERE.href];
-    const line = words.map((word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`)).join(" ");
-    const code = el("code", { tabindex: "0", "aria-label": "The same request as a command" }, line);
+    const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
+    const path = this.source ? "-" : this.name.replace(/^-$/, "./-"); // "@-" is standard input
+    const words = ["curl", "-H", `Content-Type: ${this.type}`, "--data-binary", `@${path}`, WHERE.href];
+    const fetched = this.source ? `curl -s ${quoted(this.source)} | ` : "";
+    const line = fetched + words.map(quoted).join(" ");
+    const code = el("code", { "aria-label": "The same request as a command" }, line);
     const button = el("button", { class: "button small", type: "button" }, "Copy");
     button.addEventListener("click", () => copy(code, button));
     return el("div", { class: "command" }, code, button);
@@ -265,17 +262,4 @@ function seconds(value) {
   if (!value) return null;
   const wait = /^\d+$/.test(value) ? Number(value) : Math.ceil((Date.parse(value) - Date.now()) / 1000);
   return Number.isFinite(wait) ? Math.max(0, wait) : null;
-}
-
-async function copy(code, button) {
-  try {
-    await navigator.clipboard.writeText(code.textContent);
-  } catch {
-    // not over plain HTTP from another machine: there, the old way
-    getSelection().selectAllChildren(code);
-    document.execCommand("copy");
-  }
-  button.textContent = "Copied";
-  say("The command is copied.");
-  setTimeout(() => (button.textContent = "Copy"), 1500);
 }

@@ -79,10 +79,10 @@ function work() {
   }
 }
 
-function take(files, note = "") {
+function take(files, note = "", source = "") {
   const taken = [...files].slice(0, MOST_FILES);
   notice(files.length > taken.length ? `The first ${MOST_FILES} of ${files.length} files are taken; choose the others next.` : "");
-  const cards = taken.map((file) => new Card(file, note));
+  const cards = taken.map((file) => new Card(file, note, source));
   shown.push(...cards);
   byId("results").prepend(...cards.map((card) => card.element));
   byId("results-section").hidden = false;
@@ -102,7 +102,8 @@ async function takeExample() {
     const blob = await response.blob();
     const label = response.headers.get("X-Example-Label");
     const name = `example.${blob.type.split("/")[1] || "image"}`;
-    take([new File([blob], name, { type: blob.type })], label ? `its class: ${decodeURIComponent(label)}` : "");
+    const note = label ? `its class: ${decodeURIComponent(label)}` : "";
+    take([new File([blob], name, { type: blob.type })], note, response.url);
   } catch {
     notice("The example did not arrive: the connection was lost. Try again.");
     poll();
