@@ -5,7 +5,7 @@ several images, errors) is nothing that a signature tells. tests/service/test_op
 every command against a real service, tests/service/test_schemathesis.py sends it what follows from the schemas.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -29,8 +29,8 @@ DESCRIPTION = """\
 Image in, likeliest classes out. The same interface runs on a laptop, in a container and behind an Amazon SageMaker \
 endpoint, which calls `/ping` and `/invocations`.
 
-Every answer has `X-Request-Id`: the client's own where it sent one of 1 to 64 letters, digits and `._:-`, else a new one; \
-the service's log has it too. Every error has one shape, `{"error": {"code", "message", "request_id"}}`."""
+Every answer has `X-Request-Id`: the client's own where it sent one of 1 to 64 letters, digits and `._:-`, else a \
+new one; the service's log has it too. Every error has one shape, `{"error": {"code", "message", "request_id"}}`."""
 
 ERRORS: dict[int, str] = {
     400: "The body is not what its content type says, an image in it cannot be read, or an option is not allowed.",
@@ -48,7 +48,7 @@ ERRORS: dict[int, str] = {
 _HEADERS: Json = {
     "X-Request-Id": {"description": "The request's id in the log.", "schema": {"type": "string"}},
     "Server-Timing": {
-        "description": "Milliseconds that the stages took, e.g. `decode;dur=1.2, queue;dur=0.3, infer;dur=5.1, total;dur=7.0`.",
+        "description": "Milliseconds that the stages took: `decode;dur=1.2, queue;dur=0.3, infer;dur=5.1, total;dur=7.0`.",
         "schema": {"type": "string"},
     },
     "Retry-After": {"description": "Seconds after which to try again.", "schema": {"type": "integer", "minimum": 0}},
@@ -75,8 +75,8 @@ def _invocations(settings: Settings) -> Json:
         "operationId": "invocations",
         "summary": "Classify one image or several",
         "description": (
-            "One image is the body itself, the one file of a form, or base64 in JSON; several are the files of a form, or a "
-            "list in JSON, and are answered in order: one that cannot be read is marked in its place, the others are "
+            "One image is the body itself, the one file of a form, or base64 in JSON; several are the files of a form, or "
+            "a list in JSON, and are answered in order: one that cannot be read is marked in its place, the others are "
             "answered all the same. Formats: JPEG, PNG, WebP, BMP and GIF, whatever the content type says. "
             "Animated images are judged by their first frame, and of every image by its centre square."
         ),
@@ -250,7 +250,7 @@ def _schemas() -> Json:
         schemas.ErrorResponse,
         schemas.PingResponse,
     ]
-    wanted = [(model, "serialization") for model in models]
+    wanted: list[tuple[type[BaseModel], Literal["serialization"]]] = [(model, "serialization") for model in models]
     _, definitions = models_json_schema(wanted, ref_template="#/components/schemas/{model}")
     found: Json = definitions["$defs"]
     found["ResultsResponse"] = {"type": "object"}  # INTERIM

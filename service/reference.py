@@ -2,12 +2,13 @@
 
 No viewer from elsewhere: the usual ones are one to four megabytes of script, from another host or to be kept up to
 date here, and ask for a laxer Content-Security-Policy. This page is readable without any script, and what a viewer's
-"try it" is for, the page at / and commands that run as they stand do better with images. Any viewer reads /openapi.json.
+"try it" is for, the page at / and commands that run as they stand do better with images. Any viewer reads
+/openapi.json.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -35,7 +36,7 @@ def reference(document: Json) -> str:
     """The document as HTML; everything in it is escaped."""
     operations = [(p, method, what) for p, methods in document["paths"].items() for method, what in methods.items()]
     contents = [
-        f'<li><a href="#{what["operationId"]}"><b>{method.upper()}</b> {escape(path)}</a> {escape(what["summary"])}</li>'
+        f'<li><a href="#{what["operationId"]}"><b>{method.upper()}</b> {path}</a> {escape(what["summary"])}</li>'
         for path, method, what in operations
     ]
     return "\n".join(
@@ -65,14 +66,14 @@ def _operation(path: str, method: str, what: Json) -> str:
             for sample in samples
         ]
     if options := what.get("parameters"):
-        rows = [(_code(option["name"]), _type(option["schema"]), _inline(option["description"])) for option in options]
-        parts += ["<h3>Options</h3>", _table(("In the query", "Type", "Meaning"), rows)]
+        rows = [[_code(option["name"]), _type(option["schema"]), _inline(option["description"])] for option in options]
+        parts += ["<h3>Options</h3>", _table(["In the query", "Type", "Meaning"], rows)]
     if "requestBody" in what:
         bodies = what["requestBody"]["content"]
-        rows = [(_code(media_type), _type(body["schema"])) for media_type, body in bodies.items()]
-        parts += ["<h3>Bodies</h3>", _table(("Content type", "Body"), rows), *_examples(bodies)]
-    rows = [(f"<b>{status}</b>", _answer(response)) for status, response in what["responses"].items()]
-    parts += ["<h3>Answers</h3>", _table(("Status", "When, and what comes with it"), rows)]
+        rows = [[_code(media_type), _type(body["schema"])] for media_type, body in bodies.items()]
+        parts += ["<h3>Bodies</h3>", _table(["Content type", "Body"], rows), *_examples(bodies)]
+    rows = [[f"<b>{status}</b>", _answer(response)] for status, response in what["responses"].items()]
+    parts += ["<h3>Answers</h3>", _table(["Status", "When, and what comes with it"], rows)]
     for status, response in what["responses"].items():
         if int(status) < 400:  # the errors' are all alike: their codes are in the table
             parts += _examples(response["content"])
@@ -110,11 +111,11 @@ def _examples(contents: Json) -> list[str]:
 def _schema(name: str, schema: Json) -> str:
     required = schema.get("required", [])
     rows = [
-        (_code(field) + ("" if field in required else " (optional)"), _type(what), _inline(what.get("description", "")))
+        [_code(field) + ("" if field in required else " (optional)"), _type(what), _inline(what.get("description", ""))]
         for field, what in schema.get("properties", {}).items()
     ]
     heading = f'<h3 id="schema-{escape(name)}">{escape(name)}</h3>'
-    return heading + _paragraphs(schema.get("description", "")) + _table(("Field", "Type", "Meaning"), rows)
+    return heading + _paragraphs(schema.get("description", "")) + _table(["Field", "Type", "Meaning"], rows)
 
 
 def _type(schema: Json) -> str:
@@ -147,10 +148,10 @@ def _type(schema: Json) -> str:
     return escape(", ".join(words))
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f'<th scope="col">{name}</th>' for name in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide" tabindex="0" role="group"><table><tr>{top}</tr>{body}</table></div>'
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
 
 
 def _paragraphs(text: str) -> str:
