@@ -48,7 +48,7 @@ ERRORS: dict[int, str] = {
 _HEADERS: Json = {
     "X-Request-Id": {"description": "The request's id in the log.", "schema": {"type": "string"}},
     "Server-Timing": {
-        "description": "Milliseconds that the stages took: `decode;dur=1.2, queue;dur=0.3, infer;dur=5.1, total;dur=7.0`.",
+        "description": "Milliseconds of the stages: `decode;dur=1.2, queue;dur=0.3, infer;dur=5.1, total;dur=7.0`.",
         "schema": {"type": "string"},
     },
     "Retry-After": {"description": "Seconds after which to try again.", "schema": {"type": "integer", "minimum": 0}},
@@ -75,8 +75,8 @@ def _invocations(settings: Settings) -> Json:
         "operationId": "invocations",
         "summary": "Classify one image or several",
         "description": (
-            "One image is the body itself, the one file of a form, or base64 in JSON; several are the files of a form, or "
-            "a list in JSON, and are answered in order: one that cannot be read is marked in its place, the others are "
+            "One image is the body itself, the one file of a form, or base64 in JSON; several are the files of a form, "
+            "or a list in JSON, and are answered in order: one that cannot be read is marked in its place, the others are "
             "answered all the same. Formats: JPEG, PNG, WebP, BMP and GIF, whatever the content type says. "
             "Animated images are judged by their first frame, and of every image by its centre square."
         ),

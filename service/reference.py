@@ -84,10 +84,8 @@ def _answer(response: Json) -> str:
     """A response in a few words: when, as what types, with which error codes and headers."""
     contents = response["content"]
     types = ", ".join(f"{_code(media_type)} {_type(content['schema'])}" for media_type, content in contents.items())
-    examples = [
-        (name, e.get("value")) for content in contents.values() for name, e in content.get("examples", {}).items()
-    ]
-    codes = [_code(name) for name, value in examples if isinstance(value, dict) and "error" in value]
+    examples = [item for content in contents.values() for item in content.get("examples", {}).items()]
+    codes = [_code(name) for name, example in examples if "error" in example["value"]]
     headers = [_code(name) for name in response.get("headers", {})]
     lines = [_inline(response["description"]), types]
     lines += [f"Codes: {', '.join(codes)}"] if codes else []
