@@ -76,8 +76,8 @@ def _invocations(settings: Settings) -> Json:
         "summary": "Classify one image or several",
         "description": (
             "One image is the body itself, the one file of a form, or base64 in JSON; several are the files of a form, "
-            "or a list in JSON, and are answered in order: one that cannot be read is marked in its place, the others are "
-            "answered all the same. Formats: JPEG, PNG, WebP, BMP and GIF, whatever the content type says. "
+            "or a list in JSON, and are answered in order: one that cannot be read is marked in its place, the others "
+            "are answered all the same. Formats: JPEG, PNG, WebP, BMP and GIF, whatever the content type says. "
             "Animated images are judged by their first frame, and of every image by its centre square."
         ),
         "parameters": [
