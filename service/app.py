@@ -42,9 +42,6 @@ def create_app(
             await runtime.close()
 
     app = App(
-        title="ResNet-34 image classifier",
-        description="GET /ping tells whether it is ready; POST /invocations classifies an image.",
-        version="1",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's would be loaded from another host
         redoc_url=None,
@@ -53,7 +50,7 @@ def create_app(
     app.direct = telemetry.Telemetry(Invocations(lambda: app.state.runtime))
     app.include_router(router)
     app.include_router(reference.router)
-    app.openapi = lambda: openapi.document(settings)  # type: ignore[method-assign]  # FastAPI's way to a document of one's own
+    app.openapi = lambda: openapi.document(settings)  # type: ignore[method-assign]  # FastAPI's way to one's own
     if settings.page:
         app.include_router(page.router)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -80,6 +77,7 @@ async def _answer_http_error(request: Request, exc: Exception) -> Response:
         raise exc
     record = telemetry.current()
     record.code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "http_error")
-    sentence = f"{request.method} {request.url.path}: {exc.detail}; there are GET /ping and POST {PATH}."
+    path = ascii(request.url.path[:100])[1:-1]
+    sentence = f"{request.method} {path}: {exc.detail}; there are GET /ping and POST {PATH}."
     body = telemetry.error_body(record.code, sentence, record.request_id)
     return Response(body, exc.status_code, dict(exc.headers or {}), media_type="application/json")

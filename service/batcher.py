@@ -56,10 +56,12 @@ class Batcher(Generic[In, Out]):
         max_batch: int,
         max_queue: int,
         max_wait_ms: float = 0.0,
+        on_failure: Callable[[int], None] = lambda failures: None,
     ) -> None:
         """`run` returns one result per item, in order, called in `lanes` of the `threads` (the caller's to shut down).
 
-        `max_queue` bounds the items that wait for the engine.
+        `max_queue` bounds the items that wait for the engine. `on_failure` is told, on the event loop, on how many
+        batches in a row it has failed.
         """
         self._run = run
         self._max_batch = max_batch
@@ -71,9 +73,23 @@ class Batcher(Generic[In, Out]):
         self._closing = False
         self._threads = threads
         self._lanes = lanes
+        self._on_failure = on_failure
+        self.failures = 0
+        """Batches in a row on which `run` failed, up to now."""
+        self._running_since_s: dict[int, float] = {}  # by thread
         self._free = lanes
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: list[asyncio.Future[None]] = []
+
+    @property
+    def waiting(self) -> int:
+        """Items that wait for the engine."""
+        return len(self._queue)
+
+    def busy_s(self) -> float:
+        """How long the longest of the batches that are running has been running; 0 when there is none."""
+        started_s = list(self._running_since_s.values())
+        return time.perf_counter() - min(started_s) if started_s else 0.0
 
     def open(self) -> None:
         """Start taking batches."""
@@ -164,7 +180,7 @@ class Batcher(Generic[In, Out]):
             self._asleep -= 1
 
     def _answer(self, batch: list[_Waiting[In, Out]]) -> None:
-        started_s = time.perf_counter()
+        started_s = self._running_since_s[threading.get_ident()] = time.perf_counter()
         values: list[Out] | Exception
         try:
             values = self._run([waiting.item for waiting in batch])
@@ -173,20 +189,26 @@ class Batcher(Generic[In, Out]):
         except Exception as exc:  # handed to everyone who waits for this batch
             log.exception("the engine failed on a batch of %d", len(batch))
             values = exc
+        del self._running_since_s[threading.get_ident()]
         infer_ms = (time.perf_counter() - started_s) * 1000
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(_deliver, batch, values, started_s, infer_ms)
+        self._loop.call_soon_threadsafe(self._deliver, batch, values, started_s, infer_ms)
 
+    # On the event loop again, to which the futures belong.
 
-def _deliver(batch: list[_Waiting[In, Out]], values: list[Out] | Exception, started_s: float, infer_ms: float) -> None:
-    """On the event loop, to which the futures belong."""
-    for index, waiting in enumerate(batch):
-        if waiting.future.done():  # cancelled
-            continue
-        if isinstance(values, Exception):
-            failure = EngineFailure("The model failed on this request; the cause is in the service's log.")
-            failure.__cause__ = values
-            waiting.future.set_exception(failure)
-        else:
-            queue_ms = (started_s - waiting.since_s) * 1000
-            waiting.future.set_result(Batched(values[index], queue_ms, infer_ms, len(batch)))
+    def _deliver(
+        self, batch: list[_Waiting[In, Out]], values: list[Out] | Exception, started_s: float, infer_ms: float
+    ) -> None:
+        self.failures = self.failures + 1 if isinstance(values, Exception) else 0
+        if self.failures:
+            self._on_failure(self.failures)
+        for index, waiting in enumerate(batch):
+            if waiting.future.done():  # cancelled
+                continue
+            if isinstance(values, Exception):
+                failure = EngineFailure("The model failed on this request; the cause is in the service's log.")
+                failure.__cause__ = values
+                waiting.future.set_exception(failure)
+            else:
+                queue_ms = (started_s - waiting.since_s) * 1000
+                waiting.future.set_result(Batched(values[index], queue_ms, infer_ms, len(batch)))

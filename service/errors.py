@@ -2,14 +2,15 @@
 
     ServiceError
     ├── RequestError             the client's to mend
-    │   ├── MalformedRequest     400  a multipart body that is none, no image in it, several images
-    │   ├── NotAcceptable        406  Accept excludes application/json
+    │   ├── MalformedRequest     400  a form or JSON that is none, no image in it, an unknown option
+    │   ├── NotAcceptable        406  Accept excludes every type that answers have
+    │   ├── BodyTimeout          408  the body came too slowly
     │   ├── PayloadTooLarge      413  more bytes than the limit
-    │   └── UnsupportedMediaType 415  neither an image nor multipart/form-data
+    │   └── UnsupportedMediaType 415  neither an image nor a form nor JSON
     └── Unavailable              ours; trying again helps, but for EngineFailure
         ├── EngineFailure        500  the engine raised or answered wrongly
-        ├── NotReady             503  loading, warming up, failed or stopping
-        ├── Overloaded           503  as many requests under way as are allowed
+        ├── NotReady             503  loading, warming up, failed, stopped
+        ├── Overloaded           503  as many requests, or bytes, under way as are allowed (429 by setting)
         └── DeadlineExceeded     504  the answer would come after the platform has hung up
 
 Errors of images (`service.model.errors.ImageError`) join the table as 400 and 413.
@@ -34,12 +35,16 @@ class NotAcceptable(RequestError):
     """The client accepts none of the types that can be given."""
 
 
+class BodyTimeout(RequestError):
+    """The body was not there in time."""
+
+
 class PayloadTooLarge(RequestError):
     """The body has more bytes than are accepted."""
 
 
 class UnsupportedMediaType(RequestError):
-    """The content type is neither an image nor a form."""
+    """The content type is neither an image nor a form nor JSON."""
 
 
 class Unavailable(ServiceError):
@@ -66,6 +71,7 @@ HTTP_ERRORS: dict[type[Exception], tuple[int, str]] = {
     MalformedRequest: (400, "malformed_request"),
     UnreadableImage: (400, "unreadable_image"),
     NotAcceptable: (406, "not_acceptable"),
+    BodyTimeout: (408, "body_timeout"),
     PayloadTooLarge: (413, "payload_too_large"),
     ImageTooLarge: (413, "image_too_large"),
     UnsupportedMediaType: (415, "unsupported_media_type"),

@@ -5,6 +5,7 @@ documents it, `app` leads the requests here.
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,14 +13,30 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from service import telemetry
-from service.errors import HTTP_ERRORS, RETRY_AFTER_S, DeadlineExceeded, PayloadTooLarge
-from service.inference import JSON, output_fn, require_json
+from service.admission import Memory
+from service.answers import write_answer
+from service.errors import (
+    HTTP_ERRORS,
+    RETRY_AFTER_S,
+    BodyTimeout,
+    Overloaded,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
+from service.media import JSON, negotiate
+from service.options import top_k_of
 from service.runtime import Runtime
 
 PATH = "/invocations"
 
 WATCH_AFTER_S = 0.05
 """A request that waits longer than this is watched: it is given up when its client hangs up."""
+
+CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
+"""What the client of an endpoint adds to a request, and reads in its answer: at most 1,024 visible ASCII characters
+(https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html)."""
+
+_SAFE_ATTRIBUTES = re.compile(r"[\x20-\x7e]{1,1024}")
 
 Header = tuple[bytes, bytes]
 
@@ -32,42 +49,57 @@ class Invocations:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; every error of the table becomes its answer."""
+        runtime = self._runtime()
+        given = _joined(scope["headers"])
         headers: list[Header] = []
+        media_type = JSON
         try:
-            status, body = 200, await _answer(self._runtime(), scope["headers"], receive)
+            status = 200
+            body, media_type = await _answer(runtime, given, scope.get("query_string", b""), receive)
         except ClientDisconnect:  # nobody reads this answer, the log line tells of it
             status, body = 400, b""
             telemetry.current().code = "client_gone"
         except tuple(HTTP_ERRORS) as exc:
             status, code = HTTP_ERRORS[type(exc)]
+            if isinstance(exc, Overloaded):
+                status = runtime.settings.overload_status
             record = telemetry.current()
             record.code = code
             body = telemetry.error_body(code, str(exc), record.request_id)
-            if status == 503:
-                headers = [(b"retry-after", b"%d" % RETRY_AFTER_S)]
-        headers += [(b"content-type", JSON.encode()), (b"content-length", b"%d" % len(body))]
+            if status in (429, 503):
+                headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        headers += [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
+        if runtime.stopping:
+            headers.append((b"connection", b"close"))
+        attributes = given.get(CUSTOM_ATTRIBUTES)
+        if attributes is not None and _SAFE_ATTRIBUTES.fullmatch(attributes):
+            headers.append((CUSTOM_ATTRIBUTES.encode(), attributes.encode()))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 
-async def _answer(runtime: Runtime, headers: list[Header], receive: Receive) -> bytes:
-    given = _joined(headers)
-    accept = given.get("accept")
-    require_json(accept)
+async def _answer(runtime: Runtime, given: dict[str, str], query: bytes, receive: Receive) -> tuple[bytes, str]:
+    """The body of the answer, and its type."""
+    media_type = negotiate(given.get("accept"))
+    top_k = top_k_of(query, given.get(CUSTOM_ATTRIBUTES))
+    if given.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        raise UnsupportedMediaType(
+            f"The body must not be compressed, given: Content-Encoding {given['content-encoding'][:40]}; send it plain."
+        )
+    runtime.require_ready()
+    runtime.admission.require_room()
     record = telemetry.current()
-    with runtime.admitted():
-        try:
-            async with asyncio.timeout(runtime.settings.deadline_s):
-                payload = await _read_body(receive, given.get("content-length"), runtime.settings.max_payload_bytes)
-                record.bytes_in = len(payload)
-                with _given_up_if_gone(receive):
-                    result, record.decode_ms = await runtime.predict(payload, given.get("content-type"))
-        except TimeoutError as exc:
-            raise DeadlineExceeded(
-                f"The request was not answered within {runtime.settings.deadline_s:g} s; try again, or send less."
-            ) from exc
-    record.queue_ms, record.infer_ms, record.batch_size = result.queue_ms, result.infer_ms, result.batch_size
-    return output_fn([result.value], accept)[0]
+    async with runtime.admission.deadline():
+        with runtime.admission.memory() as memory:
+            payload = await _read_body(receive, given.get("content-length"), runtime, memory)
+            record.bytes_in = len(payload)
+            with runtime.admission.place() as places, _given_up_if_gone(receive):
+                answered = await runtime.predict(payload, given.get("content-type"), places)
+    record.images = len(answered.outcomes) if answered.several else None
+    record.decode_ms, record.queue_ms, record.infer_ms, record.batch_size = (
+        answered.decode_ms, answered.queue_ms, answered.infer_ms, answered.batch_size
+    )  # fmt: skip
+    return write_answer(answered.outcomes, answered.card, answered.several, media_type, top_k), media_type
 
 
 def _joined(headers: list[Header]) -> dict[str, str]:
@@ -78,22 +110,33 @@ def _joined(headers: list[Header]) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in found.items()}
 
 
-async def _read_body(receive: Receive, declared: str | None, limit: int) -> bytes:
-    too_large = "The body may have at most {:,} bytes, given: {}; send a smaller image."
-    if declared is not None and declared.isdecimal() and int(declared) > limit:
-        raise PayloadTooLarge(too_large.format(limit, f"{int(declared):,}"))
+async def _read_body(receive: Receive, declared: str | None, runtime: Runtime, memory: Memory) -> bytes:
+    """The whole body, accounted for. Raises: PayloadTooLarge, BodyTimeout, Overloaded, ClientDisconnect."""
+    limit, timeout_s = runtime.settings.max_payload_bytes, runtime.settings.body_timeout_s
+    too_large = "The body may have at most {:,} bytes, given: {}; send a smaller image, or fewer."
+    if declared is not None and declared.isdecimal():
+        if len(declared) > 18 or int(declared) > limit:
+            raise PayloadTooLarge(too_large.format(limit, f"{int(declared[:18]):,}"))
+        memory.require(int(declared))
     chunks: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunk = message.get("body", b"")
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > limit:
-            raise PayloadTooLarge(too_large.format(limit, "more than that"))
-        more = message.get("more_body", False)
+    more = True
+    try:
+        async with asyncio.timeout(timeout_s):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunk = message.get("body", b"")
+                memory.take(len(chunk))
+                if memory.held > limit:
+                    raise PayloadTooLarge(too_large.format(limit, "more than that"))
+                chunks.append(chunk)
+                more = message.get("more_body", False)
+    except TimeoutError as exc:
+        raise BodyTimeout(
+            f"Of the body, {memory.held:,} bytes arrived within {timeout_s:g} s, and its end did not; send it "
+            "faster, or a smaller image."
+        ) from exc
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 

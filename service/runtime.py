@@ -1,4 +1,4 @@
-"""The service's parts and their lifecycle: loading -> warming_up -> ready -> stopping, or failed.
+"""The service's parts and their lifecycle: loading -> warming_up -> ready (or failing) -> stopping, or failed.
 
 Built by `create_app`, opened and closed in the app's lifespan. Routes ask it for answers and see no tensors.
 """
@@ -7,23 +7,28 @@ import asyncio
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
+from threading import Barrier
 from typing import Literal
 
 import numpy as np
 
+from service.admission import Admission, Places
+from service.answers import Outcome
 from service.batcher import Batched, Batcher
-from service.classifier import Classifier, ExampleFile, Prediction
+from service.classifier import Classifier, ExampleFile, ModelCard, Prediction
 from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, gpus
-from service.errors import NotReady, Overloaded
-from service.inference import input_fn, load_model, payload_of, predict_fn
+from service.errors import NotReady
+from service.inference import load_model
 from service.model.archive import model_folder
-from service.model.errors import ArtifactError, ImageTooLarge
+from service.model.errors import ArtifactError, ImageError, ImageTooLarge
 from service.model.images import JPEG, RgbImage
 from service.model.preprocess import decode_resized
+from service.payloads import is_image, payloads_of
 from service.settings import Settings
 from service.workers import Worker
 
@@ -36,7 +41,36 @@ SMALL_BYTES, SMALL_SIDE_PX = 16 * 2**10, 128
 """JPEGs this small, for a model of at most this side, are decoded on the event loop: CIFAR's take 0.02 ms, less than
 handing them to a thread."""
 
-State = Literal["loading", "warming_up", "ready", "stopping", "failed"]
+SMALL_FORM_BYTES = 64 * 2**10
+"""Forms and JSON up to this size are taken apart on the event loop."""
+
+FAILING_AFTER, ENDS_AFTER = 3, 10
+"""Batches in a row on which the engine may fail until /ping tells, and until the process ends for a new one to take its
+place: what a CUDA error leaves behind, no later call mends."""
+
+State = Literal["loading", "warming_up", "ready", "failing", "stuck", "stopping", "failed"]
+
+
+@dataclass
+class Answered:
+    """What became of the images of one request."""
+
+    card: ModelCard
+    several: bool
+    outcomes: list[Outcome]
+    """One for each image, in order."""
+    decode_ms: float = 0.0
+    queue_ms: float = 0.0
+    infer_ms: float = 0.0
+    batch_size: int = 0
+    """Of several images, each the longest, and the largest batch."""
+
+    def note(self, decode_ms: float, batched: Batched[Prediction]) -> None:
+        """Take the times of one of the images in."""
+        self.decode_ms = max(self.decode_ms, decode_ms)
+        self.queue_ms = max(self.queue_ms, batched.queue_ms)
+        self.infer_ms = max(self.infer_ms, batched.infer_ms)
+        self.batch_size = max(self.batch_size, batched.batch_size)
 
 
 class Runtime:
@@ -62,8 +96,8 @@ class Runtime:
         threads = worker.share(settings.engine_threads) if worker else settings.engine_threads
         self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch)
         self._on_failure = on_failure
-        self._under_way = 0
-        self._stopping = False
+        self.admission = Admission(settings.max_requests, settings.max_body_bytes, settings.deadline_s)
+        self.stopping = False
         self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
         decoders = worker.share(settings.decode_threads) if worker else settings.decode_threads
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
@@ -73,15 +107,26 @@ class Runtime:
 
     @property
     def state(self) -> State:
-        """How far it is; "warming_up" also while other workers are not ready for the first time."""
-        if self._state == "ready" and self._states is not None and not self._states.all_were_ready():
+        """How far it is; "warming_up" also while other workers are not ready for the first time.
+
+        "failing": the engine failed on its last batches; "stuck": it has not come back from one in time.
+        """
+        if self._state in ("loading", "warming_up", "failed"):
+            return self._state
+        if self.stopping:
+            return "stopping"
+        if self._states is not None and not self._states.all_were_ready():
             return "warming_up"
-        return self._state
+        assert self._serving is not None
+        batcher = self._serving[1]
+        if batcher.failures >= FAILING_AFTER:
+            return "failing"
+        return "stuck" if batcher.busy_s() > self.settings.deadline_s else "ready"
 
     @property
     def example(self) -> ExampleFile | None:
         """The model's own image to try, if it came with one. Raises: NotReady."""
-        return self._require_ready()[0].example
+        return self.require_ready()[0].example
 
     async def open(self) -> None:
         """Begin to load; `state` tells how far it is.
@@ -95,9 +140,7 @@ class Runtime:
 
     async def close(self) -> None:
         """Answer what was accepted, then let everything go. A load under way is waited for."""
-        self._stopping = True
-        if self._state != "failed":
-            self._state = "stopping"
+        self.stopping = True
         if self._starting is not None:
             await self._starting
         if self._serving is not None:
@@ -106,46 +149,59 @@ class Runtime:
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._held.close()
 
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Hold one of the places for requests under way. Raises: NotReady, Overloaded."""
-        self._require_ready()
-        if self._under_way >= self.settings.max_requests:
-            raise Overloaded(f"{self._under_way} requests are under way, as many as allowed; try again in a moment.")
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
+    async def drain(self, grace_s: float) -> None:
+        """Answer what is under way, for `grace_s` at most; `state` is "stopping" from now on."""
+        self.stopping = True
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + self.settings.drain_s
+        self.admission.stop_within(grace_s)
+        while loop.time() < until_s or self.admission.requests:
+            await asyncio.sleep(0.02)
 
-    async def predict(self, body: bytes, content_type: str | None) -> tuple[Batched[Prediction], float]:
-        """Decode, crop and resize, then predict in a batch.
+    async def predict(self, body: bytes, content_type: str | None, places: Places) -> Answered:
+        """Decode, crop and resize, then predict in batches with what else is there.
 
-        Returns: the batched prediction, and the milliseconds that decoding took.
         Raises: RequestError, Unavailable, ImageError.
         """
-        classifier, batcher = self._require_ready()
-        image, decode_ms = await self._decoded(body, content_type, classifier.side_px)
-        return await batcher.submit(image), decode_ms
+        classifier, batcher = self.require_ready()
+        if is_image(body) or len(body) <= SMALL_FORM_BYTES:
+            payloads = payloads_of(body, content_type)
+        else:
+            payloads = await asyncio.get_running_loop().run_in_executor(self._decoders, payloads_of, body, content_type)
+        del body
+        answered = Answered(classifier.card, payloads.several, [])
 
-    async def _decoded(self, body: bytes, content_type: str | None, side_px: int) -> tuple[RgbImage, float]:
-        """Decode, crop and resize; small images here and now, which is done before a thread would have begun."""
-
-        def decode(max_pixels: int | None = None) -> tuple[RgbImage, float]:
+        async def outcome(payload: bytes) -> Outcome:
             started_s = time.perf_counter()
-            resized = decode_resized(payload_of(body, content_type), side_px, max_pixels)
-            return resized, (time.perf_counter() - started_s) * 1000
-
-        if len(body) <= SMALL_BYTES and side_px <= SMALL_SIDE_PX and body.startswith(JPEG):
             try:
-                return decode(SMALL_SIDE_PX**2)
+                image = await self._decoded(payload, classifier.side_px)
+            except ImageError as exc:
+                return exc
+            decode_ms = (time.perf_counter() - started_s) * 1000
+            batched = await batcher.submit(image)
+            answered.note(decode_ms, batched)
+            return batched.value
+
+        if payloads.several:
+            places.take_more(min(len(payloads.images), self.settings.max_batch) - places.held)
+            answered.outcomes += await _gather(outcome, payloads.images, places.held)
+        else:
+            answered.outcomes.append(await outcome(payloads.images[0]))
+        return answered
+
+    async def _decoded(self, payload: bytes, side_px: int) -> RgbImage:
+        """Decode, crop and resize; small images here and now, which is done before a thread would have begun."""
+        if len(payload) <= SMALL_BYTES and side_px <= SMALL_SIDE_PX and payload.startswith(JPEG):
+            try:
+                return decode_resized(payload, side_px, SMALL_SIDE_PX**2)
             except ImageTooLarge:  # few bytes, many pixels
                 pass
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, decode_resized, payload, side_px)
 
-    def _require_ready(self) -> tuple[Classifier, Batcher[RgbImage, Prediction]]:
+    def require_ready(self) -> tuple[Classifier, Batcher[RgbImage, Prediction]]:
+        """What answers. Raises: NotReady."""
         # Requests accepted before a stop are still answered: the batcher refuses when it closes.
-        if self._serving is None or self._state not in ("ready", "stopping"):
+        if self._serving is None:
             raise NotReady(f"The service is not ready (state: {self.state}); GET /ping tells when it is.")
         return self._serving
 
@@ -156,13 +212,15 @@ class Runtime:
                 classifier = self._given
             else:
                 classifier = await loop.run_in_executor(self._engine_threads, self._load)
-            if self._stopping:
+            if self.stopping:
                 return
             self._state = "warming_up"
-            lanes = range(classifier.engine.lanes)
-            await asyncio.gather(
-                *[loop.run_in_executor(self._engine_threads, self._warm_up, classifier) for _ in lanes]
-            )
+            all_here = Barrier(classifier.engine.lanes)
+            lanes = [
+                loop.run_in_executor(self._engine_threads, self._warm_up, classifier, all_here)
+                for _ in range(classifier.engine.lanes)
+            ]
+            await asyncio.gather(*lanes)
         except Exception as exc:  # whatever it is, the service cannot serve: told, then ended
             self._state = "failed"
             trace = None if isinstance(exc, ArtifactError | EngineUnavailable) else exc
@@ -171,20 +229,29 @@ class Runtime:
                 self._on_failure()
             return
         batcher: Batcher[RgbImage, Prediction] = Batcher(
-            lambda images: predict_fn(images, classifier),
+            classifier.classify,
             self._engine_threads,
             lanes=classifier.engine.lanes,
             max_batch=self._max_batch(classifier),
             max_queue=self.settings.max_requests,
             max_wait_ms=self.settings.max_wait_ms,
+            on_failure=self._note_failure,
         )
         batcher.open()
         self._serving = (classifier, batcher)
-        if not self._stopping:
-            self._state = "ready"
+        self._state = "ready"
+        if not self.stopping:
             if self._worker is not None and self._states is not None:
                 self._states.tell_ready(self._worker.index)
             self._log_ready(classifier)
+
+    def _note_failure(self, failures: int) -> None:
+        """Of the engine, on so many batches in a row."""
+        if failures == FAILING_AFTER:
+            log.error("the engine failed on %d batches in a row: /ping answers 503 until one succeeds", failures)
+        if failures == ENDS_AFTER and self._on_failure is not None:
+            log.error("the engine failed on %d batches in a row; this process ends, so that a new one begins", failures)
+            self._on_failure()
 
     def _load(self) -> Classifier:
         started_s = time.perf_counter()
@@ -198,13 +265,17 @@ class Runtime:
         )  # fmt: skip
         return classifier
 
-    def _warm_up(self, classifier: Classifier) -> None:
-        """Decode an image, run the smallest and the largest batch: so that the first client does not pay for it."""
+    def _warm_up(self, classifier: Classifier, all_here: Barrier) -> None:
+        """Decode an image, run the smallest and the largest batch: so that the first client does not pay for it.
+
+        In every lane: none begins before all have a thread of their own.
+        """
+        all_here.wait()
+        image: RgbImage = np.zeros((classifier.side_px, classifier.side_px, 3), np.uint8)
         if classifier.example is not None:
-            predict_fn(input_fn(classifier.example.path.read_bytes(), classifier.example.media_type), classifier)
-        blank = np.zeros((classifier.side_px, classifier.side_px, 3), np.uint8)
+            image = decode_resized(classifier.example.path.read_bytes(), classifier.side_px)
         for size in {1, self._max_batch(classifier)}:
-            classifier.classify([blank] * size)
+            classifier.classify([image] * size)
 
     def _max_batch(self, classifier: Classifier) -> int:
         return min(self.settings.max_batch, classifier.engine.best_batch)
@@ -219,3 +290,23 @@ class Runtime:
             example = classifier.example
             command = ["curl", "-H", f"Content-Type: {example.media_type}", "--data-binary", f"@{example.path}", url]
             log.info("an image of class %r to try: %s", example.label, shlex.join(command))
+
+
+async def _gather(
+    outcome: Callable[[bytes], Awaitable[Outcome]], payloads: Sequence[bytes], at_once: int
+) -> list[Outcome]:
+    """The outcomes of `payloads`, `at_once` under way; a failure ends them all."""
+    outcomes: dict[int, Outcome] = {}
+    left = iter(enumerate(payloads))
+
+    async def work() -> None:
+        for index, payload in left:
+            outcomes[index] = await outcome(payload)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(work())
+    except BaseExceptionGroup as exc:
+        raise exc.exceptions[0] from exc
+    return [outcomes[index] for index in range(len(payloads))]

@@ -1,5 +1,7 @@
 """The JSON shapes of the answers, for the OpenAPI document."""
 
+from typing import Literal
+
 from pydantic import BaseModel, Field
 
 
@@ -23,6 +25,40 @@ class PredictionResponse(BaseModel):
 
     model: ModelInfo
     predictions: list[RankedLabel]
+
+
+class ImageError(BaseModel):
+    """Why one image among several could not be read; codes as in `ErrorDetail`."""
+
+    code: str = Field(examples=["unreadable_image"])
+    message: str
+
+
+class ImagePredictions(BaseModel):
+    """The result of one image among several: the likeliest classes, likeliest first."""
+
+    predictions: list[RankedLabel]
+
+
+class ImageFailure(BaseModel):
+    """The result of one image among several that could not be read."""
+
+    error: ImageError
+
+
+class SeveralPredictionsResponse(BaseModel):
+    """The answer to several images: a result for each, in order."""
+
+    model: ModelInfo
+    results: list[ImagePredictions | ImageFailure]
+
+
+class ExecutionParameters(BaseModel):
+    """What SageMaker's batch transform asks for, by its names."""
+
+    MaxConcurrentTransforms: int = Field(ge=1)
+    BatchStrategy: Literal["SINGLE_RECORD"] = "SINGLE_RECORD"
+    MaxPayloadInMB: int = Field(ge=1)
 
 
 class ErrorDetail(BaseModel):

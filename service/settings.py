@@ -8,9 +8,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.engines.choose import Wanted
@@ -47,10 +47,20 @@ class Settings(BaseSettings):
     """Threads of engines that run on the CPU, of all workers together; default: the cores this process may use."""
     max_payload_bytes: int = Field(25 * 2**20, ge=1)
     """Larger request bodies are refused with 413; the default is the limit of SageMaker's real-time endpoints."""
+    max_body_bytes: int = Field(512 * 2**20, ge=1)
+    """Bytes of request bodies held at once in a worker; more get 503 at once. Forms and base64 take up to three times
+    that in memory."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """A request body that is not there by then gets 408, so that slow senders do not hold memory."""
     deadline_s: float = Field(55.0, gt=0)
     """A request not answered by then gets 504; below SageMaker's 60 s, so that the client reads the reason."""
     max_requests: int = Field(256, ge=1)
-    """Requests under way at once in a worker, from reading the body to the answer; more get 503 at once."""
+    """Images under way at once in a worker, from decoding to the answer; requests for which there is no place get 503
+    at once."""
+    overload_status: Literal[503, 429] = 503
+    """The status of those answers, both with Retry-After; 429 for clients that take 503 for a broken server."""
+    drain_s: float = Field(0.0, ge=0, le=20)
+    """After SIGTERM, /ping answers 503 and requests are still taken for this long; then until none is under way."""
     max_batch: int = Field(32, ge=1)
     """Images the engine gets at once, at most; it gets fewer where more would not be faster."""
     max_wait_ms: float = Field(0.0, ge=0)
@@ -63,6 +73,15 @@ class Settings(BaseSettings):
     """Lines below this level are not written; "warning" silences the line per request."""
     exit_with_parent: bool = True
     """Stop when the process that started the service ends, so that no server is left behind; false for nohup."""
+
+    @model_validator(mode="after")
+    def _room_for_one(self) -> Self:
+        if self.max_body_bytes < self.max_payload_bytes:
+            raise ValueError(
+                f"{PREFIX}MAX_BODY_BYTES = {self.max_body_bytes} is less than {PREFIX}MAX_PAYLOAD_BYTES = "
+                f"{self.max_payload_bytes}: raise the one or lower the other"
+            )
+        return self
 
     @classmethod
     def load(cls, arguments: Sequence[str] | None = None) -> "Settings":

@@ -29,6 +29,7 @@ class RequestRecord:
     status: int = 0
     code: str = "unanswered"
     bytes_in: int = 0
+    images: int | None = None
     decode_ms: float | None = None
     queue_ms: float | None = None
     infer_ms: float | None = None

@@ -14,6 +14,7 @@ const TITLES = {
   image_too_large: "The image is too large",
   payload_too_large: "The file is too large",
   unsupported_media_type: "Not an image",
+  body_timeout: "The image arrived too slowly",
   overloaded: "The service is busy",
   not_ready: "The service is not ready",
   deadline_exceeded: "No answer in time",
@@ -156,7 +157,7 @@ class Card {
     const error = body?.error ?? {};
     const code = typeof error.code === "string" ? error.code : "";
     const id = error.request_id || response.headers.get("X-Request-Id");
-    const again = response.status === 429 || response.status >= 500;
+    const again = [408, 429].includes(response.status) || response.status >= 500;
     let title = TITLES[code] ?? (again ? "The service failed on this image" : "The request was refused");
     if (response.ok) title = "The answer was not understood"; // something else answers at this address
     const start = text.trim().slice(0, 300);

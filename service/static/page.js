@@ -8,6 +8,8 @@ const STATES = {
   ready: "Ready",
   loading: "Loading the model…",
   warming_up: "Warming up…",
+  failing: "The engine fails; the service's log says why",
+  stuck: "The engine does not come back from a batch; the service's log says more",
   stopping: "Stopping: it takes no more requests",
   failed: "The model cannot be served; the service's log says why",
 };

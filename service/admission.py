@@ -1,0 +1,122 @@
+"""How much may be under way at once: requests, their bodies' bytes, and how long each may take.
+
+What is over a bound is refused at once, so that those who were let in are answered in time and memory stays bounded.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from service.errors import DeadlineExceeded, NotReady, Overloaded
+
+
+class Admission:
+    """The bounds, and what is held of them. Used from the event loop alone."""
+
+    def __init__(self, max_requests: int, max_bytes: int, deadline_s: float) -> None:
+        """`max_requests` predictions, `max_bytes` of bodies, `deadline_s` for each request."""
+        self.under_way = 0
+        """Predictions that hold a place, the further images of a request included."""
+        self.bytes_held = 0
+        self._max_requests = max_requests
+        self._max_bytes = max_bytes
+        self._deadline_s = deadline_s
+        self._stops_at_s: float | None = None
+        self._deadlines: set[asyncio.Timeout] = set()
+
+    @property
+    def requests(self) -> int:
+        """Requests that are being read or answered."""
+        return len(self._deadlines)
+
+    def require_room(self) -> None:
+        """Raises: Overloaded, when a body need not be read because there is no place for it."""
+        if self.under_way >= self._max_requests:
+            raise Overloaded(f"{self.under_way} requests are under way, as many as allowed; try again in a moment.")
+
+    @contextmanager
+    def place(self) -> Iterator["Places"]:
+        """Hold one place for a prediction. Raises: Overloaded."""
+        self.require_room()
+        places = Places(self, 1)
+        self.under_way += 1
+        try:
+            yield places
+        finally:
+            self.under_way -= places.held
+
+    @contextmanager
+    def memory(self) -> Iterator["Memory"]:
+        """Account for the bytes of one body."""
+        memory = Memory(self)
+        try:
+            yield memory
+        finally:
+            self.bytes_held -= memory.held
+
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """Cancel what is awaited inside when the request is not answered in time.
+
+        Raises: DeadlineExceeded, or NotReady where the service stops before.
+        """
+        loop = asyncio.get_running_loop()
+        at_s = loop.time() + self._deadline_s
+        timeout = asyncio.timeout_at(at_s if self._stops_at_s is None else min(at_s, self._stops_at_s))
+        try:
+            async with timeout:
+                self._deadlines.add(timeout)
+                try:
+                    yield
+                finally:
+                    self._deadlines.discard(timeout)
+        except TimeoutError as exc:
+            if loop.time() < at_s:
+                raise NotReady("The service stopped before it could answer; send the request again.") from exc
+            raise DeadlineExceeded(
+                f"The request was not answered within {self._deadline_s:g} s; try again, or send less."
+            ) from exc
+
+    def stop_within(self, seconds: float) -> None:
+        """Let no request, of those under way and those to come, take longer than until `seconds` from now."""
+        self._stops_at_s = asyncio.get_running_loop().time() + seconds
+        for timeout in self._deadlines:
+            if (when := timeout.when()) is not None:
+                timeout.reschedule(min(when, self._stops_at_s))
+
+
+class Places:
+    """The places that one request holds."""
+
+    def __init__(self, admission: Admission, held: int) -> None:
+        self.held = held
+        self._admission = admission
+
+    def take_more(self, wanted: int) -> None:
+        """Hold up to `wanted` more, as many as are free: they say how many of its images are under way at once."""
+        more = max(0, min(wanted, self._admission._max_requests - self._admission.under_way))
+        self._admission.under_way += more
+        self.held += more
+
+
+class Memory:
+    """The bytes that one request holds."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.held = 0
+        self._admission = admission
+
+    def take(self, count: int) -> None:
+        """Hold `count` bytes more. Raises: Overloaded."""
+        self.require(count)
+        self._admission.bytes_held += count
+        self.held += count
+
+    def require(self, count: int) -> None:
+        """Raises: Overloaded, when there is no room for `count` bytes more."""
+        admission = self._admission
+        if admission.bytes_held + count > admission._max_bytes:
+            raise Overloaded(
+                f"The requests under way hold {admission.bytes_held:,} bytes, {admission._max_bytes:,} are allowed; "
+                "try again in a moment."
+            )

@@ -1,0 +1,108 @@
+"""The images' bytes in a request body: raw, the files of a form, or base64 in JSON.
+
+What a body is follows from its Content-Type. Where that is missing or wrong, as curl's defaults are, the first bytes
+tell: no allowed image begins as a form or as JSON does.
+"""
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass
+
+from service.errors import MalformedRequest, UnsupportedMediaType
+from service.media import JSON, media_type_of
+from service.multipart import files_of
+
+FORM = "multipart/form-data"
+
+RAW_MEDIA_TYPES = ("application/octet-stream", "application/x-image", "application/x-www-form-urlencoded", "")
+"""Types under which raw image bytes come besides image/*: unnamed, SageMaker's own, curl's `--data-binary` default."""
+
+MAX_IMAGES = 100
+"""In one request; a body of 25 MB could otherwise hold a hundred thousand."""
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """The images of one request, in order."""
+
+    images: tuple[bytes, ...]
+    """At least one."""
+    several: bool
+    """Whether the answer is a list of results, in which a bad image is marked; else it is an error."""
+
+
+def payloads_of(body: bytes, content_type: str | None) -> Payloads:
+    """Take the images out of a body. Raises: UnsupportedMediaType, MalformedRequest."""
+    media_type = media_type_of(content_type or "")
+    if media_type.startswith("image/") or is_image(body):
+        return Payloads((body,), several=False)
+    if media_type == FORM:
+        files = files_of(body, content_type or "")
+        if not files:
+            raise MalformedRequest('The form must hold a file, given: 0; send it as curl -F "file=@photo.jpg" does.')
+        return Payloads(tuple(files), several=len(files) > 1)
+    looks_like_json = body[:64].lstrip()[:1] == b"{"
+    if media_type == JSON or (looks_like_json and media_type in RAW_MEDIA_TYPES):
+        return _from_json(body)
+    if media_type in RAW_MEDIA_TYPES:
+        return Payloads((body,), several=False)  # the decoder tells what it is not
+    raise UnsupportedMediaType(
+        f"The content type must be image/*, application/octet-stream, {FORM} or {JSON}, given: {content_type}."
+    )
+
+
+def is_image(body: bytes) -> bool:
+    """Whether the bytes begin as a file of one of the allowed formats does, without a doubt."""
+    return (
+        body.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"))
+        or (body[:4] == b"RIFF" and body[8:12] == b"WEBP")
+        or (body[:2] == b"BM" and body[6:10] == b"\0\0\0\0")  # reserved fields of a bitmap's header
+    )
+
+
+_FORMS = 'send {"image": "<base64>"} or {"images": ["<base64>", ...]}'
+
+
+def _from_json(body: bytes) -> Payloads:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        raise MalformedRequest(f"The body is not valid JSON ({_reason(exc)}); {_FORMS}.") from exc
+    if not isinstance(document, dict) or len(document) != 1 or not {"image", "images"} >= set(document):
+        given = f"an object with {_names(document)}" if isinstance(document, dict) else _kind(document)
+        raise MalformedRequest(f"The JSON must be an object with image or images alone, given: {given}; {_FORMS}.")
+    ((name, value),) = document.items()
+    if name == "image":
+        return Payloads((_decoded(value, "image"),), several=False)
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_IMAGES:
+        given = f"{len(value):,}" if isinstance(value, list) else _kind(value)
+        raise MalformedRequest(f"images must be a list of 1 to {MAX_IMAGES} images, given: {given}; {_FORMS}.")
+    return Payloads(tuple(_decoded(item, f"images[{k}]") for k, item in enumerate(value)), several=True)
+
+
+def _decoded(value: object, name: str) -> bytes:
+    """Base64 (RFC 4648, 4), also with line breaks or as a data URL (RFC 2397)."""
+    if not isinstance(value, str):
+        raise MalformedRequest(f"{name} must be a string with an image in base64, given: {_kind(value)}.")
+    text = value.partition(",")[2] if value[:5].lower() == "data:" else value
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise MalformedRequest(f"{name} is not valid base64 ({_reason(exc)}); encode the file's bytes.") from exc
+
+
+def _kind(value: object) -> str:
+    return {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}.get(
+        type(value), "a number"
+    )
+
+
+def _names(document: dict[str, object]) -> str:
+    names = [ascii(name[:20]) for name in list(document)[:3]]
+    return f"{', '.join(names)} and {len(document) - 3} more" if len(document) > 3 else ", ".join(names) or "no members"
+
+
+def _reason(exc: Exception) -> str:
+    reason = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)
+    return ascii(reason[:120])[1:-1].rstrip(".")
