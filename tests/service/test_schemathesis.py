@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-CASES = 60
+CASES = 100
 """Of each operation, besides those that schemathesis derives one by one: together less than 20 s on a quiet machine."""
 
 
