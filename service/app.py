@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import exposition, telemetry
+from service import exposition, openapi, page, reference, telemetry
 from service.classifier import Classifier
 from service.invocations import PATH, Invocations
 from service.metrics import Metrics
@@ -48,16 +48,19 @@ def create_app(
                 await runtime.close()
 
     app = App(
-        title="ResNet-34 image classifier",
-        description="GET /ping tells whether it is ready; POST /invocations classifies an image.",
-        version="1",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's would be loaded from another host
+        redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from the client's own Host header
     )
     app.state.metrics = metrics
     app.direct = telemetry.Telemetry(Invocations(lambda: app.state.runtime), metrics, tracing)
     app.include_router(router)
     app.include_router(exposition.router)
+    app.include_router(reference.router)
+    app.openapi = lambda: openapi.document(settings)  # type: ignore[method-assign]  # FastAPI's way to one's own
+    if settings.page:
+        app.include_router(page.router)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_middleware(telemetry.Telemetry, metrics=metrics, tracing=tracing)
     return app

@@ -1,44 +1,23 @@
-"""/ping, /execution-parameters, and what the OpenAPI document says of /invocations (`service.invocations` answers it).
+"""/ping and /execution-parameters. (`service.invocations` answers /invocations, `service.openapi` documents all.)
 
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html
 https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-batch-code.html
 """
-
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from service import telemetry
 from service.runtime import Runtime
-from service.schemas import (
-    ErrorResponse,
-    ExecutionParameters,
-    PingResponse,
-    PredictionResponse,
-    SeveralPredictionsResponse,
-)
+from service.schemas import ExecutionParameters
 
 router = APIRouter()
 
 BATCH_BYTES = 100 * 2**20
 """Concurrent requests times their size that a batch transform allows (CreateTransformJob, MaxPayloadInMB)."""
 
-_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
-            },
-        },
-    }
-}
 
-
-@router.api_route("/ping", methods=["GET"], response_model=PingResponse, responses={503: {"model": PingResponse}})
-@router.api_route("/ping", methods=["POST", "HEAD"], include_in_schema=False)
+@router.api_route("/ping", methods=["GET", "POST", "HEAD"])
 async def ping(request: Request) -> JSONResponse:
     """200 when predictions are answered, else 503; the body tells the state either way."""
     runtime: Runtime = request.app.state.runtime
@@ -58,12 +37,7 @@ async def execution_parameters(request: Request) -> ExecutionParameters:
     )
 
 
-@router.post(
-    "/invocations",
-    response_model=PredictionResponse | SeveralPredictionsResponse,
-    openapi_extra=_BODY,
-    responses={code: {"model": ErrorResponse} for code in (400, 406, 408, 413, 415, 429, 500, 503, 504)},
-)
-async def invocations() -> PredictionResponse:
-    """Classify JPEG, PNG, WebP, BMP or GIF images, sent raw, as the files of a form, or in base64 in JSON."""
+@router.post("/invocations")
+async def invocations() -> None:
+    """Here for the sake of other methods, which get 405."""
     raise AssertionError("service.app leads these requests to service.invocations")

@@ -19,7 +19,7 @@ import numpy as np
 from service.admission import Admission, Places
 from service.answers import Outcome
 from service.batcher import Batched, Batcher
-from service.classifier import Classifier, ModelCard, Prediction
+from service.classifier import Classifier, ExampleFile, ModelCard, Prediction
 from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, gpus
 from service.errors import NotReady
@@ -140,6 +140,11 @@ class Runtime:
             under_way=lambda: self.admission.under_way,
             model=model,
         )
+
+    @property
+    def example(self) -> ExampleFile | None:
+        """The model's own image to try, if it came with one. Raises: NotReady."""
+        return self.require_ready()[0].example
 
     async def open(self) -> None:
         """Begin to load; `state` tells how far it is.

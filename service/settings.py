@@ -68,6 +68,8 @@ class Settings(BaseSettings):
     """How long a batch waits for company, counted from its first image; 0 takes what is there."""
     decode_threads: int = Field(default_factory=cores, ge=1)
     """Threads that decode and resize images, of all workers together; default: the cores this process may use."""
+    page: bool = True
+    """Serve a page for people at / (and the model's example image at /example); false: 404 there."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines below this level are not written; "warning" silences the line per request."""
     log_format: Format = "text"
