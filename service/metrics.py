@@ -32,7 +32,7 @@ STATUSES = (*sorted({200, 404, 405, 429, 500, 503} | {status for status, _ in HT
 REASONS = (*sorted({"client_gone", "internal_error"} | {code for _, code in HTTP_ERRORS.values()}), OTHER)
 OUTCOMES = ("answered", "refused", "failed")
 """Of an invocation: 2xx, 4xx, 5xx."""
-STATES = ("loading", "warming_up", "ready", "stopping", "failed")
+STATES = ("loading", "warming_up", "ready", "failing", "stuck", "stopping", "failed")
 CAUSES = ("out_of_memory", "sigkill", "sigsegv", "sigabrt", "sigbus", "other_signal", "exit_status")
 """Of a worker's death (`service.deaths`)."""
 

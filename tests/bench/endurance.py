@@ -1,0 +1,206 @@
+"""What the service does at five times its capacity, and in ten minutes at 80 % of it, on a machine that is else idle.
+
+    python -m tests.bench.endurance [--side 224] [--overload-seconds 20] [--soak-minutes 10]
+
+The generator runs on the same cores, in this process. Overload: answers a second against the capacity measured just
+before, how soon refusals come, memory, and how soon after it requests are served as before. Soak: photos, pictures in
+JSON and forms, damaged ones, unreadable ones; memory and file descriptors over time. Writes
+tests/bench/results/endurance.{md,json,png}.
+"""
+
+import argparse
+import base64
+import json
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from service.model.machine import cores
+from tests.bench import load, open_loop
+from tests.bench.inputs import payloads
+from tests.bench.models import write
+from tests.bench.open_loop import built
+from tests.bench.processes import Server
+
+RESULTS = Path(__file__).parent / "results"
+CACHE = Path(tempfile.gettempdir()) / "resnet34-bench"
+MAX_REQUESTS = 64
+SAMPLE_S = 2.0
+
+
+class Watch:
+    """Memory and file descriptors of all processes of a server, sampled in a thread."""
+
+    def __init__(self, server: Server) -> None:
+        self.samples: list[tuple[float, float, int]] = []  # seconds, MiB (PSS), file descriptors
+        self._server = server
+        self._begin_s = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            memory = self._server.memory()
+            files = sum(psutil.Process(pid).num_fds() for pid in self._server.pids())
+            self.samples.append((time.monotonic() - self._begin_s, memory.pss, files))
+            if self._ended.wait(SAMPLE_S):
+                return
+
+
+def started(model: Path, port: int, log: Path) -> Server:
+    """The service with its defaults but the number of places, which the overload is to find taken."""
+    command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    settings = {"CLASSIFIER_MAX_REQUESTS": str(MAX_REQUESTS), "CLASSIFIER_EXIT_WITH_PARENT": "false"}
+    return Server(command, settings, f"http://127.0.0.1:{port}/ping", log, Path.cwd()).start(120)
+
+
+def overload(server: Server, port: int, bodies: Sequence[bytes], seconds: float) -> dict[str, Any]:
+    """Five times the capacity for `seconds`, then half of it."""
+    requests = [(body, "image/jpeg") for body in bodies]
+    capacity = load.run(f"http://127.0.0.1:{port}/invocations", requests, 32, seconds / 2, 3.0)
+    whole = [built(body) for body in bodies]
+    before = server.memory().pss
+    with Watch(server) as watch:
+        over = open_loop.run(port, whole, 5 * capacity.throughput, seconds)
+        after = open_loop.run(port, whole, capacity.throughput / 2, 10)
+    refused = [kind for kind in over.latencies_ms if kind == "503"]
+    last_refusal_s = max((at_s for at_s, kind in after.done_s if kind != "200"), default=0.0)
+    return {
+        "capacity": capacity.throughput, "offered": 5 * capacity.throughput, "goodput": over.rate(),
+        "kept": over.rate() / capacity.throughput, "counts": over.counts(),
+        "refusal_p50_ms": over.quantile_ms(0.5, "503") if refused else None,
+        "refusal_p99_ms": over.quantile_ms(0.99, "503") if refused else None,
+        "answer_p99_ms": over.quantile_ms(0.99), "memory_before": before,
+        "memory_most": max(sample[1] for sample in watch.samples), "memory_after": watch.samples[-1][1],
+        "counts_after": after.counts(), "back_after_s": last_refusal_s, "p99_after_ms": after.quantile_ms(0.99),
+    }  # fmt: skip
+
+
+def mixture(bodies: Sequence[bytes]) -> list[bytes]:
+    """What clients send: mostly photos, now and then something else."""
+    damaged = [body[: len(body) // 2] for body in bodies[:4]]
+    form = b"".join(
+        b'--b\r\nContent-Disposition: form-data; name="f"; filename="a.jpg"\r\n\r\n' + body + b"\r\n"
+        for body in [*bodies[:3], b"no image"]
+    )
+    document = json.dumps({"images": [base64.b64encode(body).decode() for body in bodies[:2]]}).encode()
+    return [
+        *[built(body) for body in bodies],
+        *[built(body) for body in damaged],
+        built(form + b"--b--\r\n", "multipart/form-data; boundary=b"),
+        built(document, "application/json"),
+        built(b"not an image", "image/png"),
+        b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
+    ]
+
+
+def soak(server: Server, port: int, bodies: Sequence[bytes], minutes: float, capacity: float) -> dict[str, Any]:
+    """80 % of the capacity for `minutes`."""
+    requests = mixture(bodies)
+    images = sum(request.count(b"filename") + request.count(b'"images"') * 2 or 1 for request in requests)
+    rate = 0.8 * capacity * len(requests) / images
+    with Watch(server) as watch:
+        outcome = open_loop.run(port, requests, rate, 60 * minutes)
+    time_s, memory, files = (np.asarray(column) for column in zip(*watch.samples, strict=True))
+    settled = time_s > time_s[-1] / 5
+    return {
+        "rate": rate, "minutes": minutes, "counts": outcome.counts(), "p50_ms": outcome.quantile_ms(0.5),
+        "p99_ms": outcome.quantile_ms(0.99), "samples": watch.samples,
+        "memory_mib_per_hour": float(np.polyfit(time_s[settled], memory[settled], 1)[0] * 3600),
+        "memory_range_mib": [float(memory[settled].min()), float(memory[settled].max())],
+        "files_range": [int(files[settled].min()), int(files[settled].max())],
+    }  # fmt: skip
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Memory and file descriptors during the soak."""
+    import matplotlib.pyplot as plt
+
+    time_s, memory, files = zip(*result["soak"]["samples"], strict=True)
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
+    above.plot(np.asarray(time_s) / 60, memory)
+    above.set(ylabel="memory, MiB (PSS)", ylim=(0, None), title="Ten minutes at 80 % of capacity")
+    below.plot(np.asarray(time_s) / 60, files)
+    below.set(ylabel="file descriptors", ylim=(0, None), xlabel="minutes")
+    figure.savefig(path, dpi=120)
+
+
+def table(result: dict[str, Any]) -> str:
+    """As Markdown."""
+    over, long = result["overload"], result["soak"]
+    return f"""# The service under overload and over time
+
+{result["hardware"]}; side {result["side_px"]} px, int8, {MAX_REQUESTS} places, the generator on the same cores; one run.
+Written by `python -m tests.bench.endurance`.
+
+| At 5 times the capacity | |
+|---|---|
+| capacity, 32 clients in a closed loop | {over["capacity"]:.0f} images/s |
+| offered | {over["offered"]:.0f} requests/s |
+| answered meanwhile | {over["goodput"]:.0f} images/s: {over["kept"]:.2f} of the capacity |
+| answers by status | {over["counts"]} |
+| refusals come after | {over["refusal_p50_ms"] or 0:.1f} ms (p50), {over["refusal_p99_ms"] or 0:.1f} ms (p99) |
+| memory before, most, 10 s after | {over["memory_before"]:.0f}, {over["memory_most"]:.0f}, {over["memory_after"]:.0f} MiB |
+| afterwards at half the capacity | {over["counts_after"]}, last refusal after {over["back_after_s"]:.1f} s, p99 {over["p99_after_ms"]:.0f} ms |
+
+| {long["minutes"]:g} minutes at 80 % of the capacity, mixed requests | |
+|---|---|
+| offered | {long["rate"]:.0f} requests/s |
+| answers by status | {long["counts"]} |
+| latency of answers with 200 | {long["p50_ms"]:.1f} ms (p50), {long["p99_ms"]:.1f} ms (p99) |
+| memory after the first fifth | {long["memory_range_mib"][0]:.0f} to {long["memory_range_mib"][1]:.0f} MiB, slope {long["memory_mib_per_hour"]:+.1f} MiB an hour |
+| file descriptors after the first fifth | {long["files_range"][0]} to {long["files_range"][1]} |
+
+![memory and file descriptors](endurance.png)
+"""  # noqa: E501
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--overload-seconds", type=float, default=20)
+    parser.add_argument("--soak-minutes", type=float, default=10)
+    parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    model = CACHE / f"endurance-{options.side}"
+    bodies, what = payloads(options.side, CACHE)
+    if not (model / "facts.json").exists():
+        write(model, options.side, bodies)
+    cpu = next(line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    result: dict[str, Any] = {
+        "hardware": f"{cores()} cores of {cpu}, Python {platform.python_version()}, {what}", "side_px": options.side
+    }  # fmt: skip
+    server = started(model / "artifact", options.port, CACHE / "endurance.log")
+    try:
+        result["overload"] = overload(server, options.port, bodies, options.overload_seconds)
+        print(json.dumps(result["overload"], indent=1))
+        capacity = result["overload"]["capacity"]
+        result["soak"] = soak(server, options.port, bodies, options.soak_minutes, capacity)
+    finally:
+        server.stop()
+    print(json.dumps({**result["soak"], "samples": len(result["soak"]["samples"])}, indent=1))
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "endurance.json").write_text(json.dumps(result, indent=1))
+    (options.output / "endurance.md").write_text(table(result))
+    plot(result, options.output / "endurance.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What ends the start of the service, as a real process: exit status 1, one sentence, no code of the model executed."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from service.model.artifact import open_artifact
+from tests.conftest import environment, free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+def refusal(model: Path, *before: str, **env: str) -> str:
+    """The one error line of a start that failed. `before`: what starts the command."""
+    command = [*before, sys.executable, "-m", "service", "--model", str(model), "--port", str(free_port())]
+    result = subprocess.run(
+        [*command, "--host", "127.0.0.1"], cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=200
+    )
+    said = result.stdout + result.stderr
+    assert result.returncode == 1, said
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if " ERROR " in line]
+    assert line.endswith("."), line
+    return line
+
+
+def reseal(folder: Path, **changed: object) -> None:
+    """Change the manifest as someone would who knows how it is sealed."""
+    path = folder / "manifest.json"
+    fields = {**json.loads(path.read_bytes()), **changed, "manifest_sha256": "0" * 64}
+    text = json.dumps(fields, indent=2)
+    path.write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest()))
+
+
+def replace_weights(folder: Path, content: bytes) -> None:
+    """Other weights, with the hash that fits them."""
+    files = json.loads((folder / "manifest.json").read_bytes())["files"]
+    (folder / "weights.other").write_bytes(content)
+    entry = {"path": "weights.other", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    reseal(folder, files={**files, "weights": entry})
+
+
+class Touch:
+    """A pickle that would create a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def model(artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact, tmp_path / "model"))
+
+
+def test_truncated_weights(model: Path) -> None:
+    path = open_artifact(model).path("weights")
+    os.truncate(path, path.stat().st_size // 2)
+    assert f"{path} is damaged: it has" in refusal(model)
+
+
+def test_a_wrong_number_of_classes(model: Path) -> None:
+    classes = [*open_artifact(model).manifest.classes, "one more"]
+    reseal(model, classes=classes)
+    assert "classes, but" in refusal(model)
+
+
+def test_weights_of_another_number_of_classes(model: Path) -> None:
+    manifest = json.loads((model / "manifest.json").read_bytes())
+    classes = [*manifest["classes"], "one more"]
+    reseal(model, classes=classes, architecture={**manifest["architecture"], "num_classes": len(classes)})
+    refusal(model)
+
+
+def test_another_format_version(model: Path) -> None:
+    reseal(model, format_version=99)
+    assert "format version 99" in refusal(model)
+
+
+def test_a_model_that_would_predict_otherwise(model: Path) -> None:
+    reseal(
+        model, preprocessing={**json.loads((model / "manifest.json").read_bytes())["preprocessing"], "mean": [0, 0, 0]}
+    )
+    assert "self-check failed" in refusal(model)
+
+
+def test_a_pickle_in_place_of_the_weights_is_not_loaded(model: Path, tmp_path: Path) -> None:
+    replace_weights(model, pickle.dumps(Touch(tmp_path / "executed")))
+    assert "weights.other is not a safetensors file" in refusal(model)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_code_that_lies_beside_the_model_is_not_executed(
+    model: Path, tmp_path: Path, start_server: Callable[..., object]
+) -> None:
+    (model / "code").mkdir()
+    for place in (
+        model / "code" / "inference.py",
+        model / "inference.py",
+        model / "numpy.py",
+        model / "sitecustomize.py",
+    ):
+        place.write_text(f"import os; os.mkdir({str(tmp_path / 'executed')!r})")
+    with start_server(model) as server:  # type: ignore[attr-defined]
+        assert server.ask("GET", "/ping").status == 200
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_link_to_nowhere_in_place_of_a_file(model: Path) -> None:
+    path = open_artifact(model).path("weights")
+    path.unlink()
+    path.symlink_to("/nowhere")
+    assert "is missing" in refusal(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("../../outside", tarfile.REGTYPE, "leads out of the folder"),
+        ("/tmp/outside", tarfile.REGTYPE, "leads out of the folder"),
+        ("link", tarfile.SYMTYPE, "is no plain file"),
+        ("pipe", tarfile.FIFOTYPE, "is no plain file"),
+    ],
+)
+def test_an_archive_that_is_not_of_plain_files(model: Path, tmp_path: Path, name: str, kind: bytes, said: str) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz", compresslevel=1) as archive:
+        archive.addfile(member, io.BytesIO())
+        archive.add(model, ".")
+    assert said in refusal(tmp_path / "model.tar.gz")
+
+
+def test_an_archive_that_unpacks_to_more_than_is_allowed(tmp_path: Path) -> None:
+    big = tarfile.TarInfo("weights.bin")
+    big.size = 5 * 2**30
+    (tmp_path / "model.tar").write_bytes(big.tobuf() + b"\0" * 10240)
+    assert "unpacks to more than" in refusal(tmp_path / "model.tar")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"A small file system cannot be mounted here: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_is_full_while_unpacking(model: Path, tmp_path: Path, full_disk: Path) -> None:
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz", compresslevel=1) as archive:
+        archive.add(model, ".")
+    assert "No space left on device" in refusal(tmp_path / "model.tar.gz", TMPDIR=str(full_disk))
+
+
+@pytest.mark.parametrize("megabytes", [400, 700, 1000, 1500])
+def test_too_little_memory(model: Path, megabytes: int) -> None:
+    """As address space, which is what a process can be limited to without a container."""
+    command = ["prlimit", f"--as={megabytes * 2**20}"]
+    if shutil.which("prlimit") is None:
+        pytest.skip("There is no prlimit (util-linux) here.")
+    said = refusal(model, *command)
+    assert "memory" in said
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nonsense.invalid", "::1%9"])
+def test_an_address_that_is_not_this_machines(model: Path, host: str) -> None:
+    command = [sys.executable, "-m", "service", "--model", str(model), "--host", host, "--port", str(free_port())]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert f"Cannot listen on {host} port" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_port_in_use(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, suppress(OSError):
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert "in use; stop what uses it or choose another port" in result.stdout
