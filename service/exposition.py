@@ -184,7 +184,7 @@ def _processes(pids: Iterable[tuple[str, int]], cpu_s: list[float]) -> Iterator[
         cpu.add_metric([str(index)], seconds)
     memory = GaugeMetricFamily(
         "process_resident_memory_bytes",
-        "Memory the worker has in RAM, with what it shares with others. It grows to a bound; if not, tell us.",
+        "Memory the worker has in RAM, with what it shares with others. Growth that goes on for hours is a leak.",
         labels=["worker"],
     )
     files = GaugeMetricFamily(

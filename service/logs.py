@@ -7,6 +7,7 @@ Neither query strings nor header values are ever logged, nor settings whose name
 import io
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -85,14 +86,19 @@ class TextFormatter(_UtcFormatter):
 
 
 class JsonFormatter(_UtcFormatter):
-    """One object a line: `time`, `level`, `logger`, `message`, and `exception` with its trace.
+    """One object a line: `time`, `level`, `logger`, `pid`, `message`, and `exception` with its trace.
 
     A message with a method `fields` (`service.telemetry.RequestRecord`) gives these, typed, and `message` among them.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._pid = os.getpid()  # which of the workers says it
+
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         line: dict[str, Any] = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        line["pid"] = self._pid
         fields = getattr(record.msg, "fields", None)
         line |= fields() if callable(fields) else {"message": record.getMessage()}
         if trace := self.trace(record):

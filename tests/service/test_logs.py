@@ -34,6 +34,7 @@ def objects(log: str) -> list[dict[str, Any]]:
     for line in lines:
         assert TIME.fullmatch(line["time"])
         assert {"level", "logger", "message"} <= set(line)
+        assert isinstance(line["pid"], int)
     return lines
 
 
