@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         log.error("Cannot listen on %s port %d: %s; %s.", settings.host, settings.port, exc.strerror or exc, remedy)
         return 1
-    log.info("listening on %s port %d, loading the model", settings.host, settings.port)
     _stop_with(supervisor.stop, os.getppid() if settings.exit_with_parent and os.getppid() > 1 else None)
+    log.info("listening on %s port %d, loading the model", settings.host, settings.port)
     status = supervisor.run()
     log.info("stopped")
     return status

@@ -60,18 +60,18 @@ class Answered:
     several: bool
     outcomes: list[Outcome]
     """One for each image, in order."""
-    decode_ms: float = 0.0
-    queue_ms: float = 0.0
-    infer_ms: float = 0.0
-    batch_size: int = 0
-    """Of several images, each the longest, and the largest batch."""
+    decode_ms: float | None = None
+    queue_ms: float | None = None
+    infer_ms: float | None = None
+    batch_size: int | None = None
+    """Of several images, each the longest, and the largest batch; None where no image could be read."""
 
     def note(self, decode_ms: float, batched: Batched[Prediction]) -> None:
         """Take the times of one of the images in."""
-        self.decode_ms = max(self.decode_ms, decode_ms)
-        self.queue_ms = max(self.queue_ms, batched.queue_ms)
-        self.infer_ms = max(self.infer_ms, batched.infer_ms)
-        self.batch_size = max(self.batch_size, batched.batch_size)
+        self.decode_ms = max(self.decode_ms or 0.0, decode_ms)
+        self.queue_ms = max(self.queue_ms or 0.0, batched.queue_ms)
+        self.infer_ms = max(self.infer_ms or 0.0, batched.infer_ms)
+        self.batch_size = max(self.batch_size or 0, batched.batch_size)
 
 
 class Runtime:
@@ -241,8 +241,14 @@ class Runtime:
             await asyncio.gather(*lanes)
         except Exception as exc:  # whatever it is, the service cannot serve: told, then ended
             self._state = "failed"
-            trace = None if isinstance(exc, ArtifactError | EngineUnavailable) else exc
-            log.error("The model cannot be served. %s", exc, exc_info=trace)
+            if _is_out_of_memory(exc):
+                log.error(
+                    "The model cannot be served. There is not enough memory for it (%s); give the process more, "
+                    "or set fewer CLASSIFIER_WORKERS.", " ".join(str(exc).split())[-200:].rstrip(".") or "MemoryError",
+                )  # fmt: skip
+            else:
+                trace = None if isinstance(exc, ArtifactError | EngineUnavailable) else exc
+                log.error("The model cannot be served. %s", exc, exc_info=trace)
             if self._on_failure is not None:
                 self._on_failure()
             return
@@ -308,6 +314,12 @@ class Runtime:
             example = classifier.example
             command = ["curl", "-H", f"Content-Type: {example.media_type}", "--data-binary", f"@{example.path}", url]
             log.info("an image of class %r to try: %s", example.label, shlex.join(command))
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    """Python says so by a class, native libraries by their words."""
+    words = ("bad_alloc", "cannot allocate memory", "failed to map segment", "out of memory")
+    return isinstance(exc, MemoryError) or any(word in str(exc).lower() for word in words)
 
 
 async def _gather(

@@ -172,14 +172,13 @@ def test_a_disk_that_is_full_while_unpacking(model: Path, tmp_path: Path, full_d
     assert "No space left on device" in refusal(tmp_path / "model.tar.gz", TMPDIR=str(full_disk))
 
 
-@pytest.mark.parametrize("megabytes", [400, 700, 1000, 1500])
-def test_too_little_memory(model: Path, megabytes: int) -> None:
+def test_too_little_memory(model: Path) -> None:
     """As address space, which is what a process can be limited to without a container."""
-    command = ["prlimit", f"--as={megabytes * 2**20}"]
+    command = ["prlimit", f"--as={400 * 2**20}"]
     if shutil.which("prlimit") is None:
         pytest.skip("There is no prlimit (util-linux) here.")
     said = refusal(model, *command)
-    assert "memory" in said
+    assert "There is not enough memory for it" in said
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "nonsense.invalid", "::1%9"])
