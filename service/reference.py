@@ -1,9 +1,8 @@
 """GET /docs: the OpenAPI document as a page to read, whole in itself, so that it works without network.
 
-No viewer from elsewhere: the usual ones are one to four megabytes of script, from another host or to be kept up to
-date here, and ask for a laxer Content-Security-Policy. This page is readable without any script, and what a viewer's
-"try it" is for, the page at / and commands that run as they stand do better with images. Any viewer reads
-/openapi.json.
+No viewer from elsewhere: the usual ones are two to four megabytes of script, from another host or to be kept up to
+date here (ARCHITECTURE.md, Decisions). This page is readable without any script, and what a viewer's "try it" is for,
+the page at / and commands that run as they stand do better with images. Any viewer reads /openapi.json.
 """
 
 import json

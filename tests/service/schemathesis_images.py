@@ -33,7 +33,9 @@ def broken(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(0, 4))):
         content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
     end = draw(st.integers(0, len(content)))
-    return draw(st.sampled_from([bytes(content), bytes(content[:end]), bytes(content) + b"\0" * 9, b"", b"{}", b"\xff"]))
+    return draw(
+        st.sampled_from([bytes(content), bytes(content[:end]), bytes(content) + b"\0" * 9, b"", b"{}", b"\xff"])
+    )
 
 
 images = valid() if os.environ["CHECKED_IMAGES"] == "valid" else broken()
