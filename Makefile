@@ -34,7 +34,7 @@ evaluate: $(UV) ## send DATA's validation images to URL and compare the accuracy
 
 test: $(UV) ## set up and run the tests (minutes)
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
-	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+	@UV="$(abspath $(UV))" $(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
@@ -49,12 +49,13 @@ bench-training: $(UV) ## measure training on a quiet machine: tables in tests/be
 	$(PYTHON) -m tests.bench.training
 	$(PYTHON) -m tests.bench.transfer
 
-check: $(UV) ## lint, formatting, types, lock file; edits nothing
+check: $(UV) ## lint, formatting, types, lock file, known vulnerabilities; edits nothing
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
 	$(UV) lock --check
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+	@UV="$(abspath $(UV))" $(PYTHON) .ci/audit.py
 
 fix: $(UV) ## mend what lint and formatting can mend
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow

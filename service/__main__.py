@@ -13,26 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from service.logs import configure_logging, shown
 from service.model.machine import cores
 from service.settings import Settings
-from service.telemetry import configure_logging
 from service.workers import Supervisor, Worker, choose_count
 
 log = logging.getLogger("service")
-
-GRACE_S = 25
-"""How long requests under way may take after SIGTERM; SageMaker kills 30 s after it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     settings = Settings.load(arguments)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     if "--worker" in arguments:
-        worker = Worker.parse(arguments[arguments.index("--worker") + 1])
-        return serve(settings, worker.listener(), worker)
-    log.info("settings: %s", " ".join(f"{name}={value}" for name, value in settings.model_dump().items()))
+        return serve(settings, Worker.parse(arguments[arguments.index("--worker") + 1]))
+    log.info("settings: %s", shown(settings.model_dump()))
     workers = settings.workers or choose_count(settings.model)
     log.info(
         "layout: %d worker%s, %d engine threads and %d decoding threads%s, on %d cores",
@@ -44,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _listen(settings.host, settings.port, shared)
 
     try:
-        supervisor = Supervisor(workers, listen, arguments) if workers > 1 else None
-        listener = listen(False) if supervisor is None else None
+        supervisor = Supervisor(workers, listen, arguments)
     except OSError as exc:
         in_use = exc.errno == errno.EADDRINUSE
         remedy = (
@@ -55,20 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         log.error("Cannot listen on %s port %d: %s; %s.", settings.host, settings.port, exc.strerror or exc, remedy)
         return 1
-    if supervisor is None:
-        assert listener is not None
-        return serve(settings, listener)
+    log.info("listening on %s port %d, loading the model", settings.host, settings.port)
     _stop_with(supervisor.stop, os.getppid() if settings.exit_with_parent and os.getppid() > 1 else None)
     status = supervisor.run()
-    log.info("all workers have stopped")
+    log.info("stopped")
     return status
 
 
-def serve(settings: Settings, listener: socket.socket, worker: Worker | None = None) -> int:
+def serve(settings: Settings, worker: Worker) -> int:
     """Serve in this process until told to stop; returns the exit status."""
-    import uvicorn  # here, because a supervisor needs none of this
-
-    from service.app import create_app
+    from service.app import create_app  # here, because a supervisor needs none of this
+    from service.server import Server
 
     failed = threading.Event()
 
@@ -79,20 +71,9 @@ def serve(settings: Settings, listener: socket.socket, worker: Worker | None = N
         failed.set()
         stop()
 
-    app = create_app(settings, on_failure=fail, worker=worker)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, proxy_headers=False,
-            timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=75,
-        )
-    )  # fmt: skip
-    if worker is not None:
-        _stop_with(stop, worker.supervisor_pid)
-    else:  # in a container we are process 1 and have no parent
-        _stop_with(stop, os.getppid() if settings.exit_with_parent and os.getppid() > 1 else None)
-    log.info("listening on %s port %d, loading the model", settings.host, settings.port)
-    server.run(sockets=[listener])
-    log.info("stopped")
+    server = Server(create_app(settings, on_failure=fail, worker=worker), worker.lifeline())
+    _stop_with(stop, worker.supervisor_pid)
+    server.run(sockets=[worker.listener()])
     return 1 if failed.is_set() else 0
 
 

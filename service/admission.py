@@ -77,6 +77,12 @@ class Admission:
                 f"The request was not answered within {self._deadline_s:g} s; try again, or send less."
             ) from exc
 
+    async def all_done(self) -> None:
+        """Wait until what is under way now is over; not for what comes meanwhile."""
+        waited_for = self._deadlines.copy()
+        while waited_for & self._deadlines:
+            await asyncio.sleep(0.02)
+
     def stop_within(self, seconds: float) -> None:
         """Let no request, of those under way and those to come, take longer than until `seconds` from now."""
         self._stops_at_s = asyncio.get_running_loop().time() + seconds

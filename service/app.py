@@ -11,12 +11,14 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import openapi, page, reference, telemetry
+from service import exposition, openapi, page, reference, telemetry
 from service.classifier import Classifier
 from service.invocations import PATH, Invocations
+from service.metrics import Metrics
 from service.routes import router
 from service.runtime import Runtime
 from service.settings import Settings
+from service.tracing import Tracing
 from service.workers import Worker
 
 
@@ -31,15 +33,19 @@ def create_app(
     `on_failure` is called once when the model cannot be served. `worker`: which of several this process is.
     """
 
+    metrics = Metrics(worker.page(), worker.index) if worker else Metrics()
+    tracing = Tracing()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         runtime = Runtime(settings, classifier, on_failure, worker)
         app.state.runtime = runtime
-        await runtime.open()
-        try:
-            yield
-        finally:
-            await runtime.close()
+        with metrics.watching(runtime.gauges), tracing.running():
+            await runtime.open()
+            try:
+                yield
+            finally:
+                await runtime.close()
 
     app = App(
         lifespan=lifespan,
@@ -47,14 +53,16 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from the client's own Host header
     )
-    app.direct = telemetry.Telemetry(Invocations(lambda: app.state.runtime))
+    app.state.metrics = metrics
+    app.direct = telemetry.Telemetry(Invocations(lambda: app.state.runtime), metrics, tracing)
     app.include_router(router)
+    app.include_router(exposition.router)
     app.include_router(reference.router)
     app.openapi = lambda: openapi.document(settings)  # type: ignore[method-assign]  # FastAPI's way to one's own
     if settings.page:
         app.include_router(page.router)
     app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_middleware(telemetry.Telemetry)
+    app.add_middleware(telemetry.Telemetry, metrics=metrics, tracing=tracing)
     return app
 
 

@@ -115,6 +115,7 @@ TABLE = ",".join(COLUMNS) + "\r\n0,1,apple,0,0.987654,,\r\n0,2,pear,57,0.010203,
 
 def document(settings: Settings) -> Json:
     """The document of a service with these settings."""
+    text = {"schema": {"type": "string"}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ResNet-34 image classifier", "version": "1", "description": DESCRIPTION},
@@ -125,14 +126,15 @@ def document(settings: Settings) -> Json:
                 "get": _read(
                     "execution_parameters", "What a batch transform may send",
                     "Asked by SageMaker before a batch transform whose own settings leave it open.",
-                    JSON, _reference("ExecutionParameters"),
+                    {JSON: {"schema": _reference("ExecutionParameters")}},
                 )
             },
             "/metrics": {
                 "get": _read(
                     "metrics", "Figures for Prometheus",
-                    "Requests, stage times, queue, batches, engine and model, in the text format of Prometheus.",
-                    "text/plain", {"type": "string"},
+                    "Requests, stage times, queue, batches, processes, engine and model. Text format 0.0.4, or OpenMetrics "
+                    "where the `Accept` header prefers that.",
+                    {"text/plain": text, "application/openmetrics-text": text},
                 )
             },
         },
@@ -214,7 +216,7 @@ def _error(status: int, text: str) -> Json:
     bodies = {code: {"error": {"code": code, "message": MESSAGES[code], "request_id": REQUEST_ID}} for code in codes}
     return {
         "description": text,
-        "headers": _references("X-Request-Id", *(["Retry-After"] if status in (429, 503) else [])),
+        "headers": _references("X-Request-Id", "Server-Timing", *(["Retry-After"] if status in (429, 503) else [])),
         "content": {
             JSON: {
                 "schema": _reference("ErrorResponse"),
@@ -249,12 +251,8 @@ def _ping(operation: str) -> Json:
     }
 
 
-def _read(operation: str, summary: str, description: str, media_type: str, schema: Json) -> Json:
-    answer = {
-        "description": "As described.",
-        "headers": _references("X-Request-Id"),
-        "content": {media_type: {"schema": schema}},
-    }
+def _read(operation: str, summary: str, description: str, content: Json) -> Json:
+    answer = {"description": "As said.", "headers": _references("X-Request-Id"), "content": content}
     return {"operationId": operation, "summary": summary, "description": description, "responses": {"200": answer}}
 
 

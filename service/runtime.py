@@ -24,6 +24,7 @@ from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, gpus
 from service.errors import NotReady
 from service.inference import load_model
+from service.metrics import Gauges
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError, ImageError, ImageTooLarge
 from service.model.images import JPEG, RgbImage
@@ -124,6 +125,23 @@ class Runtime:
         return "stuck" if batcher.busy_s() > self.settings.deadline_s else "ready"
 
     @property
+    def gauges(self) -> Gauges:
+        """What /metrics shows of it."""
+
+        def model() -> tuple[str, str, str] | None:
+            if self._serving is None:
+                return None
+            classifier = self._serving[0]
+            return classifier.card.name, classifier.card.version, classifier.engine.name
+
+        return Gauges(
+            state=lambda: self.state,
+            queue_depth=lambda: self._serving[1].waiting if self._serving else 0,
+            under_way=lambda: self.admission.under_way,
+            model=model,
+        )
+
+    @property
     def example(self) -> ExampleFile | None:
         """The model's own image to try, if it came with one. Raises: NotReady."""
         return self.require_ready()[0].example
@@ -150,13 +168,13 @@ class Runtime:
         self._held.close()
 
     async def drain(self, grace_s: float) -> None:
-        """Answer what is under way, for `grace_s` at most; `state` is "stopping" from now on."""
+        """Answer what is under way now, for `grace_s` at most; `state` is "stopping" from now on."""
         self.stopping = True
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self.settings.drain_s
         self.admission.stop_within(grace_s)
-        while loop.time() < until_s or self.admission.requests:
-            await asyncio.sleep(0.02)
+        await self.admission.all_done()
+        await asyncio.sleep(until_s - loop.time())
 
     async def predict(self, body: bytes, content_type: str | None, places: Places) -> Answered:
         """Decode, crop and resize, then predict in batches with what else is there.

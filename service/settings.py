@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.engines.choose import Wanted
+from service.logs import Format
 from service.model.machine import cores
 
 PREFIX = "CLASSIFIER_"
@@ -71,6 +72,8 @@ class Settings(BaseSettings):
     """Serve a page for people at / (and the model's example image at /example); false: 404 there."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines below this level are not written; "warning" silences the line per request."""
+    log_format: Format = "text"
+    """Lines for people ("text"), or one JSON object each for CloudWatch and the like ("json"); times are UTC."""
     exit_with_parent: bool = True
     """Stop when the process that started the service ends, so that no server is left behind; false for nohup."""
 
@@ -116,6 +119,16 @@ class Settings(BaseSettings):
         except ValidationError as exc:
             problems = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in exc.errors()]
             parser.error("; ".join(problems))
+
+
+def trace_collector() -> str | None:
+    """Where OpenTelemetry's variables send traces; None when they name no collector, or switch traces off."""
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() or "otlp"
+    if disabled or exporter != "otlp":
+        return None
+    urls = [os.environ.get(f"OTEL_EXPORTER_OTLP_{kind}ENDPOINT", "").strip() for kind in ("TRACES_", "")]
+    return next((url for url in urls if url), None)
 
 
 def names() -> list[str]:

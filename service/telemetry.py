@@ -1,4 +1,4 @@
-"""One record per request: request id, stage times, outcome. Logged as one line when the request ends.
+"""One record per request: request id, stage times, outcome. It becomes a log line, counts, headers and a trace.
 
 The outermost layer of the app: it also turns an exception that nothing else caught into the error shape.
 """
@@ -8,15 +8,23 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.metrics import INVOCATIONS, Metrics
+from service.tracing import Tracing
+
 log = logging.getLogger("service.requests")
 
+PROBES = ("/ping", "/metrics", "/execution-parameters")
+"""Asked again and again by machines: a line only when the answer is another than before."""
+
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+_SHOWN_PATH = 200
+"""So much of a path is logged, in characters: uvicorn lets 64 KiB through."""
 
 
 @dataclass
@@ -35,12 +43,35 @@ class RequestRecord:
     infer_ms: float | None = None
     total_ms: float = 0.0
     batch_size: int | None = None
+    trace_id: str | None = None
     started_s: float = field(default_factory=time.perf_counter, repr=False)
+    answered_s: float | None = field(default=None, repr=False)
+    """When the answer began, on the clock of `started_s`."""
 
-    def line(self) -> str:
+    def fields(self) -> dict[str, Any]:
+        """What is known, by name; times in ms to the microsecond."""
+        pairs = ((name, getattr(self, name)) for name in _SHOWN)
+        known = {
+            name: round(value, 3) if value.__class__ is float else value for name, value in pairs if value is not None
+        }
+        known["path"] = self.path[:_SHOWN_PATH]
+        return {"message": "request", **known}
+
+    def __str__(self) -> str:
         """The record as `key=value` pairs; what is not known is left out."""
         pairs = ((name, getattr(self, name)) for name in _SHOWN)
         return " ".join([f"{name}={_text(value)}" for name, value in pairs if value is not None])
+
+    def server_timing(self) -> bytes:
+        """The stages up to now as a Server-Timing header (https://www.w3.org/TR/server-timing/), durations in ms."""
+        text = f"total;dur={(time.perf_counter() - self.started_s) * 1000:.1f}"
+        if self.infer_ms is not None:
+            text = f"infer;dur={self.infer_ms:.1f}, {text}"
+        if self.queue_ms is not None:
+            text = f"queue;dur={self.queue_ms:.1f}, {text}"
+        if self.decode_ms is not None:
+            text = f"decode;dur={self.decode_ms:.1f}, {text}"
+        return text.encode()
 
 
 _SHOWN = tuple(item.name for item in fields(RequestRecord) if item.repr)
@@ -60,10 +91,13 @@ def error_body(code: str, message: str, request_id: str) -> bytes:
 
 
 class Telemetry:
-    """ASGI middleware: opens a record, answers its id in X-Request-Id, logs it when the request is over."""
+    """ASGI middleware: opens a record, answers its id and its times in headers, tells of it when it is over."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self.app = app
+        self._metrics = metrics
+        self._tracing = tracing
+        self._answers: dict[str, tuple[int, str]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection; anything but HTTP passes through."""
@@ -76,9 +110,12 @@ class Telemetry:
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                record.answered_s = time.perf_counter()
                 if record.status < 400 and record.code == "unanswered":
                     record.code = "ok"
                 message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
+                if record.path == INVOCATIONS:
+                    message["headers"].append((b"server-timing", record.server_timing()))
             await send(message)
 
         try:
@@ -90,25 +127,19 @@ class Telemetry:
                 await _send_internal_error(send_and_note, record)
         finally:
             record.total_ms = (time.perf_counter() - record.started_s) * 1000
-            probe = record.path == "/ping" and record.status == 200
-            log.log(logging.DEBUG if probe else logging.INFO, "%s", record.line())
+            self._metrics.record(record)
+            if self._tracing.on and record.path not in PROBES:
+                record.trace_id = self._tracing.record(record, scope["headers"])
+            log.log(self._level(record), record)
 
-
-def configure_logging(level: str) -> None:
-    """One handler on stdout, unbuffered by line, for our lines and uvicorn's."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    logging.captureWarnings(True)
-    # What no line of ours shows is not looked up for it (logging HOWTO, Optimization).
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
-    # Lines of the libraries that repeat ours or say nothing to the user.
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
-    logging.getLogger("PIL").setLevel(logging.WARNING)
-    logging.getLogger("python_multipart").setLevel(logging.WARNING)
+    def _level(self, record: RequestRecord) -> int:
+        """DEBUG for a probe whose answer is the one before; at first, that it succeeds is expected."""
+        if record.path not in PROBES or record.status not in (200, 503):
+            return logging.INFO
+        answer = (record.status, record.code)
+        before = self._answers.get(record.path)
+        self._answers[record.path] = answer
+        return logging.DEBUG if answer == before or (before is None and record.status == 200) else logging.INFO
 
 
 async def _send_internal_error(send: Send, record: RequestRecord) -> None:
@@ -130,5 +161,5 @@ def _request_id(scope: Scope) -> str:
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.1f}"
-    text = str(value)
+    text = str(value)[:_SHOWN_PATH]
     return text if text.isprintable() and " " not in text else json.dumps(text)

@@ -8,6 +8,7 @@ served by its replacement, which accepts them when it is ready.
 import logging
 import mmap
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -16,11 +17,14 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Self
 
+from service.deaths import MemoryKills, cause_of
 from service.engines.choose import gpus
+from service.lifeline import Held, Lifeline, Lingering, pair, slots
+from service.metrics import Page
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.machine import cores
@@ -69,14 +73,17 @@ class Worker:
     supervisor_pid: int
     socket_fd: int
     states_fd: int
+    metrics_fd: int
+    lifeline_fd: int
+    slots_fd: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From the flag's value, "INDEX:COUNT:SUPERVISOR_PID:SOCKET_FD:STATES_FD"."""
+        """From the flag's value, its fields in their order with ":" between them."""
         return cls(*map(int, text.split(":")))
 
     def __str__(self) -> str:
-        return f"{self.index}:{self.count}:{self.supervisor_pid}:{self.socket_fd}:{self.states_fd}"
+        return ":".join(map(str, astuple(self)))
 
     def share(self, total: int) -> int:
         """This worker's share of `total` threads: at least one, and no thread is left over."""
@@ -86,9 +93,17 @@ class Worker:
         """The socket to accept connections from."""
         return socket.socket(fileno=self.socket_fd)
 
+    def lifeline(self) -> Lifeline:
+        """Where this worker tells which connections it has."""
+        return Lifeline(self.lifeline_fd, self.slots_fd)
+
     def states(self) -> "States":
         """Where this worker tells that it is ready."""
         return States(self.states_fd)
+
+    def page(self) -> Page:
+        """Where all workers count."""
+        return Page(self.count, self.metrics_fd)
 
 
 class States:
@@ -126,16 +141,20 @@ class Supervisor:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as we live
         self._file.truncate(count + 1)
         self._states = States(self._file.fileno())
+        self._metrics_file = tempfile.TemporaryFile()  # noqa: SIM115  # likewise; it has no name, and no other can open it
+        self._page = Page.in_file(count, self._metrics_file)
+        self._memory_kills = MemoryKills()
         self._arguments = list(arguments)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._held: dict[int, Held] = {}
+        self._lingering = Lingering()
+        self._talk = selectors.DefaultSelector()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._stopping = False
 
     def stop(self) -> None:
-        """Accept no more, and tell every worker to answer what it accepted and end; safe in a signal handler."""
+        """Tell every worker to answer what it accepted and end; safe in a signal handler."""
         self._stopping = True
-        for listener in self._sockets:
-            listener.close()
         for process in list(self._processes.values()):
             process.terminate()
 
@@ -149,18 +168,26 @@ class Supervisor:
             if self._stopping:
                 status = max(status, int(returned not in (0, -signal.SIGTERM)))  # the latter before it could catch it
                 continue
-            how = f"signal {signal.Signals(-returned).name}" if returned < 0 else f"exit status {returned}"
+            death = cause_of(returned, self._memory_kills.any_new())
+            how = death.how
+            self._page.died(index, death.cause)
             self._deaths.append(time.monotonic())
             if not self._states.is_ready(index):
-                log.error("worker %d ended before it was ready (%s); its lines above say why", index, how)
+                level = logging.INFO if returned == 1 else logging.ERROR  # with 1, it has said why
+                log.log(level, "worker %d ended before it was ready (%s)", index, how)
             elif len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_S:
                 log.error("%d workers died within %.0f s, the last by %s; giving up", MAX_DEATHS, WITHIN_S, how)
             else:
-                log.error("worker %d died (%s); requests it had are lost, another takes its place", index, how)
+                log.error(
+                    "worker %d died (%s); its requests are answered with 503, another takes its place", index, how
+                )
                 self._start(index)
                 continue
             status = 1
             self.stop()
+        while self._lingering:
+            time.sleep(0.05)
+            self._lingering.sweep()
         return status
 
     def _start(self, index: int) -> None:
@@ -168,14 +195,21 @@ class Supervisor:
             return
         self._states.all_were_ready()  # noted before this one is not
         self._states.forget(index)
+        ours, theirs = pair()
+        slots_fd = slots()
         worker = Worker(
-            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._file.fileno()
+            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._file.fileno(),
+            self._metrics_file.fileno(), theirs.fileno(), slots_fd,
         )  # fmt: skip
+        self._held[index] = Held(ours, slots_fd)
+        self._talk.register(ours, selectors.EVENT_READ, self._held[index])
         self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
             [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
-            pass_fds=(worker.socket_fd, worker.states_fd),
+            pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
             start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
         )
+        theirs.close()
+        os.close(slots_fd)
         if self._stopping:  # the signal came before the process was in the table
             self._processes[index].terminate()
 
@@ -185,5 +219,10 @@ class Supervisor:
             for index, process in self._processes.items():
                 if (returned := process.poll()) is not None:
                     del self._processes[index]
+                    held = self._held.pop(index)
+                    self._talk.unregister(held.socket)
+                    self._lingering.add(held.answer())
                     return index, returned
-            time.sleep(0.05)
+            for key, _ in self._talk.select(0.05):
+                key.data.read()
+            self._lingering.sweep()

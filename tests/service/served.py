@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
 from PIL import Image
 
 from service.app import create_app
 from service.classifier import Classifier, ModelCard
 from service.engines.fake import FakeEngine
 from service.schemas import ErrorResponse
+from service.server import Server
 from service.settings import Settings
 
 
@@ -65,7 +65,7 @@ class Served:
 def serve(engine: FakeEngine, ready: bool = True, **settings: Any) -> Iterator[Served]:
     card = ModelCard("fake", "1", tuple(f"grey {k}" for k in range(engine.num_classes)))
     app = create_app(Settings(**settings), Classifier(card, 32, engine))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    server = Server(app)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()

@@ -1,0 +1,210 @@
+"""What the platform and the machine do to the service: stop it, kill its workers, break its engine. Real processes."""
+
+import asyncio
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from service.admission import Admission
+from service.engines.fake import FakeEngine
+from service.errors import DeadlineExceeded, NotReady
+from service.model.artifact import open_artifact
+from service.runtime import FAILING_AFTER
+from tests.service.served import assert_error, png, serve
+
+
+def until(condition: Any, limit_s: float = 60) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def worker_of(server: Any) -> int:
+    (worker,) = psutil.Process(server.process.pid).children()
+    return worker.pid
+
+
+def read_answer(client: socket.socket) -> tuple[int, Any]:
+    with closing(http.client.HTTPResponse(client)) as response:
+        response.begin()
+        return response.status, json.loads(response.read())
+
+
+def raw_request(body: bytes) -> bytes:
+    return b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+def connections_of(pid: int) -> int:
+    return len([c for c in psutil.Process(pid).net_connections("tcp") if c.status == "ESTABLISHED"])
+
+
+# SIGTERM.
+
+
+def test_sigterm_turns_ping_red_answers_what_was_accepted_and_ends_with_0(artifact: Path, start_server: Any) -> None:
+    body = open_artifact(artifact).read("example")
+    with start_server(artifact, CLASSIFIER_MAX_WAIT_MS="3000") as server, ThreadPoolExecutor(8) as clients:
+        accepted = [clients.submit(server.ask, "POST", "/invocations", body) for _ in range(4)]
+        until(lambda: connections_of(worker_of(server)) >= 4)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        ping = server.ask("GET", "/ping")
+        assert (ping.status, ping.json) == (503, {"status": "stopping"})
+        late = server.ask("POST", "/invocations", body)  # nothing is lost, even what comes after
+        assert late.status == 200
+        assert late.headers["connection"] == "close"
+        assert [request.result().status for request in accepted] == [200] * 4
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_sigterm_under_load_loses_no_request(artifact: Path, start_server: Any) -> None:
+    body = open_artifact(artifact).read("example")
+    statuses: list[int] = []
+    with start_server(artifact, CLASSIFIER_WORKERS="2") as server:
+
+        def ask_until_refused() -> None:
+            while True:
+                try:
+                    client = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+                except ConnectionRefusedError:
+                    return
+                with client:
+                    client.sendall(raw_request(body))
+                    statuses.append(read_answer(client)[0])
+
+        with ThreadPoolExecutor(8) as clients:
+            running = [clients.submit(ask_until_refused) for _ in range(8)]
+            until(lambda: len(statuses) > 50)
+            server.process.send_signal(signal.SIGTERM)
+            for client in running:
+                client.result()  # raises what a client that lost its request saw
+        assert server.process.wait(30) == 0
+    assert set(statuses) == {200}
+    assert len(statuses) > 50
+
+
+def test_drain_s_keeps_answering_for_that_long_while_ping_is_red(artifact: Path, start_server: Any) -> None:
+    body = open_artifact(artifact).read("example")
+    with start_server(artifact, CLASSIFIER_DRAIN_S="2") as server:
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.ask("GET", "/ping").status == 503)
+        assert server.ask("POST", "/invocations", body).status == 200
+        assert server.process.wait(30) == 0
+
+
+def test_a_stop_shortens_the_deadlines_of_what_is_under_way() -> None:
+    async def scenario() -> None:
+        admission = Admission(1, 1, deadline_s=60)
+
+        async def request() -> None:
+            async with admission.deadline():
+                await asyncio.sleep(60)
+
+        early = asyncio.create_task(request())
+        await asyncio.sleep(0)
+        admission.stop_within(0.1)
+        with pytest.raises(NotReady, match="stopped before it could answer"):
+            await early
+        with pytest.raises(NotReady):
+            await request()
+        assert admission.requests == 0
+        slow = Admission(1, 1, deadline_s=0.05)
+        with pytest.raises(DeadlineExceeded):
+            async with slow.deadline():
+                await asyncio.sleep(60)
+
+    asyncio.run(scenario())
+
+
+# Dead workers.
+
+
+def test_requests_of_a_killed_worker_get_a_sentence_and_the_next_ones_an_answer(
+    artifact: Path, start_server: Any
+) -> None:
+    body = open_artifact(artifact).read("example")
+    with start_server(artifact, CLASSIFIER_MAX_WAIT_MS="20000") as server:
+        clients = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(5)]
+        whole, also, half, idle, silent = clients
+        whole.sendall(raw_request(body))
+        also.sendall(raw_request(body))
+        half.sendall(raw_request(body)[:-5])
+        idle.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(idle)[0] == 200
+        before = worker_of(server)
+        until(lambda: connections_of(before) >= 5)
+        time.sleep(0.5)
+        os.kill(before, signal.SIGKILL)
+        for client in (whole, also, half):
+            status, answer = read_answer(client)
+            assert (status, answer["error"]["code"]) == (503, "worker_died")
+            assert answer["error"]["message"].endswith("send the request again.")
+        assert idle.recv(100) == b""
+        assert silent.recv(100) == b""
+        for client in clients:
+            client.close()
+        until(lambda: "worker 0 died (signal SIGKILL)" in server.log.read_text())
+        assert server.ask("GET", "/ping").status == 200  # waits for the new one, which then answers
+        assert worker_of(server) != before
+        assert server.process.poll() is None
+
+
+def test_connections_that_close_are_let_go_by_the_supervisor(artifact: Path, start_server: Any) -> None:
+    body = open_artifact(artifact).read("example")
+    with start_server(artifact) as server:
+        supervisor = psutil.Process(server.process.pid)
+        before = supervisor.num_fds()
+        for _ in range(300):
+            assert server.ask("POST", "/invocations", body).status == 200
+        until(lambda: supervisor.num_fds() <= before, 10)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+            client.sendall(b"GET /ping HTTP/1.0\r\n\r\n")
+            assert b"".join(iter(lambda: client.recv(4096), b"")).startswith(b"HTTP/1.1 200")  # the end is seen
+
+
+# The engine.
+
+
+def test_an_engine_that_keeps_failing_turns_ping_red_until_it_succeeds() -> None:
+    engine = FakeEngine(256)
+    with serve(engine) as served:
+        engine.failure = RuntimeError("broken")
+        for _ in range(FAILING_AFTER):
+            assert served.ask("GET", "/ping").status == 200
+            assert_error(served.ask("POST", "/invocations", png()), 500, "engine_failure")
+        assert served.ask("GET", "/ping").json == {"status": "failing"}
+        engine.failure = None
+        assert served.ask("POST", "/invocations", png()).status == 200
+        assert served.ask("GET", "/ping").status == 200
+
+
+def test_an_engine_that_does_not_come_back_turns_ping_red_and_requests_get_504() -> None:
+    engine = FakeEngine(256)
+    with serve(engine, deadline_s=0.3) as served:
+        engine.delay_s = 2
+        assert_error(served.ask("POST", "/invocations", png()), 504, "deadline_exceeded")
+        served.until(lambda: served.ask("GET", "/ping").json == {"status": "stuck"})
+        engine.delay_s = 0
+        served.until(lambda: served.ask("GET", "/ping").status == 200)
+
+
+def test_an_engine_error_reaches_every_request_of_its_batch() -> None:
+    engine = FakeEngine(256)
+    with serve(engine, max_wait_ms=500) as served, ThreadPoolExecutor(8) as clients:
+        engine.failure = RuntimeError("broken")
+        for reply in clients.map(lambda _: served.ask("POST", "/invocations", png()), range(8)):
+            assert_error(reply, 500, "engine_failure")
+        assert len(engine.batch_sizes) <= 8

@@ -1,0 +1,205 @@
+"""Log lines: text or JSON, in UTC, whatever says them; probes once per change; nothing secret."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from service.logs import JsonFormatter, shown
+from service.model.artifact import open_artifact
+from service.telemetry import RequestRecord
+
+ROOT = Path(__file__).parent.parent.parent
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "sentinel/aws+secret", "AWS_SESSION_TOKEN": "sentinel-session",
+    "HF_TOKEN": "hf_sentinel", "DATABASE_URL": "postgres://someone:sentinel-pass@db/x",
+}  # fmt: skip
+
+
+def objects(log: str) -> list[dict[str, Any]]:
+    """Each line as JSON; fails on one that is none."""
+    lines = [json.loads(line) for line in log.splitlines()]
+    for line in lines:
+        assert TIME.fullmatch(line["time"])
+        assert {"level", "logger", "message"} <= set(line)
+    return lines
+
+
+def until(condition: Callable[[], Any], limit_s: float = 60) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def run(code: str, **environment: str) -> str:
+    """What a process prints that configures logging and then runs `code`; stderr must be empty."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"import logging\nfrom service.logs import configure_logging\n{code}"],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, encoding="utf-8",
+    )  # fmt: skip
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_every_line_of_two_workers_from_start_to_stop_is_an_object_with_typed_fields(
+    artifact: Path, start_server: Any
+) -> None:
+    body = open_artifact(artifact).read("example")
+    with start_server(artifact, CLASSIFIER_WORKERS="2", CLASSIFIER_LOG_FORMAT="json", TZ="Asia/Tokyo") as server:
+        assert server.ask("POST", "/invocations", body, {"X-Request-Id": "good"}).status == 200
+        assert server.ask("POST", "/invocations", b"bad", {"X-Request-Id": "bad"}).status == 400
+        (pid, *_) = [
+            each.pid
+            for each in psutil.Process(server.process.pid).children()
+            if "--worker" in each.as_dict(["cmdline"])["cmdline"]
+        ]
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: server.log.read_text().count("ready: http://") == 3)
+    lines = objects(server.log.read_text())
+    said = " | ".join(line["message"] for line in lines)
+    for words in ("settings: ", "layout: 2 workers", "model tiny version", "SIGKILL", "all workers have stopped"):
+        assert words in said
+    by_id = {line["request_id"]: line for line in lines if "request_id" in line}
+    good, bad = by_id["good"], by_id["bad"]
+    assert (good["method"], good["path"], good["status"], good["code"]) == ("POST", "/invocations", 200, "ok")
+    assert (good["batch_size"], good["bytes_in"]) == (1, len(body))
+    for name in ("decode_ms", "queue_ms", "infer_ms", "total_ms"):
+        assert isinstance(good[name], float)
+    assert (bad["status"], bad["code"], bad["level"]) == (400, "unreadable_image", "INFO")
+    assert "infer_ms" not in bad
+    age = datetime.now(UTC) - datetime.fromisoformat(good["time"])
+    assert 0 <= age.total_seconds() < 600  # UTC, though the process lives in Tokyo
+
+
+def test_a_model_that_cannot_be_served_is_one_object(artifact: Path, tmp_path: Path, start_server: Any) -> None:
+    with start_server(tmp_path, ready=False, CLASSIFIER_LOG_FORMAT="json") as server:
+        assert server.process.wait(60) == 1
+    (error,) = [line for line in objects(server.log.read_text()) if line["level"] == "ERROR"]
+    assert "There is no manifest.json" in error["message"]
+
+
+def test_traces_warnings_and_what_nobody_caught_are_one_object_each() -> None:
+    printed = run(
+        "import threading, warnings\n"
+        "configure_logging('info', 'json')\n"
+        "warnings.warn('a\\nwarning', stacklevel=1)\n"
+        "try: 1 / 0\n"
+        "except ZeroDivisionError: logging.getLogger('x').exception('two\\nlines %s', 'here')\n"
+        "thread = threading.Thread(target=lambda: [][0], name='worker thread')\n"
+        "thread.start(); thread.join()\n"
+        "raise ValueError('the end')\n"
+    )
+    warning, caught, thread, end = objects(printed)
+    assert warning["logger"] == "py.warnings" and "a\nwarning" in warning["message"]
+    assert caught["message"] == "two\nlines here"
+    assert caught["exception"].startswith("Traceback")
+    assert caught["exception"].endswith("ZeroDivisionError: division by zero")
+    assert "worker thread" in thread["message"] and "IndexError" in thread["exception"]
+    assert end["level"] == "CRITICAL" and "ValueError: the end" in end["exception"]
+
+
+def test_text_lines_have_utc_times_and_libraries_are_quiet() -> None:
+    printed = run(
+        "configure_logging('info')\n"
+        "logging.getLogger('service').info('one %d', 1)\n"
+        "logging.getLogger('uvicorn.error').info('not shown')\n"
+        "logging.getLogger('PIL').info('not shown')\n",
+        TZ="Asia/Tokyo",
+    )
+    (line,) = printed.splitlines()
+    stamp, rest = line.split(" ", 1)
+    assert TIME.fullmatch(stamp)
+    assert rest == "INFO service one 1"
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_characters_that_stdout_cannot_say_cost_no_line(format: str) -> None:
+    code = f"configure_logging('info', {format!r})\nlogging.getLogger('x').info('caf\\u00e9 \\udcff \\U0001f41d')\n"
+    printed = run(code, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert "café" in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_full_disk_costs_lines_and_nothing_else() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    code = (
+        "import logging, os\nfrom service.logs import configure_logging\nconfigure_logging('info')\n"
+        "for n in range(1000): logging.getLogger('x').info('line %d', n)\nos._exit(7)\n"
+    )
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (7, "")
+
+
+def test_a_path_of_a_client_cannot_forge_a_line_nor_fill_the_log() -> None:
+    record = RequestRecord("id", "GET", "/a\nb c" + "x" * 100_000, status=404, code="not_found")
+    assert "\n" not in str(record)
+    assert len(str(record)) < 500
+    assert len(record.fields()["path"]) == 200
+    line = JsonFormatter().format(logging.LogRecord("r", logging.INFO, "", 0, record, None, None))
+    assert "\n" not in line
+    assert json.loads(line)["status"] == 404
+
+
+def test_settings_that_tell_of_a_secret_are_masked() -> None:
+    line = shown({"port": 80, "api_token": "t1", "hub_key": "k1", "model": "s3://me:pw@host/x", "Password": "p"})
+    assert line == "port=80 api_token=*** hub_key=*** model=s3://***@host/x Password=***"
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_no_secret_of_the_environment_nor_of_a_request_is_ever_written(
+    artifact: Path, start_server: Any, level: str
+) -> None:
+    body = open_artifact(artifact).read("example")
+    told = {
+        "Authorization": "Bearer sentinel-bearer", "Cookie": "session=sentinel-cookie",
+        "X-Request-Id": "sentinel bad id", "X-Amzn-SageMaker-Custom-Attributes": "sentinel-attributes",
+        "Content-Type": "image/png; sentinel-type=1",
+        "Accept": "sentinel/accept",
+    }  # fmt: skip
+    with start_server(artifact, CLASSIFIER_LOG_LEVEL=level, **SECRETS) as server:
+        for method, path in (("POST", "/invocations"), ("GET", "/ping"), ("GET", "/nothing"), ("GET", "/metrics")):
+            for headers in (told, {}):
+                answer = server.ask(method, f"{path}?token=sentinel-query", body, headers)
+                said = answer.body + json.dumps(answer.headers).encode()
+                assert not [name for name, secret in SECRETS.items() if secret.encode() in said]
+        os.kill(server.process.pid, signal.SIGTERM)
+        server.process.wait(60)
+    assert "sentinel" not in server.log.read_text()
+
+
+def test_a_failing_or_changed_probe_is_one_line_and_one_that_succeeds_none(artifact: Path, start_server: Any) -> None:
+    def lines() -> list[str]:
+        return [line for line in server.log.read_text().splitlines() if "service.requests" in line]
+
+    with start_server(artifact, ready=False) as server:
+        while True:  # as a platform would ask
+            try:
+                if server.ask("GET", "/ping").status == 200:
+                    break
+            except OSError:
+                time.sleep(0.05)
+        until(lambda: any("status=200" in line for line in lines()))
+        told = lines()
+        for _ in range(20):
+            for path in ("/ping", "/metrics"):
+                assert server.ask("GET", path).status == 200
+        assert lines() == told
+    codes = [re.search(r"code=(\w+)", line)[1] for line in told]  # type: ignore[index]
+    assert codes[-1] == "ready"
+    assert len(codes) == len(set(codes)) > 1
+    assert set(codes) <= {"loading", "warming_up", "ready"}

@@ -1,0 +1,239 @@
+"""What clients do to a connection: slow, silent, malformed, too much, half way through an upgrade."""
+
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+
+import pytest
+
+from service import protocol
+from service.engines.fake import FakeEngine
+from service.protocol import Protocol
+from tests.service.served import Served, assert_error, png, serve
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Served]:
+    with serve(FakeEngine(256)) as served:
+        yield served
+
+
+def connect(served: Served) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", served.port), timeout=30)
+
+
+def request(body: bytes = b"", *headers: str, line: str = "POST /invocations HTTP/1.1") -> bytes:
+    return "\r\n".join([line, "Host: x", f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
+
+
+def until_closed(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def answer(client: socket.socket) -> bytes:
+    """One answer with its body, as it came."""
+    received = b""
+    while not (match := re.search(rb"content-length: (\d+)\r\n(.*\r\n)?\r\n(.*)", received, re.DOTALL)) or (
+        len(match[3]) < int(match[1])
+    ):
+        piece = client.recv(65536)
+        assert piece, received
+        received += piece
+    return received
+
+
+def refusal(received: bytes) -> tuple[int, str]:
+    """Status and code of an answer in the one shape of errors, which must be all there is."""
+    head, _, body = received.partition(b"\r\n\r\n")
+    error = json.loads(body)["error"]
+    assert f"x-request-id: {error['request_id']}".encode() in head
+    assert error["message"].endswith(".")
+    return int(head.split()[1]), error["code"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"hello\r\n\r\n", b"GET  HTTP/1.1\r\n\r\n",
+     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+     b"POST /invocations HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"GET /ping HTTP/1.1\r\nno colon\r\n\r\n",
+     b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+     b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n\r\n"],
+)  # fmt: skip
+def test_what_is_no_http_gets_the_one_shape_of_errors(service: Served, sent: bytes) -> None:
+    with connect(service) as client:
+        client.sendall(sent)
+        assert refusal(until_closed(client)) == (400, "malformed_http")
+
+
+def test_a_head_without_end_is_refused(service: Served) -> None:
+    with connect(service) as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\n")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for number in range(10_000):
+                client.sendall(b"X-%d: %s\r\n" % (number, b"y" * 1000))
+    with connect(service) as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\nX: " + b"y" * protocol.MAX_HEAD_BYTES)
+        assert refusal(until_closed(client)) == (431, "headers_too_large")
+
+
+def test_large_bodies_do_not_count_as_heads(service: Served) -> None:
+    assert_error(service.ask("POST", "/invocations", b"x" * 2_000_000), 400, "unreadable_image")
+
+
+@pytest.mark.parametrize(
+    "upgrade", ["Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk", "Upgrade: websocket\r\nSec-WebSocket-Key: x"]
+)
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_an_offered_upgrade_is_ignored_and_the_body_read(service: Served, upgrade: str, in_pieces: bool) -> None:
+    sent = request(png(42), "Connection: Upgrade, HTTP2-Settings", *upgrade.split("\r\n"))
+    with connect(service) as client:
+        for _ in range(2):  # the connection stays usable
+            for piece in [sent[:20], sent[20:200], sent[200:]] if in_pieces else [sent]:
+                client.sendall(piece)
+                time.sleep(0.02 * in_pieces)
+            answered = answer(client)
+            assert answered.startswith(b"HTTP/1.1 200")
+            assert b'"grey 42"' in answered
+
+
+def test_pipelined_requests_are_answered_in_order(service: Served) -> None:
+    with connect(service) as client:
+        client.sendall(b"".join(request(png(grey)) for grey in range(9)) + request(png(9), "Connection: close"))
+        answers = until_closed(client)
+    labels = [part.split(b'"')[0].decode() for part in answers.split(b'"predictions": [{"label": "')[1:]]
+    assert labels == [f"grey {grey}" for grey in range(10)]
+
+
+def test_a_client_that_sends_nothing_or_half_a_head_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_S", 0.5)
+    monkeypatch.setattr(protocol, "SWEEP_S", 0.05)
+    with serve(FakeEngine(256)) as served, connect(served) as silent, connect(served) as dribbling:
+        dribbling.sendall(b"POST /invocations HTTP/1.1\r\nX: ")
+        time.sleep(0.2)
+        dribbling.sendall(b"y")
+        assert until_closed(silent) == b""
+        assert refusal(until_closed(dribbling)) == (408, "head_timeout")
+        with connect(served) as kept:  # one that was answered may be idle longer
+            kept.sendall(request(png(1)))
+            assert answer(kept).startswith(b"HTTP/1.1 200")
+            time.sleep(1)
+            kept.sendall(request(png(1)))
+            assert answer(kept).startswith(b"HTTP/1.1 200")
+
+
+def test_slow_bodies_hold_no_place_and_are_given_up() -> None:
+    with serve(FakeEngine(256), max_requests=2, body_timeout_s=3) as served, ExitStack() as stack:
+        slow = [stack.enter_context(closing(connect(served))) for _ in range(50)]
+        for client in slow:
+            client.sendall(request(png())[:-10])
+        served.until(lambda: served.app.state.runtime.admission.requests == 50)
+        for _ in range(10):
+            assert served.ask("POST", "/invocations", png()).status == 200
+        for client in slow[:5]:
+            answered = answer(client)
+            assert b" 408 " in answered
+            assert b"body_timeout" in answered
+        served.until(lambda: served.app.state.runtime.admission.bytes_held == 0)
+
+
+def test_bodies_over_the_bound_of_bytes_are_refused_and_free_it_when_they_end() -> None:
+    with serve(FakeEngine(256), max_payload_bytes=1000, max_body_bytes=1500) as served, connect(served) as holder:
+        holder.sendall(request(b"x" * 900)[:-1])
+        served.until(lambda: served.app.state.runtime.admission.bytes_held > 800)
+        refused = served.ask("POST", "/invocations", b"y" * 700)
+        assert "1,500 are allowed" in assert_error(refused, 503, "overloaded")
+        chunked = served.ask("POST", "/invocations", iter([b"y" * 400, b"y" * 300]))
+        assert_error(chunked, 503, "overloaded")
+        holder.sendall(b"x")
+        assert b" 400 " in answer(holder)
+        assert_error(served.ask("POST", "/invocations", b"y" * 700), 400, "unreadable_image")
+
+
+def test_a_refusal_is_read_though_the_body_is_still_being_sent() -> None:
+    with serve(FakeEngine(256), max_payload_bytes=1000) as served, connect(served) as client:
+        client.sendall(request(b"x" * 8_000_000)[:200])
+        assert b" 413 " in answer(client)
+        client.sendall(request(b"x" * 8_000_000)[200:])
+        client.sendall(request(png(5)))  # the connection stays usable
+        assert b'"grey 5"' in answer(client)
+
+
+def test_a_refused_body_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LINGER_S", 0.3)
+    monkeypatch.setattr(protocol, "SWEEP_S", 0.05)
+    with serve(FakeEngine(256), max_payload_bytes=1000) as served, connect(served) as client:
+        client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for _ in range(10_000):
+                client.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+                time.sleep(0.001)
+
+
+def test_who_waits_for_100_continue_is_refused_before_sending(service: Served) -> None:
+    with connect(service) as client:
+        client.sendall(request(b"", "Expect: 100-continue").replace(b"Length: 0", b"Length: 99999999"))
+        assert b" 413 " in answer(client)
+    with connect(service) as client:
+        body = png(3)
+        client.sendall(request(body, "Expect: 100-continue")[: -len(body)])
+        assert client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(body)
+        assert b'"grey 3"' in answer(client)
+
+
+def test_hundreds_of_idle_connections_hurt_nobody(service: Served) -> None:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(closing(connect(service))) for _ in range(500)]
+        for client in idle[:250]:
+            client.sendall(request(png(1)))
+            assert b" 200 " in answer(client)
+        with ThreadPoolExecutor(8) as clients:
+            replies = list(clients.map(lambda grey: service.ask("POST", "/invocations", png(grey)), range(40)))
+        assert [reply.json["predictions"][0]["index"] for reply in replies] == list(range(40))
+
+
+def test_beyond_the_bound_of_connections_the_longest_idle_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(FakeEngine(256)) as served, ExitStack() as stack:
+        monkeypatch.setattr(Protocol, "max_connections", 100)
+        idle = []
+        for _ in range(100):
+            idle.append(stack.enter_context(closing(connect(served))))
+            idle[-1].sendall(request(line="GET /ping HTTP/1.1"))
+            assert b" 200 " in answer(idle[-1])
+        assert served.ask("POST", "/invocations", png()).status == 200
+        assert until_closed(idle[0]) == b""
+        idle[-1].sendall(request(png(8)))
+        assert b'"grey 8"' in answer(idle[-1])
+
+
+def test_beyond_the_bound_of_busy_connections_new_ones_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(256)
+    with serve(engine) as served, ExitStack() as stack:
+        monkeypatch.setattr(Protocol, "max_connections", 10)
+        engine.delay_s = 1
+        busy = [stack.enter_context(closing(connect(served))) for _ in range(10)]
+        for client in busy:
+            client.sendall(request(png(1)))
+        served.until(lambda: served.app.state.runtime.admission.under_way == 10)
+        with connect(served) as late:
+            assert refusal(until_closed(late)) == (503, "overloaded")
+        assert all(b'"grey 1"' in answer(client) for client in busy)
+
+
+def test_a_client_that_never_reads_its_answers_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "UNREAD_S", 0.5)
+    monkeypatch.setattr(protocol, "SWEEP_S", 0.05)
+    with serve(FakeEngine(256)) as served, connect(served) as client:
+        client.setblocking(False)
+        ask = request(png(1), line="POST /invocations?top_k=256 HTTP/1.1")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for _ in range(100_000):
+                try:
+                    client.send(ask)
+                except BlockingIOError:
+                    time.sleep(0.01)
+        assert served.ask("POST", "/invocations", png()).status == 200

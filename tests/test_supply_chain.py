@@ -1,0 +1,135 @@
+"""The service's dependencies have no known vulnerability, and the service listens on nothing but its port."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+AUDIT = ROOT / ".ci/audit.py"
+
+# --- the audit, against a database of vulnerabilities that speaks OSV's protocol (https://google.github.io/osv.dev/api/)
+
+JINJA = {
+    "id": "GHSA-h5c8-rqwp-cp95", "aliases": ["CVE-2024-22195"], "summary": "XSS", "modified": "2024-01-11T00:00:00Z",
+    "affected": [{"package": {"name": "jinja2", "ecosystem": "PyPI"}, "ranges": [
+        {"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "3.1.3"}]}]}],
+}  # fmt: skip
+
+
+@contextmanager
+def database(vulnerabilities: dict[str, Any], status: int = 200) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            known = vulnerabilities.get(question["package"]["name"])
+            body = json.dumps({"vulns": [known]} if known else {}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1/query"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def audit(tmp_path: Path, url: str, allow: str = "", requirements: str = "jinja2==3.1.2\nidna==3.10\n") -> Any:
+    (tmp_path / "allow.toml").write_text(allow)
+    (tmp_path / "requirements.txt").write_text(requirements)
+    command = [sys.executable, str(AUDIT), "--osv-url", url, "--allow", str(tmp_path / "allow.toml")]
+    return subprocess.run(
+        [*command, "--requirements", str(tmp_path / "requirements.txt")], capture_output=True, text=True, timeout=120
+    )
+
+
+def entry(since: date, until: date, id: str = "CVE-2024-22195") -> str:
+    what = f'id = "{id}"\npackage = "jinja2"\nreason = "No template is ours."'
+    return f"[[allow]]\n{what}\nsince = {since}\nuntil = {until}\n"
+
+
+TODAY = date.today()
+SOON = TODAY + timedelta(days=30)
+
+
+def test_a_known_vulnerability_fails_and_says_what_to_do(tmp_path: Path) -> None:
+    with database({"jinja2": JINJA}) as url:
+        result = audit(tmp_path, url)
+    assert result.returncode == 1
+    assert (
+        "jinja2 3.1.2 has the known vulnerability CVE-2024-22195, GHSA-h5c8-rqwp-cp95 (mended in 3.1.3)"
+        in result.stderr
+    )
+    assert "idna" not in result.stderr
+
+
+def test_an_accepted_vulnerability_passes_until_its_end(tmp_path: Path) -> None:
+    with database({"jinja2": JINJA}) as url:
+        accepted = audit(tmp_path, url, entry(TODAY, SOON))
+        ended = audit(tmp_path, url, entry(TODAY - timedelta(days=30), TODAY - timedelta(days=1)))
+        endless = audit(tmp_path, url, entry(TODAY, TODAY + timedelta(days=1000)))
+        another = audit(tmp_path, url, entry(TODAY, SOON, id="CVE-1-1"))
+        unreasoned = audit(tmp_path, url, entry(TODAY, SOON).replace("No template is ours.", ""))
+    assert (accepted.returncode, accepted.stderr) == (0, "")
+    assert "2 packages asked about, 1 vulnerabilities accepted" in accepted.stdout
+    assert ended.returncode == 1 and "was accepted until" in ended.stderr
+    assert endless.returncode == 1 and "longer than 184 days" in endless.stderr
+    assert (
+        another.returncode == 1 and "CVE-1-1 of jinja2 is accepted in allow.toml but no longer found" in another.stdout
+    )
+    assert unreasoned.returncode == 1 and "an entry needs id, package, reason, since, until" in unreasoned.stderr
+
+
+def test_without_a_database_one_line_says_that_nothing_was_audited(tmp_path: Path) -> None:
+    with database({}, status=403) as refusing:
+        for url in ("http://127.0.0.1:9/v1/query", refusing):
+            result = audit(tmp_path, url)
+            assert (result.returncode, result.stderr) == (0, "")
+            (line,) = result.stdout.splitlines()
+            assert line.startswith("audit: skipped")
+
+
+def test_the_list_of_accepted_vulnerabilities_is_sound() -> None:
+    spec = importlib.util.spec_from_file_location("audit", AUDIT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.read_allowed(ROOT / ".ci/audit-allow.toml", TODAY)[1] == []
+
+
+# --- what listens
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_nothing_listens_but_the_port(artifact: Path, start_server: Any, workers: str) -> None:
+    with start_server(artifact, CLASSIFIER_WORKERS=workers) as server:
+        assert server.ask("POST", "/invocations", b"no image").status == 400
+        supervisor = psutil.Process(server.process.pid)
+        processes = [supervisor, *supervisor.children(recursive=True)]
+        assert len(processes) >= int(workers) + (workers != "1")
+        sockets = [each for process in processes for each in process.net_connections("all")]
+        inet = {
+            (each.type.name, tuple(each.laddr)) for each in sockets if each.family.name != "AF_UNIX" and not each.raddr
+        }
+        assert inet == {("SOCK_STREAM", ("127.0.0.1", server.port))}
+        named = [each.laddr for each in sockets if each.family.name == "AF_UNIX" and each.laddr]
+        assert named == []
