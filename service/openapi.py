@@ -132,7 +132,7 @@ def document(settings: Settings) -> Json:
             "/metrics": {
                 "get": _read(
                     "metrics", "Figures for Prometheus",
-                    "Requests, stage times, queue, batches, processes, engine and model. Text format 0.0.4, or OpenMetrics "
+                    "Requests, stage times, queue, batches, processes, engine, model. Text format 0.0.4, or OpenMetrics "
                     "where the `Accept` header prefers that.",
                     {"text/plain": text, "application/openmetrics-text": text},
                 )
