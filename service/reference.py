@@ -65,8 +65,11 @@ def _operation(path: str, method: str, what: Json) -> str:
             for sample in samples
         ]
     if options := what.get("parameters"):
-        rows = [[_code(option["name"]), _type(option["schema"]), _inline(option["description"])] for option in options]
-        parts += ["<h3>Options</h3>", _table(["In the query", "Type", "Meaning"], rows)]
+        rows = [
+            [f"{_code(option['name'])} ({option['in']})", _type(option["schema"]), _inline(option["description"])]
+            for option in options
+        ]
+        parts += ["<h3>Options</h3>", _table(["Option", "Type", "Meaning"], rows)]
     if "requestBody" in what:
         bodies = what["requestBody"]["content"]
         rows = [[_code(media_type), _type(body["schema"])] for media_type, body in bodies.items()]
@@ -84,7 +87,7 @@ def _answer(response: Json) -> str:
     contents = response["content"]
     types = ", ".join(f"{_code(media_type)} {_type(content['schema'])}" for media_type, content in contents.items())
     examples = [item for content in contents.values() for item in content.get("examples", {}).items()]
-    codes = [_code(name) for name, example in examples if "error" in example["value"]]
+    codes = [_code(name) for name, example in examples if [*example["value"]] == ["error"]]
     headers = [_code(name) for name in response.get("headers", {})]
     lines = [_inline(response["description"]), types]
     lines += [f"Codes: {', '.join(codes)}"] if codes else []
@@ -122,7 +125,7 @@ def _type(schema: Json) -> str:
         return f'<a href="#schema-{name}">{name}</a>'
     for several in ("oneOf", "anyOf"):
         if several in schema:
-            return " or ".join(_type(each) for each in schema[several])
+            return ", or ".join(_type(each) for each in schema[several])
     if "enum" in schema:
         return ", ".join(_code(json.dumps(value)) for value in schema["enum"])
     if "const" in schema:
@@ -130,7 +133,10 @@ def _type(schema: Json) -> str:
     if schema.get("type") == "array":
         return f"list of {_type(schema.get('items', {}))}"
     if schema.get("type") == "object" and "properties" in schema:
-        return "; ".join(f"{_code(field)}: {_type(what)}" for field, what in schema["properties"].items())
+        fields = schema["properties"].items()
+        return "; ".join(
+            f"{_code(field)}: {_inline(what.get('description', '')) or _type(what)}" for field, what in fields
+        )
     words = [schema.get("type", "anything")]
     words = ["bytes of an image"] if schema.get("format") == "binary" or not schema else words
     words += ["in base64"] if schema.get("contentEncoding") == "base64" else []
