@@ -137,17 +137,9 @@ def _type(schema: Json) -> str:
         return "; ".join(
             f"{_code(field)}: {_inline(what.get('description', '')) or _type(what)}" for field, what in fields
         )
-    words = [schema.get("type", "anything")]
-    words = ["bytes of an image"] if schema.get("format") == "binary" or not schema else words
-    words += ["in base64"] if schema.get("contentEncoding") == "base64" else []
-    bounds = {
-        "minimum": "at least",
-        "maximum": "at most",
-        "minLength": "length at least",
-        "maxLength": "length at most",
-    }
+    words = ["bytes of an image" if schema.get("format") == "binary" else schema.get("type", "anything")]
+    bounds = {"minimum": "at least", "maximum": "at most", "default": "default"}
     words += [f"{word} {schema[key]}" for key, word in bounds.items() if key in schema]
-    words += [f"default {schema['default']}"] if "default" in schema else []
     return escape(", ".join(words))
 
 
