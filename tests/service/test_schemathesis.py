@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 CASES = 60
-"""Of each operation, besides those that schemathesis derives one by one: together 10 s for both tests, on two quiet cores."""
+"""Of each operation, besides those that schemathesis derives one by one: 10 s for both tests on two quiet cores."""
 
 
 @pytest.mark.parametrize(
