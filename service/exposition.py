@@ -28,11 +28,8 @@ router = APIRouter()
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PROC = Path("/proc")
 
-_TEXT = {"schema": {"type": "string"}}
-_CONTENT = {"text/plain": _TEXT, "application/openmetrics-text": _TEXT}
 
-
-@router.get("/metrics", response_class=Response, responses={200: {"content": _CONTENT}})
+@router.get("/metrics")
 async def show_metrics(request: Request) -> Response:
     """What the service has done since it started and what it is at, over all its processes, for Prometheus."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

@@ -84,6 +84,9 @@ MESSAGES = {
 }
 """Code -> a sentence that comes with it."""
 
+NOT_READY = ("loading", "warming_up", "failing", "stuck", "stopping", "failed")
+"""What /ping may say besides "ready": see `service.runtime.State`."""
+
 REQUEST_ID = "9f1c0a7be2d94c1f8f0e5d6b7a8c9d0e"
 ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
 
@@ -115,6 +118,7 @@ TABLE = ",".join(COLUMNS) + "\r\n0,1,apple,0,0.987654,,\r\n0,2,pear,57,0.010203,
 
 def document(settings: Settings) -> Json:
     """The document of a service with these settings."""
+    text = {"schema": {"type": "string"}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ResNet-34 image classifier", "version": "1", "description": DESCRIPTION},
@@ -125,14 +129,15 @@ def document(settings: Settings) -> Json:
                 "get": _read(
                     "execution_parameters", "What a batch transform may send",
                     "Asked by SageMaker before a batch transform whose own settings leave it open.",
-                    JSON, _reference("ExecutionParameters"),
+                    {JSON: {"schema": _reference("ExecutionParameters")}},
                 )
             },
             "/metrics": {
                 "get": _read(
                     "metrics", "Figures for Prometheus",
-                    "Requests, stage times, queue, batches, engine and model, in the text format of Prometheus.",
-                    "text/plain", {"type": "string"},
+                    "Requests, stage times, queue, batches, processes, engine, model. Text format 0.0.4, or "
+                    "OpenMetrics where the `Accept` header prefers that.",
+                    {"text/plain": text, "application/openmetrics-text": text},
                 )
             },
         },
@@ -187,8 +192,14 @@ def _bodies(settings: Settings) -> Json:
     # The example is the model's own; without the page, nothing serves it.
     example = {"examples": {"the model's example": {"externalValue": "example"}}} if settings.page else {}
     raw = {"schema": {"type": "string", "format": "binary"}, **example}
-    image = {"type": "string", "format": "byte", "description": "A file's bytes in base64, or a data URL of them."}
-    files = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+    image = {"type": "string", "format": "byte", "description": "an image's bytes in base64, or a data URL of them"}
+    files = {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "minItems": 1,
+        "description": "an image's bytes; once more for each further image (the name of the field does not matter)",
+    }
+    images = {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_IMAGES}
     return {
         **dict.fromkeys(RAW_TYPES, raw),
         FORM: {"schema": {"type": "object", "properties": {"file": files}, "required": ["file"]}},
@@ -196,7 +207,7 @@ def _bodies(settings: Settings) -> Json:
             "schema": {
                 "oneOf": [
                     _object(image=image),
-                    _object(images={"type": "array", "items": image, "minItems": 1, "maxItems": MAX_IMAGES}),
+                    _object(images={**images, "description": f"a list of up to {MAX_IMAGES} of these"}),
                 ]
             },
             "examples": {
@@ -214,7 +225,7 @@ def _error(status: int, text: str) -> Json:
     bodies = {code: {"error": {"code": code, "message": MESSAGES[code], "request_id": REQUEST_ID}} for code in codes}
     return {
         "description": text,
-        "headers": _references("X-Request-Id", *(["Retry-After"] if status in (429, 503) else [])),
+        "headers": _references("X-Request-Id", "Server-Timing", *(["Retry-After"] if status in (429, 503) else [])),
         "content": {
             JSON: {
                 "schema": _reference("ErrorResponse"),
@@ -226,8 +237,8 @@ def _error(status: int, text: str) -> Json:
 
 def _ping(operation: str) -> Json:
     answers = {
-        "200": ("It answers.", ["ready"]),
-        "503": ("It does not, and the body says why.", ["loading", "warming_up", "failing", "stuck", "stopping"]),
+        "200": ("It answers.", ("ready",)),
+        "503": (f"It does not; the body says why: {', '.join(f'`{state}`' for state in NOT_READY)}.", NOT_READY),
     }
     return {
         "operationId": operation,
@@ -249,12 +260,8 @@ def _ping(operation: str) -> Json:
     }
 
 
-def _read(operation: str, summary: str, description: str, media_type: str, schema: Json) -> Json:
-    answer = {
-        "description": "As described.",
-        "headers": _references("X-Request-Id"),
-        "content": {media_type: {"schema": schema}},
-    }
+def _read(operation: str, summary: str, description: str, content: Json) -> Json:
+    answer = {"description": "At any time.", "headers": _references("X-Request-Id"), "content": content}
     return {"operationId": operation, "summary": summary, "description": description, "responses": {"200": answer}}
 
 

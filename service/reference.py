@@ -1,9 +1,8 @@
 """GET /docs: the OpenAPI document as a page to read, whole in itself, so that it works without network.
 
-No viewer from elsewhere: the usual ones are one to four megabytes of script, from another host or to be kept up to
-date here, and ask for a laxer Content-Security-Policy. This page is readable without any script, and what a viewer's
-"try it" is for, the page at / and commands that run as they stand do better with images. Any viewer reads
-/openapi.json.
+No viewer from elsewhere: the usual ones are two to four megabytes of script, from another host or to be kept up to
+date here (ARCHITECTURE.md, Decisions). This page is readable without any script, and what a viewer's "try it" is for,
+the page at / and commands that run as they stand do better with images. Any viewer reads /openapi.json.
 """
 
 import json
@@ -66,8 +65,11 @@ def _operation(path: str, method: str, what: Json) -> str:
             for sample in samples
         ]
     if options := what.get("parameters"):
-        rows = [[_code(option["name"]), _type(option["schema"]), _inline(option["description"])] for option in options]
-        parts += ["<h3>Options</h3>", _table(["In the query", "Type", "Meaning"], rows)]
+        rows = [
+            [f"{_code(option['name'])} ({option['in']})", _type(option["schema"]), _inline(option["description"])]
+            for option in options
+        ]
+        parts += ["<h3>Options</h3>", _table(["Option", "Type", "Meaning"], rows)]
     if "requestBody" in what:
         bodies = what["requestBody"]["content"]
         rows = [[_code(media_type), _type(body["schema"])] for media_type, body in bodies.items()]
@@ -85,7 +87,7 @@ def _answer(response: Json) -> str:
     contents = response["content"]
     types = ", ".join(f"{_code(media_type)} {_type(content['schema'])}" for media_type, content in contents.items())
     examples = [item for content in contents.values() for item in content.get("examples", {}).items()]
-    codes = [_code(name) for name, example in examples if "error" in example["value"]]
+    codes = [_code(name) for name, example in examples if [*example["value"]] == ["error"]]
     headers = [_code(name) for name in response.get("headers", {})]
     lines = [_inline(response["description"]), types]
     lines += [f"Codes: {', '.join(codes)}"] if codes else []
@@ -123,7 +125,7 @@ def _type(schema: Json) -> str:
         return f'<a href="#schema-{name}">{name}</a>'
     for several in ("oneOf", "anyOf"):
         if several in schema:
-            return " or ".join(_type(each) for each in schema[several])
+            return ", or ".join(_type(each) for each in schema[several])
     if "enum" in schema:
         return ", ".join(_code(json.dumps(value)) for value in schema["enum"])
     if "const" in schema:
@@ -131,18 +133,13 @@ def _type(schema: Json) -> str:
     if schema.get("type") == "array":
         return f"list of {_type(schema.get('items', {}))}"
     if schema.get("type") == "object" and "properties" in schema:
-        return "; ".join(f"{_code(field)}: {_type(what)}" for field, what in schema["properties"].items())
-    words = [schema.get("type", "anything")]
-    words = ["bytes of an image"] if schema.get("format") == "binary" or not schema else words
-    words += ["in base64"] if schema.get("contentEncoding") == "base64" else []
-    bounds = {
-        "minimum": "at least",
-        "maximum": "at most",
-        "minLength": "length at least",
-        "maxLength": "length at most",
-    }
+        fields = schema["properties"].items()
+        return "; ".join(
+            f"{_code(field)}: {_inline(what.get('description', '')) or _type(what)}" for field, what in fields
+        )
+    words = ["bytes of an image" if schema.get("format") == "binary" else schema.get("type", "anything")]
+    bounds = {"minimum": "at least", "maximum": "at most", "default": "default"}
     words += [f"{word} {schema[key]}" for key, word in bounds.items() if key in schema]
-    words += [f"default {schema['default']}"] if "default" in schema else []
     return escape(", ".join(words))
 
 

@@ -310,6 +310,8 @@ class Runtime:
         log.info("ready: %s", url)
         if self._worker is not None and self._worker.index:
             return  # the first worker says the rest
+        if self.settings.page:
+            log.info("a page to try images on: %s", url.removesuffix("invocations"))
         if classifier.example is not None:
             example = classifier.example
             command = ["curl", "-H", f"Content-Type: {example.media_type}", "--data-binary", f"@{example.path}", url]

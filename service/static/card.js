@@ -36,7 +36,7 @@ function notice(text) {
 }
 
 const percent = (share) => (share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`);
-const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+const ms = (value) => `${value < 100 ? value.toFixed(1) : Math.round(value)} ms`;
 const size = (bytes) => (bytes < 1024 * 1024 ? `${Math.ceil(bytes / 1024)} KB` : `${(bytes / 1024 / 1024).toFixed(1)} MB`);
 
 class Card {
@@ -148,7 +148,7 @@ class Card {
     }
     const model = el("p", { class: "muted" }, "Model ", el("bdi", {}, body.model?.name ?? "?"));
     model.append(" · version ", el("bdi", {}, body.model?.version ?? "?"));
-    this.show(ranks, ...times(response.headers.get("Server-Timing"), roundTripMs), model, this.command(), json(body));
+    this.show(ranks, times(response.headers.get("Server-Timing"), roundTripMs), model, this.command(), json(body));
     const best = body.predictions[0];
     say(`${this.name}: ${best ? `${best.label}, ${percent(best.probability)}` : "no classes"}`);
   }
@@ -231,26 +231,21 @@ function times(header, roundTripMs) {
   const add = (name, value, kind) => {
     const swatch = kind ? [el("span", { class: `swatch ${kind}`, "aria-hidden": "true" })] : [];
     list.append(el("div", {}, el("dt", {}, ...swatch, name), el("dd", {}, ms(value))));
-  };
-  let known = 0;
-  const segment = (kind, value) => {
+    if (!kind) return;
     const part = el("span", { class: kind });
     part.style.flexGrow = value;
     stages.append(part);
   };
+  let rest = timing.get("total") ?? 0;
   for (const [stage, name] of Object.entries(STAGES)) {
     if (!timing.has(stage)) continue;
     add(name, timing.get(stage), stage);
-    segment(stage, timing.get(stage));
-    known += timing.get(stage);
+    rest -= timing.get(stage);
   }
-  if (timing.has("total")) {
-    const rest = timing.get("total") - known;
-    if (known && rest > 0) segment("rest", rest);
-    add("total in the service", timing.get("total"), known ? "rest" : "");
-  }
+  if (stages.childElementCount && rest > 0) add("other", rest, "rest");
+  if (timing.has("total")) add("total", timing.get("total"), "");
   add("round trip", roundTripMs, "");
-  return [el("div", {}, ...(known ? [stages] : []), list)];
+  return el("div", {}, ...(stages.childElementCount ? [stages] : []), list);
 }
 
 function json(body) {
