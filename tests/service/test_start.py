@@ -181,7 +181,7 @@ def test_too_little_memory(model: Path) -> None:
     assert "There is not enough memory for it" in said
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "nonsense.invalid", "::1%9"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "nonsense.invalid"])
 def test_an_address_that_is_not_this_machines(model: Path, host: str) -> None:
     command = [sys.executable, "-m", "service", "--model", str(model), "--host", host, "--port", str(free_port())]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
