@@ -16,14 +16,14 @@ import numpy as np
 
 from service.batcher import Batched, Batcher
 from service.classifier import Classifier, Prediction
+from service.decoding import Decoders
 from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, gpus
 from service.errors import NotReady, Overloaded
 from service.inference import input_fn, load_model, payload_of, predict_fn
 from service.model.archive import model_folder
-from service.model.errors import ArtifactError, ImageTooLarge
-from service.model.images import JPEG, RgbImage
-from service.model.preprocess import decode_resized
+from service.model.errors import ArtifactError
+from service.model.images import RgbImage
 from service.settings import Settings
 from service.workers import Worker
 
@@ -31,10 +31,6 @@ log = logging.getLogger(__name__)
 
 ENGINE_THREADS = 64
 """More than any engine has lanes: threads are started as they are needed."""
-
-SMALL_BYTES, SMALL_SIDE_PX = 16 * 2**10, 128
-"""JPEGs this small, for a model of at most this side, are decoded on the event loop: CIFAR's take 0.02 ms, less than
-handing them to a thread."""
 
 State = Literal["loading", "warming_up", "ready", "stopping", "failed"]
 
@@ -66,7 +62,7 @@ class Runtime:
         self._stopping = False
         self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
         decoders = worker.share(settings.decode_threads) if worker else settings.decode_threads
-        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self._decoders = Decoders(decoders, settings.decode_limit_s)
         self._serving: tuple[Classifier, Batcher[RgbImage, Prediction]] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._held = ExitStack()
@@ -84,6 +80,7 @@ class Runtime:
         The replacement of a worker that died loads before it returns, and so before it accepts connections: the others
         answer meanwhile.
         """
+        self._decoders.open()
         self._starting = asyncio.get_running_loop().create_task(self._start(), name="start")
         if self._states is not None and self._states.all_were_ready():
             await self._starting
@@ -98,7 +95,7 @@ class Runtime:
         if self._serving is not None:
             await self._serving[1].close()
         self._engine_threads.shutdown(wait=False)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        await self._decoders.close()
         self._held.close()
 
     @contextmanager
@@ -120,23 +117,10 @@ class Runtime:
         Raises: RequestError, Unavailable, ImageError.
         """
         classifier, batcher = self._require_ready()
-        image, decode_ms = await self._decoded(body, content_type, classifier.side_px)
+        started_s = time.perf_counter()
+        image = await self._decoders.decode(payload_of(body, content_type), classifier.side_px)
+        decode_ms = (time.perf_counter() - started_s) * 1000
         return await batcher.submit(image), decode_ms
-
-    async def _decoded(self, body: bytes, content_type: str | None, side_px: int) -> tuple[RgbImage, float]:
-        """Decode, crop and resize; small images here and now, which is done before a thread would have begun."""
-
-        def decode(max_pixels: int | None = None) -> tuple[RgbImage, float]:
-            started_s = time.perf_counter()
-            resized = decode_resized(payload_of(body, content_type), side_px, max_pixels)
-            return resized, (time.perf_counter() - started_s) * 1000
-
-        if len(body) <= SMALL_BYTES and side_px <= SMALL_SIDE_PX and body.startswith(JPEG):
-            try:
-                return decode(SMALL_SIDE_PX**2)
-            except ImageTooLarge:  # few bytes, many pixels
-                pass
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, decode)
 
     def _require_ready(self) -> tuple[Classifier, Batcher[RgbImage, Prediction]]:
         # Requests accepted before a stop are still answered: the batcher refuses when it closes.
