@@ -20,6 +20,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +41,11 @@ PAYLOAD_COPIES = 4
 """In memory at once, at most: what is read, joined, handed to Pillow, and of which a plugin takes a piece."""
 
 
+TRIM_BYTES, TRIM_PIXELS = 2**20, 2**24
+"""After a payload of more bytes, or an image that may have more pixels, freed memory is given back at once: a file can
+make a codec allocate millions of small pieces."""
+
+
 class Outcome(IntEnum):
     """How decoding ended; all but DECODED come with a sentence for the client."""
 
@@ -58,7 +64,7 @@ def memory_limit(max_pixels: int, payload_bytes: int) -> int:
 
 def main(service_pid: int) -> None:
     """Serve the socket at standard input until the other end, that of process `service_pid`, is closed."""
-    _confine(service_pid)
+    trim = _confine(service_pid)
     base_bytes = _address_space()
     channel = socket.socket(fileno=0)
     channel.sendall(READY)
@@ -71,6 +77,8 @@ def main(service_pid: int) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             channel.sendall(ANSWER.pack(outcome, len(content)))
             channel.sendall(content)
+            if length > TRIM_BYTES or max_pixels > TRIM_PIXELS:
+                trim(0)
 
 
 def _decoded(incoming: BinaryIO, length: int, side_px: int, max_pixels: int) -> tuple[Outcome, bytes]:
@@ -90,8 +98,12 @@ def _decoded(incoming: BinaryIO, length: int, side_px: int, max_pixels: int) -> 
         return Outcome.TOO_COSTLY, sentence.encode()
 
 
-def _confine(service_pid: int) -> None:
-    """Set the limits that do not change, and those that libraries read when they are imported."""
+def _confine(service_pid: int) -> Callable[[int], object]:
+    """Set the limits that do not change, and those that libraries read when they are imported.
+
+    Returns: what gives freed memory back to the system (malloc_trim(3)), where there is such a thing.
+    """
+    trim: Callable[[int], object] = abs
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they come to the whole group: the service drains
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -104,12 +116,15 @@ def _confine(service_pid: int) -> None:
         if os.getppid() != service_pid:  # it was quicker
             sys.exit()
         if hasattr(libc, "mallopt"):  # glibc: large blocks, once freed, are the system's again
+            trim = libc.malloc_trim
             libc.mallopt(_M_ARENA_MAX, 1)
             libc.mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
             libc.mallopt(_M_TRIM_THRESHOLD, 16 * 2**20)
         with contextlib.suppress(OSError):  # where /proc is not writable
             Path("/proc/self/oom_score_adj").write_text("1000", "ascii")
-    import service.model.resize  # noqa: F401
+    import service.model.resize  # noqa: F401  # now, not with the first image
+
+    return trim
 
 
 _PR_SET_PDEATHSIG = 1  # prctl(2), linux/prctl.h

@@ -5,7 +5,7 @@
 
 A plain JPEG (`service.model.jpeg.plain_size`) takes time in proportion to its bytes and pixels, whatever is in it.
 Other files can be made that take minutes, gigabytes, or the process along: a decoder process has `limit_s` of processor
-time for an image, 1.6 times that by the clock, and as much memory as its pixels may need. Past the time it is killed
+time for an image, 1.5 times that by the clock, and as much memory as its pixels may need. Past the time it is killed
 and replaced; past either limit the client is told that the image costs too much.
 
 Memory. For an image of at most ORDINARY_PIXELS a process may take 16 bytes a pixel (`images.BYTES_PER_PIXEL`), four
@@ -43,8 +43,9 @@ TINY_SIDE_PX = 128
 """Plain JPEGs of at most this side squared, for a model of at most this side, are decoded on the event loop: CIFAR's
 take 0.02 ms, less than handing them to a thread."""
 
-IN_PROCESS_PIXELS, IN_PROCESS_BYTES = 4 * 2**20, 8 * 2**20
-"""Plain JPEGs up to here are decoded in the service's own process, in at most 0.1 s (one core, EPYC)."""
+IN_PROCESS_PIXELS, IN_PROCESS_BYTES = 4 * 2**20, 2**20
+"""Plain JPEGs up to here are decoded in the service's own process, in at most 0.1 s (one core, EPYC). TurboJPEG keeps
+pieces of a colour profile, 25 bytes for each that a hostile file has of them: a limit on bytes too."""
 
 ORDINARY_PIXELS = 2**24
 """Larger images are decoded one at a time; phones make 12 to 16 million pixels unless asked for more."""
@@ -55,7 +56,7 @@ RECYCLE_AFTER = 10_000
 START_LIMIT_S = 60.0
 """How long a process may take to start; it takes 0.3 s where it need not wait for a core."""
 
-SLOWER_BY_THE_CLOCK = 1.6
+SLOWER_BY_THE_CLOCK = 1.5
 """An image may take so many times its processor time by the clock, on a machine that has other things to do."""
 
 MAX_SENTENCE_BYTES = 4096
@@ -141,8 +142,8 @@ class Decoders:
 
     async def _ask(self, payload: bytes, side_px: int, max_pixels: int) -> RgbImage:
         """Have an idle process, or a new one, decode the image; a process that is lost over it is replaced."""
-        process = await self._taken()
         request = REQUEST.pack(side_px, max_pixels, self._limit_s, len(payload))
+        process = await self._taken()
         try:
             async with asyncio.timeout(SLOWER_BY_THE_CLOCK * self._limit_s):
                 outcome, content = await process.ask(request, payload, side_px)
