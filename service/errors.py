@@ -13,10 +13,11 @@
         ├── Overloaded           503  as many requests, or bytes, under way as are allowed (429 by setting)
         └── DeadlineExceeded     504  the answer would come after the platform has hung up
 
-Errors of images (`service.model.errors.ImageError`) join the table as 400 and 413.
+Errors of images (`service.model.errors.ImageError`) join the table as 400 and 413. An image that costs too much to
+decode gets 413 like one that is too large: the remedy is the same, a smaller or simpler file; trying again is none.
 """
 
-from service.model.errors import ImageTooLarge, UnreadableImage
+from service.model.errors import ImageTooCostly, ImageTooLarge, UnreadableImage
 
 
 class ServiceError(Exception):
@@ -74,6 +75,7 @@ HTTP_ERRORS: dict[type[Exception], tuple[int, str]] = {
     BodyTimeout: (408, "body_timeout"),
     PayloadTooLarge: (413, "payload_too_large"),
     ImageTooLarge: (413, "image_too_large"),
+    ImageTooCostly: (413, "image_too_costly"),
     UnsupportedMediaType: (415, "unsupported_media_type"),
     EngineFailure: (500, "engine_failure"),
     NotReady: (503, "not_ready"),

@@ -20,15 +20,16 @@ from service.admission import Admission, Places
 from service.answers import Outcome
 from service.batcher import Batched, Batcher
 from service.classifier import Classifier, ExampleFile, ModelCard, Prediction
+from service.decoding import Decoders
 from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout, gpus
 from service.errors import NotReady
 from service.inference import load_model
 from service.metrics import Gauges
 from service.model.archive import model_folder
-from service.model.errors import ArtifactError, ImageError, ImageTooLarge
-from service.model.images import JPEG, RgbImage
-from service.model.preprocess import decode_resized
+from service.model.errors import ArtifactError, ImageError
+from service.model.images import RgbImage
+from service.model.resize import decode_resized
 from service.payloads import is_image, payloads_of
 from service.settings import Settings
 from service.workers import Worker
@@ -37,10 +38,6 @@ log = logging.getLogger(__name__)
 
 ENGINE_THREADS = 64
 """More than any engine has lanes: threads are started as they are needed."""
-
-SMALL_BYTES, SMALL_SIDE_PX = 16 * 2**10, 128
-"""JPEGs this small, for a model of at most this side, are decoded on the event loop: CIFAR's take 0.02 ms, less than
-handing them to a thread."""
 
 SMALL_FORM_BYTES = 64 * 2**10
 """Forms and JSON up to this size are taken apart on the event loop."""
@@ -101,7 +98,7 @@ class Runtime:
         self.stopping = False
         self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
         decoders = worker.share(settings.decode_threads) if worker else settings.decode_threads
-        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self._decoders = Decoders(decoders, settings.decode_limit_s)
         self._serving: tuple[Classifier, Batcher[RgbImage, Prediction]] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._held = ExitStack()
@@ -152,6 +149,7 @@ class Runtime:
         The replacement of a worker that died loads before it returns, and so before it accepts connections: the others
         answer meanwhile.
         """
+        self._decoders.open()
         self._starting = asyncio.get_running_loop().create_task(self._start(), name="start")
         if self._states is not None and self._states.all_were_ready():
             await self._starting
@@ -164,7 +162,7 @@ class Runtime:
         if self._serving is not None:
             await self._serving[1].close()
         self._engine_threads.shutdown(wait=False)
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        await self._decoders.close()
         self._held.close()
 
     async def drain(self, grace_s: float) -> None:
@@ -185,14 +183,14 @@ class Runtime:
         if is_image(body) or len(body) <= SMALL_FORM_BYTES:
             payloads = payloads_of(body, content_type)
         else:
-            payloads = await asyncio.get_running_loop().run_in_executor(self._decoders, payloads_of, body, content_type)
+            payloads = await asyncio.to_thread(payloads_of, body, content_type)
         del body
         answered = Answered(classifier.card, payloads.several, [])
 
         async def outcome(payload: bytes) -> Outcome:
             started_s = time.perf_counter()
             try:
-                image = await self._decoded(payload, classifier.side_px)
+                image = await self._decoders.decode(payload, classifier.side_px)
             except ImageError as exc:
                 return exc
             decode_ms = (time.perf_counter() - started_s) * 1000
@@ -206,15 +204,6 @@ class Runtime:
         else:
             answered.outcomes.append(await outcome(payloads.images[0]))
         return answered
-
-    async def _decoded(self, payload: bytes, side_px: int) -> RgbImage:
-        """Decode, crop and resize; small images here and now, which is done before a thread would have begun."""
-        if len(payload) <= SMALL_BYTES and side_px <= SMALL_SIDE_PX and payload.startswith(JPEG):
-            try:
-                return decode_resized(payload, side_px, SMALL_SIDE_PX**2)
-            except ImageTooLarge:  # few bytes, many pixels
-                pass
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, decode_resized, payload, side_px)
 
     def require_ready(self) -> tuple[Classifier, Batcher[RgbImage, Prediction]]:
         """What answers. Raises: NotReady."""

@@ -67,7 +67,10 @@ class Settings(BaseSettings):
     max_wait_ms: float = Field(0.0, ge=0)
     """How long a batch waits for company, counted from its first image; 0 takes what is there."""
     decode_threads: int = Field(default_factory=cores, ge=1)
-    """Threads that decode and resize images, of all workers together; default: the cores this process may use."""
+    """Threads that decode plain JPEGs, and processes that decode everything else, of all workers together; default: the
+    cores this process may use."""
+    decode_limit_s: float = Field(5.0, gt=0)
+    """An image that takes a decoder process more processor time gets 413; no honest one of 25 MB needs as much."""
     page: bool = True
     """Serve a page for people at / (and the model's example image at /example); false: 404 there."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -3,7 +3,8 @@
     ModelError
     ├── ImageError           the bytes are the sender's to mend
     │   ├── UnreadableImage  not an image of an allowed format, or a damaged one
-    │   └── ImageTooLarge    more pixels than MAX_PIXELS
+    │   ├── ImageTooLarge    more pixels than MAX_PIXELS
+    │   └── ImageTooCostly   few pixels or bytes may be, but more time or memory to decode than an image gets
     └── ArtifactError        the model cannot be trusted or read: the service does not start
 
 Every message is one sentence for a person: what was given, what is allowed, what to do.
@@ -24,6 +25,10 @@ class UnreadableImage(ImageError):
 
 class ImageTooLarge(ImageError):
     """The image has more pixels than are decoded."""
+
+
+class ImageTooCostly(ImageError):
+    """Decoding the image takes more time or memory than one image is given."""
 
 
 class ArtifactError(ModelError):

@@ -1,0 +1,281 @@
+"""Decide where an image is decoded, and bound what that may cost: payload -> uint8 `[S, S, 3]`.
+
+    plain JPEG, few pixels     here: on the event loop if it is tiny, else in a thread
+    anything else              in a decoder process (`service.decoder_process`), which may be killed
+
+A plain JPEG (`service.model.jpeg.plain_size`) takes time in proportion to its bytes and pixels, whatever is in it.
+Other files can be made that take minutes, gigabytes, or the process along: a decoder process has `limit_s` of processor
+time for an image, 1.5 times that by the clock, and as much memory as its pixels may need. Past the time it is killed
+and replaced; past either limit the client is told that the image costs too much.
+
+Memory. For an image of at most ORDINARY_PIXELS a process may take 16 bytes a pixel (`images.BYTES_PER_PIXEL`), four
+times the payload and 96 MiB (`decoder_process.memory_limit`): 452 MiB with the largest payload, 25 MiB. Larger images,
+up to MAX_PIXELS, are decoded one at a time, in 1.5 GiB. So `places` processes (the worker's share of `decode_threads`)
+never take more than (places - 1) * 452 MiB + 1.5 GiB, besides the 40 MiB that each takes idle. These are limits on
+address space; a photo of 500 x 375 touches 2 MiB. Threads add IN_PROCESS_PIXELS * 7 bytes each, 28 MiB: three for the
+decoded pixel, four for Pillow's copy, which is resized.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+
+from service import decoder_process
+from service.decoder_process import ANSWER, READY, REQUEST, Outcome
+from service.errors import Overloaded
+from service.model.errors import ImageError, ImageTooCostly, ImageTooLarge, UnreadableImage
+from service.model.images import MAX_PIXELS, RgbImage, decode_plain_jpeg
+from service.model.jpeg import Size, plain_size
+from service.model.resize import crop_resize, enough_px
+
+log = logging.getLogger(__name__)
+
+TINY_SIDE_PX = 128
+"""Plain JPEGs of at most this side squared, for a model of at most this side, are decoded on the event loop: CIFAR's
+take 0.02 ms, less than handing them to a thread."""
+
+IN_PROCESS_PIXELS, IN_PROCESS_BYTES = 4 * 2**20, 2**20
+"""Plain JPEGs up to here are decoded in the service's own process, in at most 0.1 s (one core, EPYC). TurboJPEG keeps
+pieces of a colour profile, 25 bytes for each that a hostile file has of them: a limit on bytes too."""
+
+ORDINARY_PIXELS = 2**24
+"""Larger images are decoded one at a time; phones make 12 to 16 million pixels unless asked for more."""
+
+RECYCLE_AFTER = 10_000
+"""Images after which a process is replaced by a new one, so that no leak or fragmentation of a decoder adds up."""
+
+START_LIMIT_S = 60.0
+"""How long a process may take to start; it takes 0.3 s where it need not wait for a core."""
+
+SLOWER_BY_THE_CLOCK = 1.5
+"""An image may take so many times its processor time by the clock, on a machine that has other things to do."""
+
+MAX_SENTENCE_BYTES = 4096
+
+NO_PROCESS = "No process can be started to decode the image; try again in a moment."
+
+REFUSALS: dict[Outcome, type[ImageError]] = {
+    Outcome.UNREADABLE: UnreadableImage,
+    Outcome.TOO_LARGE: ImageTooLarge,
+    Outcome.TOO_COSTLY: ImageTooCostly,
+}
+
+
+class Decoders:
+    """Threads for what is cheap for certain, processes for the rest; used by one event loop.
+
+    Processes are started as they are needed, the first by `open`; they end with `close`, or with this process, however
+    that ends.
+    """
+
+    def __init__(self, places: int, limit_s: float) -> None:
+        """At most `places` threads and as many processes; `limit_s`: processor time for one image in a process."""
+        self._limit_s = limit_s
+        self._threads = ThreadPoolExecutor(places, thread_name_prefix="decode")
+        self._places = asyncio.Semaphore(places)
+        self._large = asyncio.Semaphore(1)
+        self._idle: list[_Process] = []
+        self._jobs: set[asyncio.Task[RgbImage]] = set()
+
+    def open(self) -> None:
+        """Begin to start the first process; nobody waits for it."""
+        self._replace()
+
+    async def close(self) -> None:
+        """End the processes; images under way get CancelledError."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for job in self._jobs:
+            job.cancel()
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+        await asyncio.gather(*[process.end() for process in self._idle])
+        self._idle.clear()
+
+    async def decode(self, payload: bytes, side_px: int) -> RgbImage:
+        """Decode, crop and resize as `service.model.resize.decode_resized` does.
+
+        Cancelled while it waits for a process, it costs no more; later, its process still finishes.
+        Returns: uint8 `[side_px, side_px, 3]`.
+        Raises: ImageError; Overloaded when no process can be started.
+        """
+        size = plain_size(payload) if len(payload) <= IN_PROCESS_BYTES else None
+        if size is not None and size.height * size.width <= IN_PROCESS_PIXELS:
+            decode = partial(_decode_plain, payload, size, side_px)
+            tiny = size.height * size.width <= TINY_SIDE_PX**2 and side_px <= TINY_SIDE_PX
+            image = decode() if tiny else await asyncio.get_running_loop().run_in_executor(self._threads, decode)
+            if image is not None:
+                return image
+        try:
+            return await self._in_process(payload, side_px, ORDINARY_PIXELS, self._places)
+        except ImageTooLarge:
+            return await self._in_process(payload, side_px, MAX_PIXELS, self._large, self._places)
+
+    async def _in_process(self, payload: bytes, side_px: int, max_pixels: int, *places: asyncio.Semaphore) -> RgbImage:
+        held: list[asyncio.Semaphore] = []
+
+        def release(job: asyncio.Task[RgbImage] | None = None) -> None:
+            for place in held:
+                place.release()
+            if job is not None:
+                self._jobs.discard(job)
+                _ = job.cancelled() or job.exception()  # seen, also where nobody waits for it any more
+
+        try:
+            for place in places:
+                await place.acquire()
+                held.append(place)
+        except BaseException:
+            release()
+            raise
+        job = asyncio.get_running_loop().create_task(self._ask(payload, side_px, max_pixels))
+        self._jobs.add(job)
+        job.add_done_callback(release)
+        return await asyncio.shield(job)
+
+    async def _ask(self, payload: bytes, side_px: int, max_pixels: int) -> RgbImage:
+        """Have an idle process, or a new one, decode the image; a process that is lost over it is replaced."""
+        request = REQUEST.pack(side_px, max_pixels, self._limit_s, len(payload))
+        process = await self._taken()
+        try:
+            async with asyncio.timeout(SLOWER_BY_THE_CLOCK * self._limit_s):
+                outcome, content = await process.ask(request, payload, side_px)
+        except (OSError, EOFError, ValueError) as exc:  # TimeoutError is an OSError
+            raise await self._lost(process, len(payload), isinstance(exc, TimeoutError)) from None
+        except BaseException:  # we are closing
+            await process.end()
+            raise
+        if process.answered < RECYCLE_AFTER:
+            self._idle.append(process)
+        else:
+            await process.end()
+            self._replace()
+        if outcome is Outcome.DECODED:
+            return np.frombuffer(content, np.uint8).reshape(side_px, side_px, 3)
+        raise REFUSALS[outcome](content.decode())
+
+    async def _taken(self) -> "_Process":
+        while self._idle:
+            process = self._idle.pop()
+            if process.poll() is None:
+                break
+            log.warning("decoder process %d had ended while it was idle (%s)", process.pid, _how(await process.end()))
+        else:
+            process = self._start()
+        try:
+            await process.ready()
+        except (OSError, EOFError) as exc:
+            log.error("A decoder process did not start (%s); its lines above say why.", _how(await process.end()))
+            raise Overloaded(NO_PROCESS) from exc
+        except BaseException:
+            await process.end()
+            raise
+        return process
+
+    async def _lost(self, process: "_Process", payload_bytes: int, slow: bool) -> ImageError:
+        """Tell what became of the process, and what the client is to know."""
+        status = await process.end()
+        self._replace()
+        if slow or status == -signal.SIGPROF:
+            log.warning("decoder process %d: an image of %d bytes took too long", process.pid, payload_bytes)
+            return ImageTooCostly(
+                f"The image takes more than {self._limit_s:g} s to decode; save it anew, smaller or as a baseline JPEG."
+            )
+        log.warning("decoder process %d ended over an image of %d bytes (%s)", process.pid, payload_bytes, _how(status))
+        if status == -signal.SIGKILL:  # not by us: by the kernel, when memory ran out
+            return ImageTooCostly("The image takes more memory to decode than there is; save it anew, or smaller.")
+        return UnreadableImage(f"The image makes its decoder fail ({_how(status)}); save it anew, as JPEG or PNG.")
+
+    def _start(self) -> "_Process":
+        try:
+            return _Process()
+        except OSError as exc:
+            log.error("No decoder process can be started: %s.", exc)
+            raise Overloaded(NO_PROCESS) from exc
+
+    def _replace(self) -> None:
+        """Start a process in place of one that ended: the last to be taken, for it is not ready yet."""
+        with contextlib.suppress(Overloaded):  # told in the log; tried again when there is an image
+            self._idle.insert(0, self._start())
+
+
+class _Process:
+    """A decoder process and our end of its socket. Its methods raise OSError or EOFError when it is gone."""
+
+    def __init__(self) -> None:
+        """Raises: OSError when the system has no process, memory or descriptor left."""
+        ours, theirs = socket.socketpair()
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # noqa: PTH100  # "" is the folder we are in
+        program = [sys.executable, "-IS", "-W", "ignore", decoder_process.__file__, str(os.getpid()), path]
+        try:
+            self._process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603  # our own
+                program, stdin=theirs.fileno(), stdout=subprocess.DEVNULL
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        self._socket = ours
+        self._ready = False
+        self.answered = 0
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    async def ready(self) -> None:
+        """Wait until it can decode. Raises: TimeoutError too."""
+        if not self._ready:
+            async with asyncio.timeout(START_LIMIT_S):
+                await self._receive(len(READY))
+            self._ready = True
+
+    async def ask(self, request: bytes, payload: bytes, side_px: int) -> tuple[Outcome, bytes]:
+        """One image. Raises: ValueError when the answer is none: code of the image's may run in there."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self._socket, request)
+        await loop.sock_sendall(self._socket, payload)
+        number, length = ANSWER.unpack(await self._receive(ANSWER.size))
+        outcome = Outcome(number)
+        if length != side_px**2 * 3 if outcome is Outcome.DECODED else length > MAX_SENTENCE_BYTES:
+            raise ValueError("not an answer")
+        self.answered += 1
+        return outcome, bytes(await self._receive(length))
+
+    async def end(self) -> int:
+        """Kill it if it lives, and take its exit status."""
+        self._socket.close()
+        self._process.kill()
+        return await asyncio.to_thread(self._process.wait)
+
+    async def _receive(self, size: int) -> bytearray:
+        loop, content, at = asyncio.get_running_loop(), bytearray(size), 0
+        while at < size:
+            received = await loop.sock_recv_into(self._socket, memoryview(content)[at:])
+            if not received:
+                raise EOFError
+            at += received
+        return content
+
+
+def _decode_plain(payload: bytes, size: Size, side_px: int) -> RgbImage | None:
+    """The image, or None where it is not so plain after all, but damaged or to be scaled."""
+    image = decode_plain_jpeg(payload, size, enough_px(side_px), IN_PROCESS_PIXELS)
+    return None if image is None else crop_resize(image, side_px)
+
+
+def _how(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
