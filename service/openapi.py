@@ -52,7 +52,7 @@ ERRORS: dict[int, str] = {
     405: "The method is POST.",
     406: "The Accept header excludes every type that answers have.",
     408: "The body came too slowly.",
-    413: "More bytes, or more pixels, than the service takes.",
+    413: "More bytes, more pixels or a costlier image than the service takes.",
     415: "The content type is none of those above, and the body does not show by itself to be an image.",
     429: "As 503 overloaded, if the service is set to say so: try again after `Retry-After` seconds.",
     500: "The service failed on this request; its log says why, under the request id.",
@@ -74,6 +74,7 @@ MESSAGES = {
     "fewer.",
     "image_too_large": "The image may have at most 89,478,485 pixels, given: 10000 x 10000 = 100,000,000 pixels; send "
     "a smaller one.",
+    "image_too_costly": "The image takes more than 5 s to decode; save it anew, smaller or as a baseline JPEG.",
     "unsupported_media_type": "The content type must be image/*, application/octet-stream, multipart/form-data or "
     "application/json, given: text/plain.",
     "overloaded": "256 requests are under way, as many as allowed; try again in a moment.",

@@ -12,10 +12,12 @@ const STAGES = { decode: "decode", queue: "queue", infer: "engine" };
 const TITLES = {
   unreadable_image: "Not an image the service can read",
   image_too_large: "The image is too large",
+  image_too_costly: "The image takes too long to decode",
   payload_too_large: "The file is too large",
   unsupported_media_type: "Not an image",
   body_timeout: "The image arrived too slowly",
   overloaded: "The service is busy",
+  worker_died: "The service lost this request",
   not_ready: "The service is not ready",
   deadline_exceeded: "No answer in time",
 };

@@ -2,10 +2,12 @@
 
 import asyncio
 import http.client
+import io
 import json
 import os
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 from service.admission import Admission
 from service.engines.fake import FakeEngine
@@ -208,3 +211,33 @@ def test_an_engine_error_reaches_every_request_of_its_batch() -> None:
         for reply in clients.map(lambda _: served.ask("POST", "/invocations", png()), range(8)):
             assert_error(reply, 500, "engine_failure")
         assert len(engine.batch_sizes) <= 8
+
+
+# Load.
+
+
+def test_ping_answers_within_sagemakers_two_seconds_under_full_load(artifact: Path, start_server: Any) -> None:
+    """The limit is the platform's: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html"""
+    buffer = io.BytesIO()
+    Image.effect_mandelbrot((1200, 900), (-2, -1, 1, 1), 60).convert("RGB").save(buffer, "JPEG")
+    with start_server(artifact, CLASSIFIER_MAX_REQUESTS="64") as server, ThreadPoolExecutor(96) as clients:
+        ended = threading.Event()
+
+        def ask() -> set[int]:
+            statuses = set()
+            while not ended.is_set():
+                statuses.add(server.ask("POST", "/invocations", buffer.getvalue()).status)
+            return statuses
+
+        busy = [clients.submit(ask) for _ in range(96)]
+        time.sleep(1)
+        took_s = []
+        for method in ("GET", "POST") * 5:
+            started_s = time.monotonic()
+            assert server.ask(method, "/ping").status == 200
+            took_s.append(time.monotonic() - started_s)
+            time.sleep(0.2)
+        ended.set()
+        statuses = set().union(*[client.result() for client in busy])
+    assert max(took_s) < 2
+    assert statuses == {200, 503}
