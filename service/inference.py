@@ -11,7 +11,8 @@ from pathlib import Path
 
 from service.answers import TOP_K, Outcome, write_answer
 from service.classifier import Classifier, Prediction
-from service.engines.choose import Layout, Wanted, load
+from service.engines.choose import Layout, load
+from service.engines.names import Wanted
 from service.media import negotiate
 from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError, ImageError

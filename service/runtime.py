@@ -22,13 +22,14 @@ from service.batcher import Batched, Batcher
 from service.classifier import Classifier, ExampleFile, ModelCard, Prediction
 from service.decoding import Decoders
 from service.engines.base import EngineUnavailable
-from service.engines.choose import Layout, gpus
+from service.engines.choose import Layout
 from service.errors import NotReady
 from service.inference import load_model
 from service.metrics import Gauges
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError, ImageError
 from service.model.images import RgbImage
+from service.model.machine import gpus
 from service.model.resize import decode_resized
 from service.payloads import is_image, payloads_of
 from service.settings import Settings

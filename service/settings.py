@@ -13,7 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.engines.choose import Wanted
+from service.engines.names import Wanted
 from service.logs import Format
 from service.model.machine import cores
 

@@ -5,6 +5,7 @@ connections (socket(7)). The supervisor keeps them all open, so that connections
 served by its replacement, which accepts them when it is ready.
 """
 
+import json
 import logging
 import mmap
 import os
@@ -22,12 +23,9 @@ from pathlib import Path
 from typing import Self
 
 from service.deaths import MemoryKills, cause_of
-from service.engines.choose import gpus
 from service.lifeline import Held, Lifeline, Lingering, pair, slots
 from service.metrics import Page
-from service.model.artifact import open_artifact
-from service.model.errors import ArtifactError
-from service.model.machine import cores
+from service.model.machine import cores, gpus
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +55,22 @@ def choose_count(model: Path) -> int:
         return 1
     if gpus():
         return gpus()
-    try:
-        side_px = open_artifact(model).manifest.preprocessing.side_px
-    except ArtifactError:  # an archive, or what a worker will complain of
-        side_px = SMALL_SIDE_PX + 1
+    side_px = _side_px(model)
     return min(MAX_WORKERS, cores() if side_px <= SMALL_SIDE_PX else -(-cores() // CORES_PER_WORKER))
+
+
+def _side_px(model: Path) -> int:
+    """The side of the model's pictures; of an archive, or what a worker will complain of, that of photos.
+
+    Read from the manifest without verifying it, which the workers do: here it would cost the start a third of a second
+    for imports, and decides nothing but how many they are.
+    """
+    try:
+        (path,) = [*model.glob("manifest.json"), *model.glob("*/manifest.json")][:1]
+        side_px = json.loads(path.read_bytes())["preprocessing"]["side_px"]
+        return side_px if isinstance(side_px, int) else SMALL_SIDE_PX + 1
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return SMALL_SIDE_PX + 1
 
 
 @dataclass(frozen=True)

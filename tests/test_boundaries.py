@@ -53,6 +53,11 @@ def test_the_http_side_imports_without_torch() -> None:
     assert "torch" not in names
 
 
+def test_the_supervisor_imports_little_because_the_workers_wait_for_it() -> None:
+    heavy = {"numpy", "openvino", "PIL", "fastapi", "starlette", "uvicorn", "torch"}
+    assert not tops(imported_by(["service.__main__"])) & heavy
+
+
 CLASSIFY_ALL_THE_WAY = """
 import asyncio, sys
 from pathlib import Path

@@ -1,24 +1,20 @@
 """Which engine runs a model on this machine, and why."""
 
-import ctypes
 import importlib.util
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from service.classifier import Classifier
 from service.engines.base import Engine, EngineUnavailable
+from service.engines.names import NAMES, EngineName, Wanted
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
-from service.model.machine import cores
+from service.model.machine import cores, gpus
 from service.model.manifest import MAX_LOSS_POINTS, Manifest
 
 log = logging.getLogger(__name__)
-
-EngineName = Literal["torch-cuda", "openvino-int8", "openvino-bf16", "openvino-fp32", "torch"]
-NAMES: tuple[EngineName, ...] = get_args(EngineName)
-Wanted = Literal["auto", EngineName]
 
 
 @dataclass(frozen=True)
@@ -111,18 +107,6 @@ def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
         raise EngineUnavailable(
             f"The engine {name} needs a package that is not installed ({exc}); choose another of {', '.join(NAMES)}."
         ) from exc
-
-
-def gpus() -> int:
-    """NVIDIA GPUs the driver shows this process; 0 without a driver (CUDA driver API, cuDeviceGetCount)."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return 0
-    return count.value
 
 
 def _log_choice(name: EngineName, layout: Layout, reason: str, difference: float) -> None:

@@ -1,5 +1,6 @@
-"""What this process may use of the machine: cores and memory, with a container's limits (cgroup v2) counted."""
+"""What this process may use of the machine: cores, memory and GPUs, with a container's limits (cgroup v2) counted."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -20,6 +21,18 @@ def memory_bytes(cgroup: Path = CGROUP) -> int:
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _read(cgroup / "memory.max")
     return min(machine, int(limit)) if limit.isdecimal() else machine
+
+
+def gpus() -> int:
+    """NVIDIA GPUs the driver shows this process; 0 without a driver (CUDA driver API, cuDeviceGetCount)."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
 
 
 def _read(path: Path) -> str:

@@ -18,8 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from service.engines.choose import candidates, gpus, load
+from service.engines.choose import candidates, load
 from service.model.artifact import Artifact, Int8Network, open_artifact
+from service.model.machine import gpus
 from service.model.network import network_of
 from service.model.openvino_graph import core
 from training import quantization

@@ -10,9 +10,11 @@ import torch
 
 from service.classifier import Classifier
 from service.engines.base import Engine, EngineUnavailable
-from service.engines.choose import EngineName, Layout, create, gpus
+from service.engines.choose import Layout, create
+from service.engines.names import EngineName
 from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
+from service.model.machine import gpus
 
 ON_CPU: tuple[EngineName, ...] = ("torch", "openvino-fp32", "openvino-bf16")
 Make = Callable[[EngineName], Engine]
