@@ -80,7 +80,6 @@ class Runtime:
         The replacement of a worker that died loads before it returns, and so before it accepts connections: the others
         answer meanwhile.
         """
-        self._decoders.open()
         self._starting = asyncio.get_running_loop().create_task(self._start(), name="start")
         if self._states is not None and self._states.all_were_ready():
             await self._starting
@@ -161,6 +160,7 @@ class Runtime:
         self._serving = (classifier, batcher)
         if not self._stopping:
             self._state = "ready"
+            self._decoders.open()  # not before: starting takes a core for a quarter of a second
             if self._worker is not None and self._states is not None:
                 self._states.tell_ready(self._worker.index)
             self._log_ready(classifier)
