@@ -150,7 +150,6 @@ class Runtime:
         The replacement of a worker that died loads before it returns, and so before it accepts connections: the others
         answer meanwhile.
         """
-        self._decoders.open()
         self._starting = asyncio.get_running_loop().create_task(self._start(), name="start")
         if self._states is not None and self._states.all_were_ready():
             await self._starting
@@ -255,6 +254,7 @@ class Runtime:
         self._serving = (classifier, batcher)
         self._state = "ready"
         if not self.stopping:
+            self._decoders.open()  # not before: starting takes a core for a quarter of a second
             if self._worker is not None and self._states is not None:
                 self._states.tell_ready(self._worker.index)
             self._log_ready(classifier)

@@ -1,6 +1,6 @@
 """Files made to hurt a decoder: small to send, and long, large or contradictory to decode. Each is made here, by hand.
 
-`bombs()` gives them by name. None of them is an image that must be shown; what matters is how they are refused.
+None of them is an image that must be shown; what matters is how they are refused.
 """
 
 import io
@@ -282,6 +282,7 @@ def others() -> Iterator[tuple[str, bytes]]:
     yield "nothing", b""
 
 
-def bombs() -> dict[str, bytes]:
-    """Every file of this module, by name; each less than 25 MB."""
-    return {name: file for family in (jpegs, pngs, gifs, webps, bmps, others) for name, file in family()}
+def bombs() -> Iterator[tuple[str, bytes]]:
+    """Every file of this module with its name, made when it is asked for; each of at most 25 MB."""
+    for family in (jpegs, pngs, gifs, webps, bmps, others):
+        yield from family()
