@@ -172,15 +172,6 @@ def test_a_disk_that_is_full_while_unpacking(model: Path, tmp_path: Path, full_d
     assert "No space left on device" in refusal(tmp_path / "model.tar.gz", TMPDIR=str(full_disk))
 
 
-def test_too_little_memory(model: Path) -> None:
-    """As address space, which is what a process can be limited to without a container."""
-    command = ["prlimit", f"--as={400 * 2**20}"]
-    if shutil.which("prlimit") is None:
-        pytest.skip("There is no prlimit (util-linux) here.")
-    said = refusal(model, *command)
-    assert "There is not enough memory for it" in said
-
-
 @pytest.mark.parametrize("host", ["192.0.2.1", "nonsense.invalid"])
 def test_an_address_that_is_not_this_machines(model: Path, host: str) -> None:
     command = [sys.executable, "-m", "service", "--model", str(model), "--host", host, "--port", str(free_port())]
