@@ -27,7 +27,7 @@ OTHER = "other"
 """Whatever is not in the lists below: a client must not be able to add series."""
 
 PATHS = (INVOCATIONS, "/ping", "/metrics", "/execution-parameters", "/", "/docs", "/openapi.json", OTHER)
-STATUSES = (*sorted({200, 404, 405, 429, 500, 503} | {status for status, _ in HTTP_ERRORS.values()}), 0)
+STATUSES = (*sorted({200, 404, 405, 429, 431, 500, 503} | {status for status, _ in HTTP_ERRORS.values()}), 0)
 """0: any other, and requests whose client left before there was an answer."""
 REASONS = (*sorted({"client_gone", "internal_error"} | {code for _, code in HTTP_ERRORS.values()}), OTHER)
 OUTCOMES = ("answered", "refused", "failed")

@@ -15,6 +15,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.lifeline import Lifeline
+from service.metrics import Metrics
+from service.telemetry import RequestRecord
 
 log = logging.getLogger("service.requests")
 
@@ -39,6 +41,7 @@ class Protocol(HttpToolsProtocol):
     max_connections: ClassVar[int] = 4096
     """In this process. Beyond it, those that have been idle longest are closed for new ones."""
     lifeline: ClassVar[Lifeline | None] = None
+    metrics: ClassVar[Metrics | None] = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
@@ -164,7 +167,10 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         request_id = os.urandom(16).hex()
-        log.info("request_id=%s status=%d code=%s", request_id, status, code)
+        record = RequestRecord(request_id, "", "", status, code)
+        log.info(record)
+        if self.metrics is not None:
+            self.metrics.record(record)
         if self.cycle is None or self.cycle.response_complete:  # else an answer is due first, which this would garble
             body = json.dumps({"error": {"code": code, "message": message, "request_id": request_id}}).encode()
             headers = [

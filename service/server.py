@@ -50,6 +50,7 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         self._app = app
         self._lifeline = Protocol.lifeline = lifeline
+        Protocol.metrics = app.state.metrics
         Protocol.max_connections = min(Protocol.max_connections, allow_files() - FILES_BESIDES)
 
     async def main_loop(self) -> None:

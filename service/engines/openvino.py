@@ -66,12 +66,12 @@ class OpenVinoEngine:
         lanes = {**hints, "NUM_STREAMS": self.lanes, "INFERENCE_NUM_THREADS": threads}
         alone = {**hints, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": alone_threads}
         try:
-            self._lanes = core().compile_model(model, "CPU", lanes)
+            self._side_by_side = core().compile_model(model, "CPU", lanes)
             self._alone = core().compile_model(model, "CPU", alone).create_infer_request()
         except RuntimeError as exc:
             detail = ascii(" ".join(str(exc).split())[:300])
             raise EngineUnavailable(f"OpenVINO cannot compile the network for this processor: {detail}.") from exc
-        self._lane = threading.local()
+        self._own = threading.local()
         self._under_way = 0
         self._lock = threading.Lock()
 
@@ -91,9 +91,9 @@ class OpenVinoEngine:
     def _request(self, alone: bool) -> openvino.InferRequest:
         if alone:
             return self._alone
-        if not hasattr(self._lane, "request"):
-            self._lane.request = self._lanes.create_infer_request()
-        request: openvino.InferRequest = self._lane.request
+        if not hasattr(self._own, "request"):
+            self._own.request = self._side_by_side.create_infer_request()
+        request: openvino.InferRequest = self._own.request
         return request
 
 

@@ -268,9 +268,7 @@ def test_a_second_signal_ends_a_process_at_once(settings: Settings, request: pyt
             raise AssertionError("the second signal was not heard")
 
     callback = Twice()
-    started_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(settings(side=16), [callback])
-    assert time.monotonic() - started_s < 55
     assert isinstance(callback.ended[0], KeyboardInterrupt)
     assert not (settings().checkpoint_folder / FILE).exists()
