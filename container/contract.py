@@ -178,8 +178,8 @@ def _pings_under_load(service: Running, subject: Subject) -> Result:
     ok = slowest < PING_LIMIT_S and all(answer.status == 200 for answer in answers)
     others = sorted({status for status in load.statuses if status != 200})
     return ok, (
-        f"at most {slowest * 1000:.0f} ms (n = {len(answers)}) beside {len(load.statuses)} invocations by {LOAD_CLIENTS} "
-        f"clients{f', of which some answered {others}' if others else ''}"
+        f"at most {slowest * 1000:.0f} ms (n = {len(answers)}) beside {len(load.statuses)} invocations by "
+        f"{LOAD_CLIENTS} clients{f', of which some answered {others}' if others else ''}"
     )
 
 
@@ -215,7 +215,11 @@ def _tells_batch_transform(service: Running, _: Subject) -> Result:
     try:
         said = json.loads(answer.body)
         wrong = {"MaxConcurrentTransforms", "BatchStrategy", "MaxPayloadInMB"} - said.keys()
-        ok = answer.status == 200 and not wrong and said["BatchStrategy"] in ("SINGLE_RECORD", "MULTI_RECORD", "SingleRecord", "MultiRecord")
+        ok = (
+            answer.status == 200
+            and not wrong
+            and said["BatchStrategy"] in ("SINGLE_RECORD", "MULTI_RECORD", "SingleRecord", "MultiRecord")
+        )
     except (ValueError, AttributeError):
         return False, f"{answer.status} {answer.body[:80]!r}"
     return ok, f"{answer.status} {json.dumps(said)}"
@@ -278,7 +282,11 @@ def _binds_to_port(subject: Subject, network: str | None) -> Result:
         subject.image, model=subject.model, port=OTHER_PORT, network=network, environment=environment
     ) as service:
         ready_s, _ = service.wait_until_ready(60 if not label else STARTUP_LIMIT_S)
-    told = "the label says so" if label else "the label com.amazonaws.sagemaker.capabilities.accept-bind-to-port is not set"
+    told = (
+        "the label says so"
+        if label
+        else "the label com.amazonaws.sagemaker.capabilities.accept-bind-to-port is not set"
+    )
     return label, f"/ping 200 on port {OTHER_PORT} after {ready_s:.1f} s, {told}"
 
 

@@ -27,7 +27,9 @@ LIFECYCLE = {
         {
             "rulePriority": 1,
             "description": "Layers that no tag names any more",
-            "selection": {"tagStatus": "untagged", "countType": "sinceImagePushed", "countUnit": "days", "countNumber": 7},
+            "selection": {
+                "tagStatus": "untagged", "countType": "sinceImagePushed", "countUnit": "days", "countNumber": 7,
+            },
             "action": {"type": "expire"},
         },
         {
@@ -88,7 +90,10 @@ class Ecr:
         self.arn: str = identity["Arn"]
 
     def repository(self, name: str) -> Repository:
-        """The repository of that name; made where it is not there: scanned on push, tags immutable. Raises: ContainerError."""
+        """The repository of that name; made where it is not there: scanned on push, tags immutable.
+
+        Raises: ContainerError.
+        """
         found = self._call(
             self._ecr.describe_repositories, "ecr:DescribeRepositories", absent="RepositoryNotFoundException",
             repositoryNames=[name], registryId=self.account,
@@ -146,7 +151,9 @@ class Ecr:
             return f"AWS does not accept these credentials ({code}): 'aws sts get-caller-identity' must work first."
         if code in _DENIED:
             who = getattr(self, "arn", "These credentials")
-            return f"{who} may not do {action}: allow it in IAM; 'python -m container.push --policy' prints all it takes."
+            return (
+                f"{who} may not do {action}: allow it in IAM; 'python -m container.push --policy' prints all it takes."
+            )
         return f"AWS refused {action}: {text or code} ({code})."
 
 

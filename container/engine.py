@@ -67,12 +67,12 @@ _KNOWN = (
     ),
     (
         r"cannot connect to the docker daemon|is the docker daemon running|error during connect|failed to connect to",
-        "No docker engine answers (DOCKER_HOST names another); start one: 'sudo systemctl start docker', Docker Desktop.",
+        "No docker engine answers; start one ('sudo systemctl start docker', Docker Desktop) or name one in DOCKER_HOST.",
     ),
     (
         r"unknown flag|BuildKit is enabled but the buildx component is missing|the --mount option requires BuildKit",
-        "This docker cannot build the image: it needs BuildKit, Docker 20.10 or later, and its buildx plugin from 23 on "
-        "({last}).",
+        "This docker cannot build the image: it takes BuildKit, so Docker 20.10 or later, and from 23 on its plugin "
+        "buildx ({last}).",
     ),
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ Exit status: 2 for another command, 1 when the GPU is there and its driver too o
 """
 
 import importlib.util
+import json
 import os
 import sys
 import sysconfig
@@ -74,10 +75,13 @@ def _gpu_wanted(command: str) -> bool:
 
 
 def _say(level: str, sentence: str) -> None:
-    """A line as the service's log has them."""
+    """A line as the service's log has them: as text, or as JSON where CLASSIFIER_LOG_FORMAT asks for that."""
     now = time.time()
-    stamp = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))},{int(now % 1 * 1000):03d}"
-    print(f"{stamp} {level} container {sentence}", flush=True)  # noqa: T201  # no logging here: it would cost the start
+    stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
+    line = f"{stamp} {level} container {sentence}"
+    if os.environ.get("CLASSIFIER_LOG_FORMAT") == "json":
+        line = json.dumps({"time": stamp, "level": level, "logger": "container", "message": sentence})
+    print(line, flush=True)  # noqa: T201  # no logging here: it would cost the start time
 
 
 def _refuse(sentence: str) -> int:

@@ -6,6 +6,7 @@ Needs neither curl nor the service's settings: the port is that of the command l
 import http.client
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 TIMEOUT_S = 2
@@ -14,7 +15,7 @@ TIMEOUT_S = 2
 def port(command_line: bytes, environ: "os._Environ[str] | dict[str, str]") -> int:
     """Where the service listens; `command_line` as in /proc/1/cmdline, separated by NUL."""
     words = command_line.decode(errors="replace").split("\0")
-    flags = [after for word, after in zip(words, words[1:], strict=False) if word == "--port"]
+    flags = [after for word, after in pairwise(words) if word == "--port"]
     flags += [word.partition("=")[2] for word in words if word.startswith("--port=")]
     text = flags[-1] if flags else environ.get("CLASSIFIER_PORT") or environ.get("SAGEMAKER_BIND_TO_PORT") or "8080"
     return int(text)

@@ -1,6 +1,6 @@
 """`python -m container.push`: brings an image to ECR so that SageMaker takes it, and writes down where it is.
 
-    python -m container.push [--target serve] [--image NAME] [--repository resnet34-sagemaker] [--region R] [--profile P]
+    python -m container.push [--target serve] [--image NAME] [--repository NAME] [--region R] [--profile P]
 
 The tag is the version, the target and the image's own hash, so that the same content has the same tag and another
 content never the same one (the repository's tags are immutable). What is there already is not sent again; either way
@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(policy("ACCOUNT", given.region or "REGION", given.repository) + "\n")
         return 0
     try:
-        entry = push(given.image or f"{NAME}:{given.target}", given.target, given.repository, given.region, given.profile)
+        entry = push(
+            given.image or f"{NAME}:{given.target}", given.target, given.repository, given.region, given.profile
+        )
         note(given.output, given.target, entry)
     except ContainerError as exc:
         log.error("%s", exc)
@@ -108,13 +110,14 @@ def inspect(image: str, target: str) -> dict[str, Any]:
     platform = f"{found['Os']}/{found['Architecture']}"
     if platform != PLATFORM:
         raise ContainerError(
-            f"{image} is for {platform}, SageMaker's instances are {PLATFORM}: 'make image TARGET={target}' builds for that."
+            f"{image} is for {platform}, SageMaker's instances are {PLATFORM}: 'make image TARGET={target}' builds "
+            "for them."
         )
     return found
 
 
 def content_tag(version: str, target: str, image_id: str) -> str:
-    """`0.1.0-serve-3f2a9c41d7e0`: the image's id is the hash of its configuration, which names the hashes of its layers."""
+    """`0.1.0-serve-3f2a9c41d7e0`: the id is the hash of the image's configuration, which names its layers' hashes."""
     return "-".join(part for part in (version, target, image_id.removeprefix("sha256:")[:12]) if part)
 
 
@@ -161,9 +164,9 @@ def _send(image: str, repository: Repository, tag: str, password: str) -> None:
 @contextmanager
 def _logged_in(registry: str, password: str) -> Iterator[dict[str, str]]:
     """docker's environment with a configuration of its own, so that no token stays on the disk."""
-    host = os.environ.get("DOCKER_HOST") or docker(
-        "context", "inspect", "--format", "{{.Endpoints.docker.Host}}"
-    ).strip()  # the context is named in the user's configuration
+    host = (
+        os.environ.get("DOCKER_HOST") or docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}").strip()
+    )  # the context is named in the user's configuration
     with tempfile.TemporaryDirectory(prefix="docker-config-") as folder:
         env = {"DOCKER_CONFIG": folder, "DOCKER_HOST": host}
         docker("login", "--username", USER, "--password-stdin", registry, stdin=password, env=env)

@@ -36,11 +36,11 @@ class Pushed:
         """Why SageMaker would refuse it, as a sentence; None when it would not."""
         if self.media_type != SCHEMA_2:
             return (
-                f"The pushed manifest is {self.media_type}, and SageMaker takes {SCHEMA_2} alone: build with 'make image', "
-                "which turns attestations and OCI media types off, and push again."
+                f"The pushed manifest is {self.media_type}, and SageMaker takes {SCHEMA_2} alone: build with 'make "
+                "image', which turns attestations and OCI media types off, and push again."
             )
         if self.platform != platform:
-            return f"The pushed image is for {self.platform}, SageMaker's instances are {platform}: build with 'make image'."
+            return f"The pushed image is for {self.platform}, SageMaker's are {platform}: build with 'make image'."
         return None
 
 
@@ -59,7 +59,9 @@ def look(registry: str, repository: str, reference: str, user: str, password: st
         return Pushed(digest, media_type, None, 0)
     config_answer = _get(f"{base}/blobs/{manifest['config']['digest']}", secret, "*/*")
     if config_answer is None:
-        raise ContainerError(f"{registry} has the manifest of {repository}:{reference} and not what it names; push again.")
+        raise ContainerError(
+            f"{registry} has the manifest of {repository}:{reference} and not what it names; push again."
+        )
     config = json.loads(config_answer[0])
     size = sum(layer["size"] for layer in manifest["layers"])
     return Pushed(digest, media_type, f"{config.get('os')}/{config.get('architecture')}", size)
@@ -77,7 +79,7 @@ def _get(url: str, secret: str, accept: str) -> tuple[bytes, dict[str, str]] | N
             return None
         if exc.code in (401, 403):
             raise ContainerError(
-                f"The registry refused {url} ({exc.code}): allow ecr:BatchGetImage and ecr:GetDownloadUrlForLayer in IAM."
+                f"The registry refused {url} ({exc.code}): allow ecr:BatchGetImage and ecr:GetDownloadUrlForLayer."
             ) from exc
         raise ContainerError(f"The registry answered {exc.code} to {url}; try again.") from exc
     except OSError as exc:

@@ -36,9 +36,7 @@ class Running:
     def __init__(self, name: str, host: str, port: int) -> None:
         self.name, self.host, self.port = name, host, port
 
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, timeout_s: float = 60, **headers: str
-    ) -> Answer:
+    def ask(self, method: str, path: str, body: bytes | None = None, timeout_s: float = 60, **headers: str) -> Answer:
         """One request on a connection of its own; header names with _ for -. Raises: OSError, HTTPException."""
         started_s = time.monotonic()
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)

@@ -18,7 +18,7 @@ UNUSED = {
     "openvino/torch/": "a backend for torch.compile",
     "openvino/tools/": "command-line converters",
     # torch: nothing is compiled at run time.
-    "torch/bin/": "protoc and test programs",
+    "torch/bin/protoc*": "a compiler of protocol buffers",
     "torch/share/": "files for CMake",
     "nvidia/cu13/lib/libcusolverMg.so*": "solvers over several GPUs; nothing in torch is linked against it",
     "nvidia/cu13/lib/libnvrtc*.alt.so*": "the run-time compiler once more, for other callers",
