@@ -6,6 +6,7 @@ boto3 (group `sagemaker`) is imported when it is needed, so that a build works w
 import base64
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,8 @@ class Ecr:
             raise ContainerError("Pushing needs boto3: uv sync --inexact --group sagemaker.") from exc
         self._broken: type[Exception] = BotoCoreError
         try:
-            session = boto3.Session(region_name=region, profile_name=profile)
+            # boto3 reads AWS_DEFAULT_REGION alone, AWS's other tools AWS_REGION first.
+            session = boto3.Session(region_name=region or os.environ.get("AWS_REGION") or None, profile_name=profile)
             if session.region_name is None:
                 raise ContainerError("No AWS region is set: give --region, or set AWS_REGION (such as eu-central-1).")
             self.region: str = session.region_name
@@ -149,7 +151,7 @@ class Ecr:
             return "The AWS credentials have expired: renew them ('aws sso login', or a new session token)."
         if code in _UNKNOWN_KEY:
             return f"AWS does not accept these credentials ({code}): 'aws sts get-caller-identity' must work first."
-        if code in _DENIED:
+        if code in _DENIED or "not authorized to perform" in text:
             who = getattr(self, "arn", "These credentials")
             return (
                 f"{who} may not do {action}: allow it in IAM; 'python -m container.push --policy' prints all it takes."

@@ -67,7 +67,7 @@ _KNOWN = (
     ),
     (
         r"cannot connect to the docker daemon|is the docker daemon running|error during connect|failed to connect to",
-        "No docker engine answers; start one ('sudo systemctl start docker', Docker Desktop) or name one in DOCKER_HOST.",
+        "No docker engine answers; start one ('sudo systemctl start docker', Docker Desktop) or set DOCKER_HOST.",
     ),
     (
         r"unknown flag|BuildKit is enabled but the buildx component is missing|the --mount option requires BuildKit",
