@@ -34,8 +34,6 @@ PING_LIMIT_S = 2.0
 CONNECT_LIMIT_S = 0.25
 INVOCATION_LIMIT_S = 60
 STOP_LIMIT_S = 30
-REFUSAL_LIMIT_S = 120
-"""How long a start that cannot succeed may take until it is told; ours, the platform waits 8 minutes."""
 MAX_PAYLOAD_BYTES = 25 * 2**20
 LOAD_CLIENTS, LOAD_S = 16, 4
 OTHER_PORT = 9217
@@ -52,6 +50,8 @@ class Subject:
     payload: bytes
     content_type: str
     environment: dict[str, str]
+    patience_s: float
+    """How long a start that cannot succeed may take until it ends; ours, the platform waits 8 minutes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,13 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--payload", type=Path, help="file to send to /invocations (default: a PNG of noise)")
     parser.add_argument("--content-type", default="image/png", help="its media type (default: image/png)")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="as in docker run")
+    parser.add_argument(
+        "--patience", type=float, default=120, metavar="S", help="for a start that must fail to end (default: 120)"
+    )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if not given.model.is_dir():
         parser.error(f"--model {given.model}: there is no such folder")
     payload = given.payload.read_bytes() if given.payload else picture()
     environment = dict(item.partition("=")[::2] for item in given.env)
-    subject = Subject(given.image, given.model, payload, given.content_type, environment)
+    subject = Subject(given.image, given.model, payload, given.content_type, environment, given.patience)
     failed = 0
     try:
         for rule, (ok, seen) in check(subject):
@@ -281,7 +284,7 @@ def _binds_to_port(subject: Subject, network: str | None) -> Result:
     with running(
         subject.image, model=subject.model, port=OTHER_PORT, network=network, environment=environment
     ) as service:
-        ready_s, _ = service.wait_until_ready(60 if not label else STARTUP_LIMIT_S)
+        ready_s, _ = service.wait_until_ready(STARTUP_LIMIT_S if label else subject.patience_s)
     told = (
         "the label says so"
         if label
@@ -315,9 +318,9 @@ def _unknown_command(subject: Subject, network: str | None) -> Result:
 def _refused(subject: Subject, model: Path, command: Sequence[str], network: str | None) -> Result:
     """A start that must end by itself, with a code other than 0 and words."""
     with running(subject.image, command, model, network=network, environment=subject.environment) as container:
-        code = container.wait_for_exit(REFUSAL_LIMIT_S)
+        code = container.wait_for_exit(subject.patience_s)
         if code is None:
-            return False, f"it still runs after {REFUSAL_LIMIT_S} s"
+            return False, f"it still runs after {subject.patience_s:.0f} s"
         said = container.log().strip()
         return code != 0 and bool(said), f"exit code {code}: {_telling_line(said)}"
 

@@ -41,7 +41,7 @@ def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | N
 
 def explain(output: str, command: str) -> str:
     """One sentence for what docker printed when it failed."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("See 'docker")]
     last = lines[-1] if lines else "it said nothing"
     for pattern, sentence in _KNOWN:
         found = re.search(pattern, output, re.IGNORECASE)

@@ -67,7 +67,7 @@ def test_a_bad_image_fails_the_rules_it_breaks_and_those_alone(
         f"FROM {base_image}\nCOPY server.py /\nUSER nobody\nENTRYPOINT exec python3 /server.py\n"
     )
     docker("build", "--tag", "contract-bad", str(tmp_path))
-    status, rules, said = verdicts("contract-bad", "--model", str(model))
+    status, rules, said = verdicts("contract-bad", "--model", str(model), "--patience", "10")
     print(f"\n{said}")
     docker("rmi", "contract-bad")
     assert status == 1
