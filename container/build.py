@@ -83,13 +83,14 @@ def revision() -> str:
     return "unknown" if not commit else f"{commit}-dirty" if _git("status", "--porcelain") else commit
 
 
-def source() -> str:
-    """Where the code is, without whoever may fetch it there; "unknown" without a remote."""
-    url = _git("remote", "get-url", "origin")
+def source(url: str | None = None) -> str:
+    """Where the code is (default: the remote origin), without whoever may fetch it there; "unknown" for a folder."""
+    url = _git("remote", "get-url", "origin") if url is None else url
     parts = urlsplit(url)
-    if parts.scheme in ("http", "https"):
+    if parts.netloc:
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    return url if url and "://" not in url and "@" in url else "unknown"
+    host, colon, path = url.rpartition("@")[2].partition(":")  # as ssh has it: git@host:path
+    return f"{host}:{path}" if colon and "/" not in host and not path.startswith("//") else "unknown"
 
 
 def _git(*arguments: str) -> str:
