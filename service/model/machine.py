@@ -1,6 +1,6 @@
 """What this process may use of the machine: cores and memory, with a container's limits (cgroup v2 and v1) counted.
 
-Amazon Linux 2, which SageMaker's hosts with GPUs have, still has v1.
+Amazon Linux 2, which SageMaker's older hosts run, has v1.
 """
 
 import os
