@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,12 @@ LOCAL_BASE = "local/base:bookworm"
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[None]:
-    """A docker engine; whatever the tests leave running is removed at the end."""
+def engine() -> None:
+    """A docker engine."""
     try:
         require_engine()
     except ContainerError as exc:
         pytest.skip(f"no docker engine: {exc}")
-    yield
-    left = docker("ps", "--all", "--quiet", "--filter", f"label={LABEL}").split()
-    if left:
-        docker("rm", "--force", *left)
 
 
 @pytest.fixture(scope="session")
