@@ -82,4 +82,4 @@ def inside(engine: None) -> Callable[..., str]:
 
 def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """A command whose output is looked at."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, **options)
