@@ -57,9 +57,7 @@ def test_our_image_keeps_every_rule(target: str, image: Callable[[str], str], mo
     assert len(rules) == 19
 
 
-def test_a_bad_image_fails_the_rules_it_breaks_and_those_alone(
-    base_image: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_image_fails_the_rules_it_breaks_and_those_alone(base_image: str, model: Path, tmp_path: Path) -> None:
     if not base_image:
         pytest.skip("no local base image with Python to build a bad image on")
     (tmp_path / "server.py").write_text(BAD_SERVER)
