@@ -35,6 +35,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
     def log_message(self, *_):
         pass
+http.server.HTTPServer.request_queue_size = 128
 server = http.server.HTTPServer(("0.0.0.0", 8080), Handler)
 server.asked = server.served = False
 server.serve_forever()
