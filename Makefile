@@ -1,5 +1,6 @@
 # Everything runs from here; `make` alone prints the targets.
 # MODEL, DATA, HOST, PORT and URL are yours to set: make serve MODEL=model.tar.gz PORT=9000
+# And of the images TARGET (serve, serve-cpu, train), IMAGE and BASE_IMAGE: make image TARGET=train
 
 # (Only there: HOST and the like mean other things in many environments.)
 MODEL = artifacts/model
@@ -7,6 +8,10 @@ DATA = data
 HOST = 127.0.0.1
 PORT = 8080
 URL = http://127.0.0.1:$(PORT)
+TARGET = serve
+IMAGE = resnet34-sagemaker:$(TARGET)
+BASE_IMAGE =
+PUSH_ARGS =
 PYTEST_ARGS =
 BENCH_ARGS =
 
@@ -14,7 +19,8 @@ UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve evaluate test test-slow bench bench-training check fix clean
+.PHONY: help setup serve evaluate image image-cpu push contract test test-slow test-container bench bench-training \
+  check fix clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,13 +38,32 @@ evaluate: $(UV) ## send DATA's validation images to URL and compare the accuracy
 	$(UV) sync --frozen --inexact --group training
 	@exec $(PYTHON) -m training.evaluate_endpoint --data "$(DATA)" --model "$(MODEL)" --url "$(URL)"
 
+image: $(UV) ## build the image TARGET: serve (CUDA), serve-cpu or train
+	$(UV) sync --frozen --inexact
+	@exec $(PYTHON) -m container.build --target "$(TARGET)" --tag "$(IMAGE)" --base-image "$(BASE_IMAGE)"
+
+image-cpu: ## build the image for processors, without torch: a tenth of the size
+	@$(MAKE) --no-print-directory image TARGET=serve-cpu
+
+push: $(UV) ## push the image TARGET to ECR and note its URI in artifacts/image.json
+	$(UV) sync --frozen --inexact --group sagemaker
+	@exec $(PYTHON) -m container.push --target "$(TARGET)" --image "$(IMAGE)" $(PUSH_ARGS)
+
+contract: $(UV) ## check IMAGE, anybody's, against SageMaker's rules for hosting, with MODEL
+	$(UV) sync --frozen --inexact
+	@exec $(PYTHON) -m container.contract "$(IMAGE)" --model "$(MODEL)"
+
 test: $(UV) ## set up and run the tests (minutes)
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
-	@UV="$(abspath $(UV))" $(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+	@UV="$(abspath $(UV))" $(PYTHON) -m pytest -m "not slow and not container" $(PYTEST_ARGS)
 
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
 	$(PYTHON) -m pytest -m slow -s $(PYTEST_ARGS)
+
+test-container: $(UV) ## build the images and run them: needs a docker engine and 25 GB of disk (a quarter of an hour)
+	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow --group sagemaker
+	BASE_IMAGE="$(BASE_IMAGE)" $(PYTHON) -m pytest -m container $(PYTEST_ARGS)
 
 bench: $(UV) ## measure the service against its peers on a quiet machine: tests/bench/RESULTS.md (an hour or two)
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow

@@ -1,4 +1,7 @@
-"""What this process may use of the machine: cores, memory and GPUs, with a container's limits (cgroup v2) counted."""
+"""What this process may use of the machine: cores, memory, GPUs; with a container's limits (cgroup v2 and v1) counted.
+
+Amazon Linux 2, which SageMaker's older hosts run, has v1.
+"""
 
 import ctypes
 import os
@@ -8,18 +11,20 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def cores(cgroup: Path = CGROUP) -> int:
-    """Cores this process may use: its affinity, or less where the container's quota (cpu.max) is less. At least 1."""
+    """Cores this process may use: its affinity, or less where the container's quota is less. At least 1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _read(cgroup / "cpu.max").partition(" ")
+    if not quota:  # v1, where a quota of -1 is none
+        quota, period = (_read(cgroup / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     if quota.isdecimal() and period.isdecimal() and int(period):
         count = min(count, -(-int(quota) // int(period)))
     return max(1, count)
 
 
 def memory_bytes(cgroup: Path = CGROUP) -> int:
-    """Memory this process may use: the machine's, or the container's limit (memory.max) where that is less."""
+    """Memory this process may use: the machine's, or the container's limit where that is less."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _read(cgroup / "memory.max")
+    limit = _read(cgroup / "memory.max") or _read(cgroup / "memory" / "memory.limit_in_bytes")
     return min(machine, int(limit)) if limit.isdecimal() else machine
 
 
@@ -38,5 +43,5 @@ def gpus() -> int:
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except OSError:  # no cgroup v2 here (macOS, cgroup v1)
+    except OSError:  # no such cgroup here
         return ""

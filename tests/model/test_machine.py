@@ -36,3 +36,16 @@ def test_a_limit_of_memory_counts_where_it_is_less_than_the_machine_has(
 def test_what_cannot_be_understood_is_no_limit(tmp_path: Path, stated: str) -> None:
     (tmp_path / "cpu.max").write_text(stated)
     assert cores(tmp_path) == cores(tmp_path / "no limits")
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "expected"), [(100_000, 100_000, 1), (-1, 100_000, None), (50_000, 0, None)]
+)
+def test_the_files_of_cgroup_v1_count_too(tmp_path: Path, quota: int, period: int, expected: int | None) -> None:
+    for name in ("cpu", "memory"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text(f"{period}\n")
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{2**28}\n")
+    assert cores(tmp_path) == (expected or cores(tmp_path / "no limits"))
+    assert memory_bytes(tmp_path) == 2**28

@@ -1,0 +1,102 @@
+"""The contract checker: our images keep every rule, a bad one breaks those it should, one line each."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from container.build import ROOT
+from container.engine import docker
+from tests.container.conftest import run
+
+pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
+
+BAD_SERVER = """
+import http.server, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        time.sleep(2.5 if self.path == "/ping" and self.server.asked else 0)
+        self.server.asked = True
+        self.answer(200 if self.path == "/ping" else 500)
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.path == "/ping":
+            return self.answer(405)
+        if "X-Unheard-Of" in self.headers:
+            return self.answer(400)
+        self.answer(500 if b"rubbish" in body else 413 if len(body) > 6e6 else 200 if self.server.served else 503)
+        self.server.served = True
+    def answer(self, status):
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer.request_queue_size = 128
+server = http.server.HTTPServer(("0.0.0.0", 8080), Handler)
+server.asked = server.served = False
+server.serve_forever()
+"""
+
+
+def verdicts(*arguments: str) -> tuple[int, dict[str, str], str]:
+    """Exit status, PASS or FAIL by rule, and what was printed."""
+    result = run(sys.executable, "-m", "container.contract", *arguments, cwd=ROOT)
+    lines = re.findall(r"^(PASS|FAIL)  (.+?): ", result.stdout, re.MULTILINE)
+    return result.returncode, {rule: verdict for verdict, rule in lines}, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("target", ["serve-cpu", "serve"])
+def test_our_image_keeps_every_rule(target: str, image: Callable[[str], str], model: Path) -> None:
+    status, rules, said = verdicts(image(target), "--model", str(model))
+    print(f"\n{said}")
+    assert status == 0, said
+    assert set(rules.values()) == {"PASS"}
+    assert len(rules) == 19
+
+
+def test_a_bad_image_fails_the_rules_it_breaks_and_those_alone(base_image: str, model: Path, tmp_path: Path) -> None:
+    if not base_image:
+        pytest.skip("no local base image with Python to build a bad image on")
+    (tmp_path / "server.py").write_text(BAD_SERVER)
+    (tmp_path / "Dockerfile").write_text(
+        f"FROM {base_image}\nCOPY server.py /\nUSER nobody\nENTRYPOINT exec python3 /server.py\n"
+    )
+    docker("build", "--tag", "contract-bad", str(tmp_path))
+    status, rules, said = verdicts("contract-bad", "--model", str(model), "--patience", "10")
+    print(f"\n{said}")
+    docker("rmi", "contract-bad")
+    assert status == 1
+    assert {rule for rule, verdict in rules.items() if verdict == "PASS"} == {
+        "it is for linux/amd64",
+        "its manifest is no OCI index",
+        "`serve` starts with model and root read-only, without network",
+        "it accepts connections within 250 ms",
+    }
+    assert len(rules) == 19
+
+
+def test_an_image_that_ends_at_once_fails_by_its_last_words(base_image: str, model: Path, tmp_path: Path) -> None:
+    if not base_image:
+        pytest.skip("no local base image to build on")
+    (tmp_path / "Dockerfile").write_text(
+        f'FROM {base_image}\nENTRYPOINT ["python3", "-c", "raise SystemExit(\'no library\')"]\n'
+    )
+    docker("build", "--tag", "contract-dead", str(tmp_path))
+    status, rules, said = verdicts("contract-dead", "--model", str(model))
+    docker("rmi", "contract-dead")
+    assert status == 1
+    assert "it ended with exit code 1; its last line: no library" in said
+    assert rules["/invocations takes 25 MB"] == "FAIL"
+    assert rules["a command it does not know is refused, and it says so"] == "PASS"
+
+
+def test_an_image_that_is_not_there_is_one_sentence(engine: None, tmp_path: Path) -> None:
+    status, rules, said = verdicts("no-such-image:none", "--model", str(tmp_path))
+    assert status == 1
+    assert not rules
+    assert said.count("\n") == 1
+    assert "no such image" in said.lower()

@@ -1,0 +1,194 @@
+"""What is in the images and what is not: sizes (printed), layers, labels, packages, leftovers, secrets; rebuilds."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from container.build import ROOT, TARGETS, version
+from container.engine import docker
+from tests.container.conftest import run
+
+pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
+
+Image = Callable[[str], str]
+Inside = Callable[..., str]
+Layers = Callable[[str], list[tuple[str, int]]]
+
+PINNED_BASE = {"serve": "CUDA_BASE_IMAGE", "serve-cpu": "CPU_BASE_IMAGE", "train": "CUDA_BASE_IMAGE"}
+SECRET = r"AKIA[0-9A-Z]{16}|ASIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|aws_secret_access_key|xox[bp]-|ghp_\w{36}"
+
+
+def config_of(image: str) -> dict[str, object]:
+    inspected = json.loads(docker("image", "inspect", image))[0]
+    return {**inspected["Config"], "Size": inspected["Size"], "Layers": inspected["RootFS"]["Layers"]}
+
+
+def base_of(target: str, base_image: str) -> str:
+    found = re.search(rf"^ARG {PINNED_BASE[target]}=(\S+)", (ROOT / "container" / "Dockerfile").read_text(), re.M)
+    assert found
+    return base_image or found[1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_sizes(target: str, image: Image, layers: Layers, base_image: str) -> None:
+    name = image(target)
+    total, base = (int(str(config_of(each)["Size"])) for each in (name, base_of(target, base_image)))
+    print(f"\n{target}: {total / 1e6:.0f} MB, {(total - base) / 1e6:.0f} MB above {base_of(target, base_image)}")
+    for made_by, size in layers(name):
+        if size > 1e5:
+            print(f"{size / 1e6:10.1f} MB  {made_by[:90]}")
+    limit = {"serve-cpu": 450e6, "serve": 4.3e9, "train": 5.2e9}[target]
+    assert total - base <= limit
+
+
+def test_serve_and_train_share_the_layer_of_cuda(image: Image, layers: Layers) -> None:
+    serve, train = (config_of(image(target))["Layers"] for target in ("serve", "train"))
+    assert isinstance(serve, list)
+    assert isinstance(train, list)
+    shared = sum(1 for one, other in zip(serve, train, strict=False) if one == other)
+    large = next(size for made_by, size in layers(image("serve")) if "/opt/cuda" in made_by)
+    assert large > 3e9
+    others = sum(size for made_by, size in layers(image("train")) if "/opt/cuda" not in made_by)
+    assert shared >= 2, "the base and the layer of CUDA come first in both"
+    assert others < large
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_labels_and_the_start(target: str, image: Image) -> None:
+    config = config_of(image(target))
+    labels = config["Labels"]
+    assert isinstance(labels, dict)
+    assert labels["org.opencontainers.image.version"] == version()
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", labels["org.opencontainers.image.revision"])
+    assert labels["org.opencontainers.image.source"]
+    assert "@" not in labels["org.opencontainers.image.source"]
+    binds = labels.get("com.amazonaws.sagemaker.capabilities.accept-bind-to-port")
+    assert binds == (None if target == "train" else "true")
+    cuda = labels.get("com.amazonaws.sagemaker.inference.cuda.verified_versions")
+    assert cuda == (None if target == "serve-cpu" else "13.0")
+    assert config["Entrypoint"] == ["/opt/venv/bin/python", "-m", "container.entry"]
+    assert config["User"] in ("", "root")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_of_the_build_is_left(target: str, image: Image, inside: Inside) -> None:
+    name = image(target)
+    assert inside(name, "ls /build /opt/uv /root/.cache /root/.config 2>/dev/null; true") == ""
+    assert inside(name, "find / -xdev -name .git -o -xdev -name '.env' -o -xdev -name uv.lock") == ""
+    assert (
+        inside(name, "find /opt/program -name 'test*' -o -name '*.md' -o -name '*.ipynb' -o -name data -type f") == ""
+    )
+    assert inside(name, "ls -A /tmp /var/lib/apt/lists /var/cache/apt") .replace("/tmp:", "").strip().splitlines() in (
+        [], ["/var/cache/apt:", "", "/var/lib/apt/lists:"], ["/var/cache/apt:", "", "/var/lib/apt/lists:", ""],
+    )  # fmt: skip
+    for program in ("uv", "gcc", "cc", "make", "git", "curl", "wget"):
+        assert inside(name, f"command -v {program}; true") == "", program
+    in_venv = inside(name, "ls /opt/venv/lib/python3*/site-packages")
+    assert "pip" not in in_venv.split()
+    assert inside(name, "find /opt/venv/lib/python3*/site-packages/service 2>/dev/null; true") == ""
+
+
+def test_serving_images_hold_what_serves_and_no_more(image: Image, inside: Inside) -> None:
+    for target in ("serve", "serve-cpu"):
+        assert inside(image(target), "ls /opt/program").split() == ["container", "service"]
+    packages = inside(image("serve-cpu"), "ls /opt/venv/lib/python3*/site-packages").split()
+    assert not {"torch", "torchvision", "nvidia", "triton", "matplotlib", "optuna", "boto3"} & set(packages)
+    packages = inside(image("serve"), "ls /opt/venv/lib/python3*/site-packages").split()
+    assert {"torch", "nvidia", "openvino"} <= set(packages)
+    assert not {"triton", "smdebug", "matplotlib", "optuna"} & set(packages)
+    assert {"smdebug", "torch", "nncf"} <= set(
+        inside(image("train"), "ls /opt/venv/lib/python3*/site-packages").split()
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_our_code_is_compiled_since_nothing_can_be_written_later(target: str, image: Image, inside: Inside) -> None:
+    sources = inside(image(target), "find /opt/program -name '*.py' | wc -l")
+    compiled = inside(image(target), "find /opt/program -name '*.pyc' | wc -l")
+    assert sources == compiled
+    assert int(sources) > 10
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_secret_is_inside(target: str, image: Image, inside: Inside) -> None:
+    name = image(target)
+    assert inside(name, f"grep -rIlE '{SECRET}' /opt/program /root /etc /usr/local 2>/dev/null; true") == ""
+    variables = config_of(name)["Env"]
+    assert isinstance(variables, list)
+    assert not [each for each in variables if re.search(r"token|secret|passw|credential", each, re.IGNORECASE)]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_history_is_clean(target: str, image: Image, layers: Layers) -> None:
+    for made_by, _ in layers(image(target)):
+        assert not re.search(r"token|secret|passw|://[^/ ]*@|\bADD http", made_by, re.IGNORECASE), made_by
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_package_inside_is_the_locked_one_and_none_has_a_known_vulnerability(
+    target: str, image: Image, inside: Inside, tmp_path: Path
+) -> None:
+    code = "import importlib.metadata as m; [print(f'{d.name}=={d.version}') for d in m.distributions()]"
+    there = inside(image(target), f'/opt/venv/bin/python -c "{code}"').split()
+    packages = [each.lower().replace("_", "-").replace(".", "-").partition("==") for each in there]
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    locked = {(p["name"], p["version"].replace(".", "-")) for p in lock if "version" in p}
+    assert {(name, version) for name, _, version in packages} <= locked
+    audit = ROOT / ".ci" / "audit.py"
+    if not audit.is_file():
+        pytest.skip("all packages are the locked ones; this tree has no .ci/audit.py to ask about vulnerabilities")
+    (tmp_path / "requirements.txt").write_text("\n".join(there))
+    result = run(sys.executable, str(audit), "--requirements", str(tmp_path / "requirements.txt"), cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    if "skipped" in result.stdout:
+        pytest.skip(f"all packages are the locked ones; {result.stdout.strip()}")
+
+
+def test_what_serving_needs_of_cuda_is_there(image: Image, inside: Inside) -> None:
+    """Without a GPU: torch and the CUDA engine load, and nothing a kept library is linked against was taken away."""
+    code = "import torch, torchvision, service.engines.cuda; print(torch.version.cuda)"
+    assert inside(image("serve"), f'python -c "{code}"') == "13.0\n"
+    script = "find -L /opt/cuda -name '*.so*' -type f | xargs ldd 2>/dev/null | grep 'not found' | cut -d= -f1"
+    missing = set(inside(image("serve"), script).split())
+    taken = {"libcusolverMg.so.12", "libnvblas.so.13", "libcufftw.so.12", "libnvrtc.alt.so.13"}
+    assert not missing & taken
+    assert not {name for name in missing if re.match(r"libcu(dnn|blas|fft|rand|solver|sparse|pti)|libnv|libnccl", name)}
+
+
+@pytest.mark.parametrize("target", ["serve-cpu", "serve"])
+def test_a_change_of_code_rebuilds_no_dependencies(target: str, image: Image, base_image: str, tmp_path: Path) -> None:
+    before = config_of(image(target))["Layers"]
+    for name in ("service", "training", "container"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "uv.lock", ".dockerignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    changed = tmp_path / "service" / "classifier.py"
+    changed.write_text(changed.read_text() + f"\nCHANGED_AT = {time.time()}\n")
+    tag = f"resnet34-sagemaker:changed-{target}"
+    command = ["build", "--file", str(tmp_path / "container" / "Dockerfile"), "--target", target, "--tag", tag]
+    started_s = time.monotonic()
+    docker(*command, "--build-arg", f"BASE_IMAGE={base_image}", str(tmp_path))
+    print(f"\n{target}: rebuilt after a change of code in {time.monotonic() - started_s:.1f} s")
+    after = config_of(tag)["Layers"]
+    docker("rmi", tag)
+    assert isinstance(before, list)
+    assert isinstance(after, list)
+    same = sum(1 for one, other in zip(before, after, strict=True) if one == other)
+    assert same >= len(before) - 3  # scripts, code, model folder
+    assert before != after
+
+
+def test_the_build_says_what_is_wrong_in_a_sentence(base_image: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "container.build", "--target", "serve-cpu", "--tag", "Not A Tag"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 1
+    assert "invalid" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr

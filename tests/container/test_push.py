@@ -1,0 +1,419 @@
+"""`python -m container.push`: each failure one sentence, and a push to a real registry beside moto's ECR.
+
+The registry is Debian's docker-registry, over TLS on port 443 of this machine under ECR's own name, with moto's token
+as its password. Only the ECR, STS and IAM calls are answered by moto; docker, TLS, tags and manifests are real.
+"""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from container import engine as engine_module
+from container.build import ROOT
+from container.ecr import policy
+from container.engine import ContainerError, docker
+from container.push import _push_sentence, content_tag, note
+from container.registry import SCHEMA_2, Pushed
+from tests.conftest import free_port
+
+ACCOUNT, REGION = "123456789012", "eu-central-1"
+HOST = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
+PASSWORD = f"{ACCOUNT}-auth-token"
+"""moto's, always."""
+HASH = "$2y$05$bIzggdvQ9vBLyu//97LZAuqVn1e1VIALsPNEjJkcsUUc7XY3dlKjm"
+"""Of PASSWORD: htpasswd -nbB AWS PASSWORD."""
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@dataclass
+class Aws:
+    """moto's server, and the environment in which boto3 calls it."""
+
+    url: str
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def env(self, **more: str) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        return {**kept, "AWS_ENDPOINT_URL": self.url, "AWS_REGION": REGION, **CREDENTIALS, **self.extra, **more}
+
+
+def start_moto(log: Path, **env: str) -> tuple[subprocess.Popen[bytes], str]:
+    port = free_port()
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "--port", str(port)],
+            stdout=out,
+            stderr=out,
+            env={**os.environ, **env},
+        )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/", timeout=5).close()
+            return process, url
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
+    pytest.importorskip("boto3", reason="boto3 is not installed (group sagemaker)")
+    process, url = start_moto(tmp_path_factory.mktemp("moto") / "log")
+    yield Aws(url)
+    process.terminate()
+    process.wait(30)
+
+
+def push(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "container.push", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
+
+
+def sentence(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line a failed push says on stderr, after what it logged before."""
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+    return result.stderr.splitlines()[-1]
+
+
+def fake_docker(folder: Path, script: str) -> str:
+    """A PATH on which `docker` is this script: what another machine's docker says cannot be had here otherwise."""
+    folder.mkdir(exist_ok=True)
+    (folder / "docker").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "docker").chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_without_docker_it_says_so(aws: Aws, tmp_path: Path) -> None:
+    assert "docker is not installed" in sentence(push(env=aws.env(PATH=str(tmp_path))))
+
+
+def test_without_an_engine_it_says_so(aws: Aws, tmp_path: Path) -> None:
+    if shutil.which("docker") is None:
+        pytest.skip("no docker command")
+    assert "No docker engine answers" in sentence(push(env=aws.env(DOCKER_HOST=f"unix://{tmp_path}/none.sock")))
+
+
+IMAGE = json.dumps([{"Os": "linux", "Architecture": "amd64", "Id": "sha256:" + "1" * 64, "Config": {"Labels": None}}])
+HAS_IMAGE = f"case $1 in image) echo '{IMAGE}';; esac"
+
+
+def test_without_credentials_it_says_so(aws: Aws, tmp_path: Path) -> None:
+    env = aws.env(PATH=fake_docker(tmp_path / "bin", HAS_IMAGE), HOME=str(tmp_path))
+    for name in CREDENTIALS:
+        if name != "AWS_EC2_METADATA_DISABLED":
+            del env[name]
+    assert "There are no AWS credentials" in sentence(push(env=env))
+
+
+def test_without_a_region_it_says_so(aws: Aws, tmp_path: Path) -> None:
+    env = aws.env(PATH=fake_docker(tmp_path / "bin", HAS_IMAGE), HOME=str(tmp_path))
+    del env["AWS_REGION"]
+    assert "No AWS region is set" in sentence(push(env=env))
+
+
+def test_a_profile_that_is_not_there_is_named(aws: Aws, tmp_path: Path) -> None:
+    env = aws.env(PATH=fake_docker(tmp_path / "bin", HAS_IMAGE), HOME=str(tmp_path))
+    assert "nobody" in sentence(push("--profile", "nobody", env=env))
+
+
+def test_without_aws_it_says_who_did_not_answer(aws: Aws, tmp_path: Path) -> None:
+    env = aws.env(
+        PATH=fake_docker(tmp_path / "bin", HAS_IMAGE), AWS_ENDPOINT_URL=f"http://127.0.0.1:{free_port()}",
+        AWS_MAX_ATTEMPTS="1",
+    )  # fmt: skip
+    assert "AWS (sts:GetCallerIdentity) did not answer" in sentence(push(env=env))
+
+
+@pytest.mark.parametrize("missing", ["ecr:DescribeRepositories", "ecr:CreateRepository", "ecr:GetAuthorizationToken"])
+def test_a_missing_permission_is_named(missing: str, tmp_path: Path) -> None:
+    """A user with all but one action, and moto enforcing IAM."""
+    boto3 = pytest.importorskip("boto3", reason="boto3 is not installed (group sagemaker)")
+    setting_up = 3
+    process, url = start_moto(tmp_path / "log", INITIAL_NO_AUTH_ACTION_COUNT=str(setting_up))
+    try:
+        iam = boto3.client("iam", endpoint_url=url, region_name=REGION, **{
+            "aws_access_key_id": "testing", "aws_secret_access_key": "testing"})  # fmt: skip
+        iam.create_user(UserName="pusher")
+        key = iam.create_access_key(UserName="pusher")["AccessKey"]
+        allowed = json.loads(policy(ACCOUNT, REGION, "resnet34-sagemaker"))
+        for statement in allowed["Statement"]:
+            statement["Resource"] = "*"  # moto knows no resources here
+            statement["Action"] = [action for action in statement["Action"] if action != missing]
+        allowed["Statement"] = [statement for statement in allowed["Statement"] if statement["Action"]]
+        iam.put_user_policy(UserName="pusher", PolicyName="push", PolicyDocument=json.dumps(allowed))
+        env = Aws(url).env(
+            PATH=fake_docker(tmp_path / "bin", HAS_IMAGE), AWS_ACCESS_KEY_ID=key["AccessKeyId"],
+            AWS_SECRET_ACCESS_KEY=key["SecretAccessKey"],
+        )  # fmt: skip
+        said = sentence(push(env=env))
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert f"user/pusher may not do {missing}: allow it in IAM" in said
+
+
+def test_the_policy_names_every_action_and_one_repository() -> None:
+    result = push("--policy", "--repository", "mine", "--region", REGION, env=dict(os.environ))
+    statements = json.loads(result.stdout)["Statement"]
+    assert statements[0]["Action"] == ["ecr:GetAuthorizationToken"]
+    assert statements[1]["Resource"] == f"arn:aws:ecr:{REGION}:ACCOUNT:repository/mine"
+    assert {"ecr:InitiateLayerUpload", "ecr:PutImage", "ecr:CreateRepository"} <= set(statements[1]["Action"])
+
+
+def test_an_image_that_is_not_there_is_named(aws: Aws, tmp_path: Path) -> None:
+    script = 'case $1 in image) echo "Error: No such image: $3" >&2; exit 1;; esac'
+    said = sentence(push("--target", "train", env=aws.env(PATH=fake_docker(tmp_path / "bin", script))))
+    assert said == "There is no image resnet34-sagemaker:train here: build it with 'make image TARGET=train'."
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("write /var/lib/docker/tmp/x: no space left on device", "disk that docker keeps images on is full"),
+        (
+            "Got permission denied while trying to connect to the Docker daemon socket",
+            "You may not use the docker engine",
+        ),
+        ("unknown flag: --platform", "it takes BuildKit"),
+        ("something else\nwent wrong.", "docker push failed: went wrong."),
+        ("", "docker push failed: it said nothing."),
+    ],
+)
+def test_what_docker_says_becomes_a_sentence(words: str, said: str) -> None:
+    assert said in engine_module.explain(words, "push")
+
+
+def test_what_ecr_refuses_names_the_action() -> None:
+    """The words of ECR (aws/amazon-sagemaker-examples#1257)."""
+    said = engine_module.explain(
+        "denied: User: arn:aws:sts::123456789012:assumed-role/R/S is not authorized to perform: "
+        "ecr:InitiateLayerUpload on resource: arn:aws:ecr:eu-central-1:123456789012:repository/x because no "
+        "identity-based policy allows the ecr:InitiateLayerUpload action",
+        "push",
+    )
+    assert _push_sentence(said).startswith("The push lacks ecr:InitiateLayerUpload: allow it in IAM")
+    assert "ecr:PutImage" in _push_sentence("docker push failed: no basic auth credentials.")
+
+
+def test_the_tag_follows_from_the_content() -> None:
+    assert content_tag("0.1.0", "serve", "sha256:" + "0123456789ab" * 5) == "0.1.0-serve-0123456789ab"
+
+
+def test_the_file_keeps_the_other_images_and_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "artifacts" / "image.json"
+    note(path, "serve", {"uri": "a"})
+    note(path, "train", {"uri": "b"})
+    note(path, "serve", {"uri": "c"})
+    assert json.loads(path.read_text()) == {"serve": {"uri": "c"}, "train": {"uri": "b"}}
+    assert [each.name for each in path.parent.iterdir()] == ["image.json"]
+    path.write_text("no json")
+    with pytest.raises(ContainerError, match="is pushed as d, and"):
+        note(path, "serve", {"uri": "d"})
+
+
+@pytest.mark.parametrize(
+    ("media_type", "platform", "said"),
+    [
+        (SCHEMA_2, "linux/amd64", None),
+        (SCHEMA_2, "linux/arm64", "for linux/arm64"),
+        ("application/vnd.oci.image.index.v1+json", None, "attestations"),
+        ("application/vnd.oci.image.manifest.v1+json", "linux/amd64", "OCI media types"),
+    ],
+)
+def test_what_sagemaker_would_refuse_is_a_sentence(media_type: str, platform: str | None, said: str | None) -> None:
+    problem = Pushed("sha256:1", media_type, platform, 0).problem()
+    assert problem is None if said is None else said in str(problem)
+
+
+@dataclass
+class Registry:
+    """A registry under ECR's name."""
+
+    ca: Path
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[bytes, dict[str, str]]:
+        secret = base64.b64encode(f"AWS:{PASSWORD}".encode()).decode()
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(
+            f"https://{HOST}/v2/{path}", body, {"Authorization": f"Basic {secret}", **given}, method=method
+        )
+        context = ssl.create_default_context(cafile=str(self.ca))
+        with urllib.request.urlopen(request, timeout=60, context=context) as response:
+            return response.read(), dict(response.headers)
+
+
+def registry_program(folder: Path) -> str:
+    """docker-registry: installed, or unpacked from Debian's package. Skips where there is neither."""
+    found = shutil.which("docker-registry")
+    if found:
+        return found
+    try:
+        subprocess.run(["apt-get", "download", "docker-registry"], cwd=folder, check=True, capture_output=True)
+        (package,) = folder.glob("docker-registry_*.deb")
+        subprocess.run(["dpkg", "-x", str(package), str(folder / "unpacked")], check=True, capture_output=True)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        pytest.skip("no registry to push to: docker-registry is not installed, and Debian's package cannot be had")
+    return str(folder / "unpacked" / "usr" / "bin" / "docker-registry")
+
+
+@pytest.fixture(scope="module")
+def registry(engine: None, aws: Aws, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """Needs root: port 443, a line in /etc/hosts and a certificate for the engine, all undone at the end."""
+    if os.geteuid() != 0 or shutil.which("openssl") is None:
+        pytest.skip("a registry under ECR's name takes root and openssl")
+    folder = tmp_path_factory.mktemp("registry")
+    program = registry_program(folder)
+    ca = folder / "ca.crt"
+    for command in (
+        "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout ca.key -out ca.crt -subj /CN=test",
+        f"req -newkey rsa:2048 -nodes -keyout host.key -out host.csr -subj /CN={HOST}",
+        "x509 -req -in host.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -out host.crt -extfile san",
+    ):
+        (folder / "san").write_text(f"subjectAltName=DNS:{HOST}")
+        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+    (folder / "htpasswd").write_text(f"AWS:{HASH}\n")
+    settings = {
+        "version": 0.1,
+        "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}},
+        "http": {
+            "addr": "127.0.0.1:443",
+            "tls": {"certificate": str(folder / "host.crt"), "key": str(folder / "host.key")},
+        },
+        "auth": {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}},
+        "log": {"level": "warn"},
+    }  # fmt: skip
+    (folder / "config.yml").write_text(json.dumps(settings))
+    certificates = Path("/etc/docker/certs.d") / HOST
+    hosts = Path("/etc/hosts")
+    before = hosts.read_text()
+    with (folder / "log").open("w") as out:
+        process = subprocess.Popen([program, "serve", str(folder / "config.yml")], stdout=out, stderr=out)
+    try:
+        certificates.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ca, certificates / "ca.crt")
+        hosts.write_text(f"{before.rstrip()}\n127.0.0.1 {HOST}\n")
+        bundle = folder / "bundle.crt"
+        bundle.write_text(ca.read_text())
+        aws.extra["SSL_CERT_FILE"] = str(bundle)
+        ours = Registry(ca)
+        for _ in range(100):
+            try:
+                ours.request("GET", "")
+                break
+            except OSError:
+                if process.poll() is not None:
+                    pytest.skip(f"the registry does not start: {(folder / 'log').read_text()[-300:]}")
+                time.sleep(0.1)
+        yield ours
+    finally:
+        hosts.write_text(before)
+        shutil.rmtree(certificates)
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        aws.extra.pop("SSL_CERT_FILE", None)
+
+
+@pytest.mark.container
+@pytest.mark.timeout(900)
+def test_a_push_arrives_as_sagemaker_wants_it_and_can_be_pulled(
+    registry: Registry, aws: Aws, image: Callable[[str], str], model: Path, tmp_path: Path
+) -> None:
+    boto3 = pytest.importorskip("boto3")
+    image("serve-cpu")
+    output = tmp_path / "image.json"
+    arguments = ["--target", "serve-cpu", "--output", str(output)]
+    first = push(*arguments, env=aws.env())
+    print(f"\n{first.stderr}")
+    assert first.returncode == 0, first.stderr
+    entry = json.loads(output.read_text())["serve-cpu"]
+    assert first.stdout == f"{entry['uri']}\n"
+    assert entry["uri"].startswith(f"{HOST}/resnet34-sagemaker:0.1.0-serve-cpu-")
+    assert (entry["media_type"], entry["platform"], entry["cuda"]) == (SCHEMA_2, "linux/amd64", None)
+    assert PASSWORD not in first.stderr
+    ecr = boto3.client(
+        "ecr", endpoint_url=aws.url, region_name=REGION, aws_access_key_id="t", aws_secret_access_key="t"
+    )
+    (repository,) = ecr.describe_repositories()["repositories"]
+    assert repository["imageTagMutability"] == "IMMUTABLE"
+    assert repository["imageScanningConfiguration"]["scanOnPush"]
+    rules = json.loads(ecr.get_lifecycle_policy(repositoryName="resnet34-sagemaker")["lifecyclePolicyText"])["rules"]
+    assert [rule["selection"]["countType"] for rule in rules] == ["sinceImagePushed", "imageCountMoreThan"]
+
+    again = push(*arguments, env=aws.env())
+    assert again.returncode == 0, again.stderr
+    assert "is there already" in again.stderr
+    assert json.loads(output.read_text())["serve-cpu"]["digest"] == entry["digest"]
+
+    config = tmp_path / "docker"
+    config.mkdir()
+    env = {"DOCKER_CONFIG": str(config)}
+    docker("login", "--username", "AWS", "--password-stdin", HOST, stdin=PASSWORD, env=env)
+    docker("pull", entry["uri"], env=env)
+    pulled, built = (
+        docker("image", "inspect", "--format", "{{.Id}}", name)
+        for name in (entry["uri"], "resnet34-sagemaker:serve-cpu")
+    )
+    docker("rmi", "--no-prune", entry["uri"])
+    assert pulled == built
+
+
+@pytest.mark.container
+@pytest.mark.timeout(600)
+def test_an_index_under_the_tag_is_refused(
+    registry: Registry, aws: Aws, image: Callable[[str], str], tmp_path: Path
+) -> None:
+    """As BuildKit pushes it with attestations: put there by the registry's own protocol, in a repository of its own."""
+    image_id = docker("image", "inspect", "--format", "{{.Id}}", image("serve-cpu")).strip()
+    output = str(tmp_path / "image.json")
+    assert push("--target", "serve-cpu", "--repository", "indexed", "--output", output, env=aws.env()).returncode == 0
+    tag = content_tag("0.1.0", "serve-cpu", image_id)
+    body, headers = registry.request("GET", f"indexed/manifests/{tag}", Accept=SCHEMA_2)
+    index_type = "application/vnd.oci.image.index.v1+json"
+    manifest = {
+        "mediaType": SCHEMA_2, "digest": headers["Docker-Content-Digest"], "size": len(body),
+        "platform": {"os": "linux", "architecture": "amd64"},
+    }  # fmt: skip
+    index = {"schemaVersion": 2, "mediaType": index_type, "manifests": [manifest]}
+    registry.request("PUT", f"indexed/manifests/{tag}", json.dumps(index).encode(), Content_Type=index_type)
+    said = sentence(push("--target", "serve-cpu", "--repository", "indexed", "--output", output, env=aws.env()))
+    assert f"The pushed manifest is {index_type}" in said
+
+
+@pytest.mark.container
+def test_an_image_for_other_processors_is_refused_before_it_is_sent(engine: None, aws: Aws, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")
+    docker("build", "--platform", "linux/arm64", "--tag", "contract-arm", str(tmp_path))
+    try:
+        said = sentence(push("--image", "contract-arm", env=aws.env()))
+    finally:
+        docker("rmi", "contract-arm")
+    assert "contract-arm is for linux/arm64, SageMaker's instances are linux/amd64" in said
+
+
+@pytest.mark.container
+def test_a_password_the_registry_does_not_take_is_one_sentence(
+    registry: Registry, aws: Aws, image: Callable[[str], str], tmp_path: Path
+) -> None:
+    """moto's token is that of its account: another account's is refused by this registry."""
+    image("serve-cpu")
+    said = sentence(push("--target", "serve-cpu", "--output", str(tmp_path / "x"), env=aws.env(
+        SSL_CERT_FILE="/etc/ssl/certs/ca-certificates.crt")))  # fmt: skip
+    assert "The registry does not answer" in said
