@@ -163,7 +163,7 @@ class Hosting:
                     return server
             except OSError:
                 pass
-            time.sleep(0.2)
+            time.sleep(1)
         server.stop()
         raise NotHealthy(sick)
 
