@@ -9,12 +9,13 @@ PORT = 8080
 URL = http://127.0.0.1:$(PORT)
 PYTEST_ARGS =
 BENCH_ARGS =
+REHEARSE_ARGS =
 
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve evaluate test test-slow bench bench-training check fix clean
+.PHONY: help setup serve evaluate test test-slow test-aws rehearse iam-role bench bench-training check fix clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +38,20 @@ test: $(UV) ## set up and run the tests (minutes)
 	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
-	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
+	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow --group sagemaker --group notebook
 	$(PYTHON) -m pytest -m slow -s $(PYTEST_ARGS)
+
+rehearse: $(UV) ## the journey to SageMaker without an account: tune, train, deploy, batch, clean up (ten minutes)
+	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker
+	@$(PYTHON) -m tests.rehearsal $(REHEARSE_ARGS)
+
+iam-role: $(UV) ## make the role in your AWS account that SageMaker's jobs and endpoints run as
+	$(UV) sync --frozen --inexact --group training --group sagemaker
+	@$(PYTHON) -m training.launch iam-role
+
+test-aws: $(UV) ## the tests that need an AWS account and spend a little: AWS_TEST_IMAGE=<image in ECR>
+	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker
+	$(PYTHON) -m pytest -m aws -s $(PYTEST_ARGS)
 
 bench: $(UV) ## measure the service against its peers on a quiet machine: tests/bench/RESULTS.md (an hour or two)
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow

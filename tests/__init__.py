@@ -1,1 +1,1 @@
-"""A package, since smdebug-rulesconfig (which `sagemaker` brings) installs one of this name, which would hide a folder."""
+"""A package, since smdebug-rulesconfig (of the group sagemaker) installs one of this name that would hide a folder."""

@@ -84,10 +84,10 @@ def test_a_search_is_a_valid_request(strategy: tuning.Strategy) -> None:
 
 
 def test_the_longest_project_still_has_valid_names() -> None:
-    longest = Project("a" * 20, "b")
+    longest = Project("a" * 18, "b")
     assert len(f"{longest.of('t', {})}-99") <= 32
-    with pytest.raises(ConfigError, match="1 to 20 small letters"):
-        Project("a" * 21, "b")
+    with pytest.raises(ConfigError, match="1 to 18 small letters"):
+        Project("a" * 19, "b")
 
 
 def test_what_is_given_is_not_tuned_and_nothing_left_is_an_error() -> None:

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _engine(options: argparse.Namespace) -> tuple[list[str], str]:
-    if options.processes or not has_docker():
+    if options.processes:
+        return [], "processes of this checkout, as asked"
+    if not has_docker():
         return [], "processes of this checkout (no container engine answers)"
     images = (options.train_image, options.serve_image)
     missing = [image for image in images if not _has_image(image)]

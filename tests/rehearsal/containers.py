@@ -1,4 +1,4 @@
-"""What runs a job or a service: the product's image in Docker, or the same code as processes where there is no engine."""
+"""What runs a job or a service: the product's image in Docker, or the same code as a process."""
 
 import json
 import os
@@ -121,7 +121,8 @@ class DockerEngine:
         """See `Engine`."""
         name, port = f"rehearsal-{uuid.uuid4().hex[:12]}", free_port()
         _docker(
-            "create", "--name", name, "--publish", f"127.0.0.1:{port}:8080", *_flags({"CLASSIFIER_WORKERS": "1", **env}),
+            "create", "--name", name, "--publish", f"127.0.0.1:{port}:8080",
+            *_flags({"CLASSIFIER_WORKERS": "1", **env}),
             self._serve, "serve",
         )  # fmt: skip
         _docker("cp", f"{model}/.", f"{name}:/opt/ml/model")

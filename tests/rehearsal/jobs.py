@@ -1,4 +1,4 @@
-"""Training, tuning and transform jobs, really run: /opt/ml filled from S3, `train` executed, what it leaves put to S3."""
+"""Training, tuning and transform jobs, really run: /opt/ml filled from S3, `train` executed, its files put to S3."""
 
 import json
 import random

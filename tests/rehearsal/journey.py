@@ -12,7 +12,7 @@ from tests.rehearsal.start import IMAGE, Rehearsal
 
 log = logging.getLogger("rehearsal")
 
-RUN = ("--weights", "none", "--quantize", "off", "--learning-rate", "0.02", "--augment", "none")
+RUN = ("--weights", "none", "--quantize", "off", "--augment", "none")
 """Settings of every training here: from random weights, without what takes long and shows nothing more."""
 
 
@@ -81,7 +81,8 @@ class Journey:
     def tune(self) -> str:
         self._run(
             "tune", "--data", self._data, "--image", IMAGE, "--output", self._folder / "tuning", "--trials", 2,
-            "--parallel", 2, "--epochs-range", "2:4", "--batch-sizes", "8,16", *RUN,
+            "--parallel", 2, "--learning-rate-range", "0.005:0.05", "--epochs-range", "2:4", "--batch-sizes", "8,16",
+            *RUN,
             say="Completed, 2 trials done",
         )  # fmt: skip
         best = json.loads((self._folder / "tuning" / "best.json").read_text())
@@ -159,7 +160,7 @@ class Journey:
         return f"{len(there)} pictures, the same labels as from the endpoint"
 
     def serverless(self) -> str:
-        project = ("--project", "resnet34-serverless"[:20])
+        project = ("--project", "resnet34-sless")
         model = ("--model", self._folder / "model", "--image", IMAGE, "--role", "resnet34-sagemaker")
         self._run("deploy", *project, *model, "--kind", "serverless", say="is created")
         self._run("delete", *project, "--yes", "--data", say="nothing is left")

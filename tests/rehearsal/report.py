@@ -9,7 +9,7 @@ Result = Literal["PASS", "FAIL", "GAP"]
 
 GAPS = {
     "permissions": "moto lets everyone do everything; preflight's simulation reads inline policies only",
-    "registry": "the image is entered into moto's ECR, not pulled from it; the engine runs its own (tests/container pushes)",
+    "registry": "the image is entered into moto's ECR, not pulled from it; the engine runs its own",
     "GPU": "no driver, no CUDA, no InferenceAmiVersion: instance types are names here",
     "quotas, capacity, prices": "invented quotas; capacity errors are ordered by tests (tests/launch)",
     "several hosts": "one host a job; training over hosts is tested by torchrun (tests/training/test_distributed.py)",

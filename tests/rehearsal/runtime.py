@@ -1,5 +1,6 @@
-"""InvokeEndpoint and InvokeEndpointAsync: passed on to the container that runs, errors wrapped as SageMaker wraps them."""
+"""InvokeEndpoint and InvokeEndpointAsync: passed on to the container, errors wrapped as SageMaker wraps them."""
 
+import contextlib
 import json
 import threading
 import uuid
@@ -52,7 +53,8 @@ class Runtime:
             )  # fmt: skip
         self._plane.hosting.capture(name, variant["VariantName"], body, headers["Content-Type"], content)
         kept = [
-            ("Content-Type", answered.get("content-type", "")), ("x-Amzn-Invoked-Production-Variant", variant["VariantName"])
+            ("Content-Type", answered.get("content-type", "")),
+            ("x-Amzn-Invoked-Production-Variant", variant["VariantName"]),
         ]  # fmt: skip
         return 200, kept, content
 
@@ -94,7 +96,5 @@ class Runtime:
 
     @staticmethod
     def _shadow(server: "Server", body: bytes, headers: dict[str, str]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # nobody waits for it
             server.ask("POST", "/invocations", body, headers)
-        except OSError:
-            pass  # nobody waits for it

@@ -45,7 +45,7 @@ class Rehearsal:
     def ask(self, path: str, body: object = None) -> Any:
         """One of the cloud's own addresses (see `cloud`)."""
         data = None if body is None else json.dumps(body).encode()
-        with urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=60) as response:  # noqa: S310
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data), timeout=60) as response:
             return json.loads(response.read())
 
     def order(self, *faults: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Which driver a SageMaker host has, and which CUDA an image may therefore bring.
 
-InferenceAmiVersion and what each holds: botocore's service model and
-https://docs.aws.amazon.com/sagemaker/latest/dg/inference-gpu-drivers.html, read 2026-11-22. Without it g4dn and g5 hosts
-have driver 470, on which a container with CUDA 13 does not start and leaves no log.
+InferenceAmiVersion and what each holds: botocore's service model, 2026-11-22, and
+https://docs.aws.amazon.com/sagemaker/latest/dg/inference-gpu-drivers.html. Without it g4dn and g5 hosts have driver
+470, on which a container with CUDA 13 does not start and leaves no log.
 """
 
 from dataclasses import dataclass

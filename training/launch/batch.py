@@ -1,8 +1,8 @@
 """Batch transform: a folder of images classified by a job that starts, answers and ends.
 
-On processors: AWS's hosts for batch transform have driver 535 at most, no CUDA 13
-(`TransformResources.TransformAmiVersion` in botocore's model, 2026-11-22), so the image is the one for CPUs. One image a
-request: pictures cannot be split by lines. The job asks the container's /execution-parameters for the rest.
+On processors: AWS's hosts for batch transform have driver 535 at most, no CUDA 13 (`TransformAmiVersion` in botocore's
+model, 2026-11-22), so the image is the one for CPUs. One image a request: pictures have no lines. The container's
+/execution-parameters say the rest.
 """
 
 import hashlib

@@ -248,4 +248,4 @@ def images_in(places: Iterable[Path]) -> list[Path]:
 
 
 def _backoff_s(attempt: int) -> float:
-    return random.uniform(0.5, 1.0) * min(MAX_PAUSE_S, 0.5 * 2**attempt)  # noqa: S311 - no secret
+    return random.uniform(0.5, 1.0) * min(MAX_PAUSE_S, float(2 ** (attempt - 1)))  # noqa: S311 - no secret

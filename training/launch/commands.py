@@ -218,6 +218,8 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
                 shadow, _pending = hosted(aws, project, second, options, role)
         wanted = endpoint.config_request(project, name, hosting, shadow)
         before = endpoint.find(aws, project.endpoint)
+        if before is not None and endpoint.changes_machines(aws, before, wanted):
+            autoscaling.remove(aws, project)  # AWS updates no variant to other machines while it scales
         try:
             action = endpoint.create_or_update(aws, project, wanted, hosting, options.poll_seconds)
         except LaunchError:

@@ -1,7 +1,7 @@
 """Data to S3: checked here first, uploaded in parts with checksums, and only what is not there yet.
 
-Each channel lies below a prefix that follows from its content (`PROJECT/data/train-DIGEST/`): a job's data cannot change
-under it, and a repeated upload sends what is missing and nothing else.
+Each channel lies below a prefix that follows from its content (`PROJECT/data/train-DIGEST/`): a job's data cannot
+change under it, and a repeated upload sends what is missing and nothing else.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ def put(aws: Aws, place: str, files: list[tuple[str, Path]], sums: dict[str, str
             raise DataError(f"{path} cannot be read: {exc.strerror}.") from exc
         return True
 
-    sent = sum(progress(_in_threads(send, files), what, total=len(files)))
+    sent: int = sum(progress(_in_threads(send, files), what, total=len(files)))
     log.info("%s: %d of %d files sent, the others were there (%s)", what, sent, len(files), place)
     return sent
 
@@ -128,7 +128,7 @@ def ensure_bucket(aws: Aws, project: Project) -> None:
     except AwsError as exc:
         if exc.is_denied:
             raise LaunchError(
-                f"Bucket {project.bucket} is another account's, or s3:ListBucket on it is missing; name one with --bucket."
+                f"Bucket {project.bucket} is another account's, or s3:ListBucket is missing; name one with --bucket."
             ) from exc
         if not exc.is_missing:
             raise

@@ -140,6 +140,20 @@ def find(aws: Aws, name: str) -> dict[str, Any] | None:
         raise
 
 
+def changes_machines(aws: Aws, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the endpoint is to run on another instance type, or as another kind, than it does. Raises: AwsError."""
+    name = before["EndpointConfigName"]
+    if name == wanted["EndpointConfigName"]:
+        return False
+    old = aws.client("sagemaker").describe_endpoint_config(EndpointConfigName=name)
+
+    def machines(config: Mapping[str, Any]) -> tuple[object, ...]:
+        variant = config["ProductionVariants"][0]
+        return variant.get("InstanceType"), "ServerlessConfig" in variant, "AsyncInferenceConfig" in config
+
+    return machines(old) != machines(wanted)
+
+
 def put_alarms(aws: Aws, project: Project) -> list[str]:
     """The alarms that undo an update: errors, and answers that take too long. Returns: their names."""
     client = aws.client("cloudwatch")
@@ -186,9 +200,11 @@ def create_or_update(
     if found and found["EndpointStatus"] == "Failed":
         log.info("endpoint %s failed earlier (%s); it is made anew", name, found.get("FailureReason", "no reason"))
         client.delete_endpoint(EndpointName=name)
-        found = _gone(aws, name, poll_s)
+        _gone(aws, name, poll_s)
+        found = None
     elif found and found["EndpointStatus"] == "Deleting":
-        found = _gone(aws, name, poll_s)
+        _gone(aws, name, poll_s)
+        found = None
     elif found and found["EndpointStatus"] not in ("InService",):
         log.info("endpoint %s is %s already", name, found["EndpointStatus"])
         found = _settled(aws, name, poll_s)

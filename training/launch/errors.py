@@ -13,6 +13,8 @@ from training.errors import TrainingError
 
 AGAIN = "the same command goes on where this one stopped."
 
+QUOTAS = "https://console.aws.amazon.com/servicequotas/home/services/sagemaker/quotas"
+
 THROTTLED = frozenset(
     {
         "Throttling", "ThrottlingException", "ThrottledException", "TooManyRequestsException", "RequestLimitExceeded",
@@ -110,10 +112,7 @@ def _sentence(service: str, operation: str, code: str, text: str) -> str:
     if code == "ResourceLimitExceeded":
         found = _LIMIT.search(text)
         quota = f"The quota '{found[1]}' is {found[2]}" if found else "A quota is used up"
-        return (
-            f"{quota} ({text}). Raise it at https://console.aws.amazon.com/servicequotas/home/services/sagemaker/quotas "
-            "(takes hours to days), or take another --instance."
-        )
+        return f"{quota} ({text}). Raise it at {QUOTAS} (takes hours to days), or take another --instance."
     if code in CAPACITY:
         return f"{call}: {text or code}. {failure_advice('CapacityError')}"
     return f"{call} was refused: {code}: {text}"

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from training.launch import autoscaling, batch, data, endpoint, jobs, registry, roles, tuning
@@ -74,35 +75,42 @@ def _delete_endpoint(aws: Aws, project: Project, poll_s: float = 2.0) -> None:
             lambda: endpoint.find(aws, project.endpoint) or {"EndpointStatus": "Deleted"},
             lambda found: str(found["EndpointStatus"]),
             lambda found: found["EndpointStatus"] in ("InService", "Failed", "Deleted"),
-            f"endpoint {project.endpoint}", None, poll_s,
-        )  # fmt: skip
+            f"endpoint {project.endpoint}",
+            None,
+            poll_s,
+        )
     client.delete_endpoint(EndpointName=project.endpoint)
     wait(
         lambda: endpoint.find(aws, project.endpoint) or {"EndpointStatus": "Deleted"},
         lambda found: str(found["EndpointStatus"]),
         lambda found: found["EndpointStatus"] == "Deleted",
-        f"endpoint {project.endpoint}", None, poll_s,
-    )  # fmt: skip
+        f"endpoint {project.endpoint}",
+        None,
+        poll_s,
+    )
 
 
 def _running(aws: Aws, project: Project) -> Iterator[Thing]:
     client = aws.client("sagemaker")
     for job in tuning.listed(aws, f"{project.name}-t-"):
         name, state = job["HyperParameterTuningJobName"], job["HyperParameterTuningJobStatus"]
-        yield Thing("tuning job", name, state, _stop(state, lambda name=name: (
-            client.stop_hyper_parameter_tuning_job(HyperParameterTuningJobName=name)
-        )))  # fmt: skip
+        yield Thing(
+            "tuning job",
+            name,
+            state,
+            _stop(state, partial(client.stop_hyper_parameter_tuning_job, HyperParameterTuningJobName=name)),
+        )
     for job in jobs.listed(aws, f"{project.name}-"):
         name, state = job["TrainingJobName"], job["TrainingJobStatus"]
         if job["TrainingJobName"].startswith(f"{project.name}-train-"):
-            yield Thing("training job", name, state, _stop(state, lambda name=name: (
-                client.stop_training_job(TrainingJobName=name)
-            )))  # fmt: skip
+            yield Thing(
+                "training job", name, state, _stop(state, partial(client.stop_training_job, TrainingJobName=name))
+            )
     for job in batch.listed(aws, f"{project.name}-batch-"):
         name, state = job["TransformJobName"], job["TransformJobStatus"]
-        yield Thing("batch transform", name, state, _stop(state, lambda name=name: (
-            client.stop_transform_job(TransformJobName=name)
-        )))  # fmt: skip
+        yield Thing(
+            "batch transform", name, state, _stop(state, partial(client.stop_transform_job, TransformJobName=name))
+        )
 
 
 def _stop(state: str, stop: Callable[[], object]) -> Callable[[], object] | None:
@@ -115,31 +123,31 @@ def _hosting(aws: Aws, project: Project) -> Iterator[Thing]:
         for each in page["EndpointConfigs"]:
             name = each["EndpointConfigName"]
             if name.startswith(f"{project.name}-config-"):
-                yield Thing("endpoint configuration", name, "", lambda name=name: (
-                    client.delete_endpoint_config(EndpointConfigName=name)
-                ))  # fmt: skip
+                yield Thing(
+                    "endpoint configuration", name, "", partial(client.delete_endpoint_config, EndpointConfigName=name)
+                )
     for page in client.get_paginator("list_models").paginate(NameContains=f"{project.name}-"):
         for each in page["Models"]:
             name = each["ModelName"]
             if name.startswith((f"{project.name}-model-", f"{project.name}-batchmodel-")):
-                yield Thing("model", name, "", lambda name=name: client.delete_model(ModelName=name))
+                yield Thing("model", name, "", partial(client.delete_model, ModelName=name))
 
 
 def _packages(aws: Aws, project: Project) -> Iterator[Thing]:
     client, group = aws.client("sagemaker"), project.package_group
     for arn in registry.packages(aws, group):
-        yield Thing("model package", arn.split("/", 1)[1], "", lambda arn=arn: (
-            client.delete_model_package(ModelPackageName=arn)
-        ))  # fmt: skip
+        yield Thing(
+            "model package", arn.split("/", 1)[1], "", partial(client.delete_model_package, ModelPackageName=arn)
+        )
     try:
         client.describe_model_package_group(ModelPackageGroupName=group)
     except AwsError as exc:
         if not exc.is_missing and exc.code != "ValidationException":
             raise
         return
-    yield Thing("model package group", group, "", lambda: (
-        client.delete_model_package_group(ModelPackageGroupName=group)
-    ))  # fmt: skip
+    yield Thing(
+        "model package group", group, "", lambda: client.delete_model_package_group(ModelPackageGroupName=group)
+    )
 
 
 def _alarms(aws: Aws, project: Project) -> Iterator[Thing]:
@@ -147,7 +155,7 @@ def _alarms(aws: Aws, project: Project) -> Iterator[Thing]:
     names = [f"{project.name}-{name}" for name in ("5xx", "latency", "wake")]
     for alarm in client.describe_alarms(AlarmNames=names)["MetricAlarms"]:
         name = alarm["AlarmName"]
-        yield Thing("alarm", name, alarm["StateValue"], lambda name=name: client.delete_alarms(AlarmNames=[name]))
+        yield Thing("alarm", name, alarm["StateValue"], partial(client.delete_alarms, AlarmNames=[name]))
 
 
 def _logs(aws: Aws, project: Project) -> Iterator[Thing]:
@@ -167,9 +175,11 @@ def _objects(aws: Aws, project: Project) -> Iterator[Thing]:
         return
     if sizes:
         yield Thing(
-            "objects in S3", f"{project.uri()}/", f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB",
+            "objects in S3",
+            f"{project.uri()}/",
+            f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB",
             lambda: delete_objects(aws, project),
-        )  # fmt: skip
+        )
 
 
 def delete_objects(aws: Aws, project: Project) -> None:
@@ -195,5 +205,5 @@ def _ours(aws: Aws, project: Project, arn: str) -> bool:
     """Whether we made it: an endpoint that happens to be called like the project is left alone."""
     tags: dict[str, Any] = {
         tag["Key"]: tag["Value"] for tag in aws.client("sagemaker").list_tags(ResourceArn=arn)["Tags"]
-    }  # fmt: skip
+    }
     return tags.get(PROJECT_TAG) == project.name and tags.get(MAKER_TAG) == MAKER

@@ -1,8 +1,11 @@
 """Training jobs: the request, start or find again, wait with the log's lines, bring the model home."""
 
+import gzip
 import json
 import logging
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,9 +233,6 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
 
 def replace_folder(archive: Path, folder: Path) -> None:
     """Unpack beside `folder` and put it in its place. Raises: ArtifactError, LaunchError."""
-    import shutil
-    import tempfile
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and any(folder.iterdir()) and not _ours(folder):
         raise LaunchError(f"{folder} holds other things; name another --output.")
@@ -256,16 +256,17 @@ def _ours(folder: Path) -> bool:
 
 def pack(folder: Path, archive: Path) -> Path:
     """model.tar.gz of an artifact's folder: plain files at its top, the same bytes for the same files."""
-    import gzip
-
-    with archive.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as zipped:
-        with tarfile.open(fileobj=zipped, mode="w") as tar:
-            for path in sorted(folder.iterdir()):
-                if path.is_file() and not path.name.startswith("."):
-                    entry = tar.gettarinfo(str(path), path.name)
-                    entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, 0, "", ""
-                    with path.open("rb") as file:
-                        tar.addfile(entry, file)
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                entry = tar.gettarinfo(str(path), path.name)
+                entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, 0, "", ""
+                with path.open("rb") as file:
+                    tar.addfile(entry, file)
     return archive
 
 

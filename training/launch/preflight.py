@@ -8,7 +8,7 @@ from typing import Literal
 
 from training.errors import TrainingError
 from training.launch import amis, cost, roles
-from training.launch.errors import AwsError, LaunchError
+from training.launch.errors import QUOTAS, AwsError, LaunchError
 from training.launch.names import Project
 from training.launch.session import Aws
 
@@ -140,7 +140,7 @@ def _image(aws: Aws, plan: Plan) -> Iterator[Check]:
     parts = _ECR.fullmatch(plan.image)
     if not parts:
         yield Check(
-            "image", "FAIL", f"{plan.image} is not in ECR", "SageMaker pulls from ECR only; make push prints an address."
+            "image", "FAIL", f"{plan.image} is not in ECR", "SageMaker pulls from there; make push prints the address."
         )  # fmt: skip
         return
     account, region, repository, reference = parts.groups()
@@ -207,7 +207,7 @@ def _quotas(aws: Aws, plan: Plan) -> Iterator[Check]:
         elif value < 1:
             yield Check(
                 "quota", "FAIL", f"'{name}' is {value:g}",
-                "Ask for 1 or more: https://console.aws.amazon.com/servicequotas/home/services/sagemaker/quotas",
+                f"Ask for 1 or more: {QUOTAS}",
             )  # fmt: skip
         else:
             yield Check("quota", "PASS", f"'{name}' is {value:g}")
