@@ -35,7 +35,7 @@ evaluate: $(UV) ## send DATA's validation images to URL and compare the accuracy
 
 test: $(UV) ## set up and run the tests (minutes)
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
-	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not slow and not aws" $(PYTEST_ARGS)
 
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
 	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow --group sagemaker --group notebook

@@ -15,6 +15,7 @@ from typing import Any
 from boto3.s3.transfer import TransferConfig
 
 from training.data.folder import BrokenFiles
+from training.data.layouts import CIFAR100, open_dataset
 from training.errors import ConfigError, DataError
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project, digest, split_uri
@@ -23,8 +24,6 @@ from training.progress import progress
 
 log = logging.getLogger("training")
 
-CIFAR100 = "cifar-100-python"
-"""The folder of CIFAR-100, as `training.data.cifar100` knows it; what else lies beside it stays here."""
 THREADS = 16
 PART_BYTES = 16 * 2**20
 SHA256 = "sha256"
@@ -62,8 +61,6 @@ def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refu
 
     Returns: a sentence about it. Raises: DataError.
     """
-    from training.data.layouts import open_dataset  # torchvision, which takes seconds: not for `status`
-
     dataset = open_dataset(
         data, validation_fraction=0.1, seed=0, broken_files=broken_files, validation_root=validation
     )  # fmt: skip
