@@ -64,3 +64,8 @@ def test_a_failed_job_shows_its_reason_and_its_last_lines() -> None:
     shown = str(JobFailed("Job j", "AlgorithmError: no images", ["one", "two"], failure_advice("AlgorithmError")))
     assert shown.startswith("Job j failed: AlgorithmError: no images\n")
     assert "\n    one\n    two\n" in shown
+
+
+def test_the_trace_below_a_containers_sentence_is_left_to_the_log() -> None:
+    reason = "AlgorithmError: no images.\n\nTraceback (most recent call last):\n  File x\nValueError: y, exit code: 1"
+    assert str(JobFailed("Job j", reason, [])).startswith("Job j failed: AlgorithmError: no images., exit code: 1\n")

@@ -90,9 +90,9 @@ def test_settings_that_the_job_would_refuse_are_refused_here(cloud: Rehearsal, d
     assert "batch-size" in said(cloud, *train(data, "wrong", "--batch-size", "1"), status=2)
     assert "Unknown hyperparameter --epoch" in said(cloud, *train(data, "wrong", "--epoch", "1"), status=2)
     assert "the container has its own" in said(cloud, *train(data, "wrong", "--device", "cpu"), status=2)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.png").write_bytes(b"no picture")
-    (tmp_path / "b").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"no picture")
     assert "x.png" in said(cloud, *train(tmp_path, "wrong"), status=1)
     assert jobs(cloud, "wrong") == []
 

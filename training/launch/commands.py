@@ -12,11 +12,13 @@ from training.errors import ConfigError, TrainingError
 from training.flags import parse_flags, split, unknown_name
 from training.instrumentation import Instrumentation
 from training.launch import (
+    amis,
     autoscaling,
     batch,
     cost,
     data,
     endpoint,
+    images,
     inventory,
     jobs,
     preflight,
@@ -51,9 +53,15 @@ def opened(options: Options) -> tuple[Aws, Project]:
 def run_preflight(options: Options, _: Sequence[str]) -> None:
     """See `preflight`."""
     aws, project = opened(options)
+    target = images.hosting_target("realtime", options.hosting_instance)
+    try:
+        image = images.image_for(target, options.image)
+    except ConfigError as exc:
+        log.info("%s", exc)
+        image = images.Image("", None)
     plan = preflight.Plan(
-        options.image, options.instance, options.hosting_instance, options.role, options.spot, options.ami,
-        options.startup_seconds,
+        image.uri or None, options.instance, options.hosting_instance, options.role, options.spot, options.ami,
+        options.startup_seconds, image.cuda,
     )  # fmt: skip
     checks = preflight.run(aws, project, plan)
     log.info("preflight of project %s:\n%s", project.name, preflight.table(checks))
@@ -140,7 +148,8 @@ def training_of(aws: Aws, project: Project, options: Options, values: Mapping[st
         retries=options.retries, keep_warm_minutes=more.pop("keep_warm_minutes", 0),
     )  # fmt: skip
     role = roles.find_role(aws, project, options.role)
-    return jobs.Training(options.image, role, channels(aws, project, options), values, machines, **more)
+    image = images.image_for("train", options.image).uri
+    return jobs.Training(image, role, channels(aws, project, options), values, machines, **more)
 
 
 def run_train(options: Options, rest: Sequence[str]) -> None:
@@ -191,9 +200,11 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
 def run_deploy(options: Options, _: Sequence[str]) -> None:
     """See `registry`, `endpoint`, `autoscaling`, `smoke`."""
     aws, project = opened(options)
+    image = images.image_for(images.hosting_target(options.kind, options.instance), options.image)
     hosting = endpoint.Hosting(
         options.kind, options.instance, options.min_count,
-        options.min_count if options.max_count is None else options.max_count, options.ami,
+        options.min_count if options.max_count is None else options.max_count,
+        options.ami or (amis.ami_for(options.instance, image.cuda) if image.cuda else None),
         options.startup_seconds, options.capture_percent, options.memory, options.max_concurrency,
     )  # fmt: skip
     paths = images_in(options.smoke) if options.smoke else []
@@ -208,14 +219,14 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             return
         role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
-        name, pending = hosted(aws, project, model, options, role)
+        name, pending = hosted(aws, project, model, image, options, role)
         if pending:
             log.info("registered; approve it in the registry, or repeat the command without --approval, to deploy it")
             return
         shadow = None
         if options.shadow:
             with registry.located(aws, project, options.shadow) as second:
-                shadow, _pending = hosted(aws, project, second, options, role)
+                shadow, _pending = hosted(aws, project, second, image, options, role)
         wanted = endpoint.config_request(project, name, hosting, shadow)
         before = endpoint.find(aws, project.endpoint)
         if before is not None and endpoint.changes_machines(aws, before, wanted):
@@ -234,10 +245,12 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     )  # fmt: skip
 
 
-def hosted(aws: Aws, project: Project, model: registry.Located, options: Options, role: str) -> tuple[str, bool]:
+def hosted(
+    aws: Aws, project: Project, model: registry.Located, image: images.Image, options: Options, role: str
+) -> tuple[str, bool]:
     """The Model for the archive, uploaded and registered; and whether it waits for approval instead."""
     registry.upload(aws, project, model)
-    package = registry.register(aws, project, model, options.image, options.approval)
+    package = registry.register(aws, project, model, image.uri, options.approval)
     if options.approval != "Approved":
         return "", True
     container: dict[str, Any] = {"ModelPackageName": package}
@@ -305,6 +318,7 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         log.warning("%s is left out: %s", outcome.path, outcome.problem)
     if not good:
         raise LaunchError("None of the images can be read.")
+    image = images.image_for("serve-cpu", options.image).uri
     aws, project = opened(options)
     log.info("cost: %s", cost.hourly(options.instance, options.instances))
     with registry.located(aws, project, options.model) as model:
@@ -313,7 +327,7 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
             return
         role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
-        container: dict[str, Any] = {"Image": options.image, "ModelDataUrl": registry.upload(aws, project, model)}
+        container: dict[str, Any] = {"Image": image, "ModelDataUrl": registry.upload(aws, project, model)}
         if environment(options):
             container["Environment"] = environment(options)
         name, _new = registry.create_model(aws, project, container, role, "batchmodel")

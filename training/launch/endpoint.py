@@ -111,9 +111,8 @@ def _variant(name: str, model: str, hosting: Hosting) -> dict[str, Any]:
         "ModelDataDownloadTimeoutInSeconds": hosting.startup_s,
         "RoutingConfig": {"RoutingStrategy": "LEAST_OUTSTANDING_REQUESTS"},
     }
-    ami = hosting.ami or ami_for(hosting.instance)
-    if ami and has_gpu(hosting.instance):
-        variant["InferenceAmiVersion"] = ami
+    if has_gpu(hosting.instance):
+        variant["InferenceAmiVersion"] = hosting.ami or ami_for(hosting.instance)
     return variant
 
 

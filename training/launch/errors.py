@@ -31,6 +31,8 @@ MISSING = frozenset(
 )  # fmt: skip
 
 _ACTION = re.compile(r"not authorized to perform:? ([\w-]+:\w+)(?: on resource:? (\S+))?")
+_TRACE = re.compile(r"\n\nTraceback .*?(?=, exit code: \d+$|\Z)", re.DOTALL)
+"""What a container adds below its sentence in /opt/ml/output/failure, and SageMaker shows the beginning of."""
 _LIMIT = re.compile(r"service limit '([^']+)' is (\S+)")
 
 
@@ -62,6 +64,7 @@ class JobFailed(LaunchError):
     """What AWS ran for us failed."""
 
     def __init__(self, what: str, reason: str, lines: list[str], advice: str = "") -> None:
+        reason = _TRACE.sub("", reason)  # the log's last lines tell as much
         shown = "".join(f"\n    {line}" for line in lines)
         log = f"\n  The last lines of its log:{shown}" if lines else "\n  It left no line in its log."
         super().__init__(f"{what} failed: {reason or 'AWS gives no reason'}{log}" + (f"\n  {advice}" if advice else ""))

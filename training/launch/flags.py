@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     one = add("preflight", "look at everything that could go wrong before anything costs")
-    one.add_argument("--image", help="the image in ECR")
+    one.add_argument("--image", help=f"in ECR {PUSHED}")
     one.add_argument("--role", help=ROLE)
     one.add_argument("--instance", default=jobs.INSTANCE, help="for training (default: %(default)s)")
     one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
@@ -103,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+PUSHED = "(default: what make push noted in artifacts/image.json)"
 ROLE = "ARN or name of the role jobs run as (default: the project's, else this machine's)"
 
 
@@ -128,7 +129,7 @@ def _data(one: argparse.ArgumentParser, required: bool) -> None:
 
 def _job(one: argparse.ArgumentParser) -> None:
     _data(one, required=True)
-    one.add_argument("--image", required=True, help="in ECR; it must understand `train`")
+    one.add_argument("--image", help=f"in ECR; it must understand `train` {PUSHED}")
     one.add_argument("--role", help=ROLE)
     one.add_argument("--instance", default=jobs.INSTANCE, help="default: %(default)s")
     one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")
@@ -144,7 +145,7 @@ def _model(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--model", help="artifact folder, model.tar.gz, s3:// address, or training job (default: the newest job's)"
     )  # fmt: skip
-    one.add_argument("--image", required=True, help="in ECR; it must understand `serve`")
+    one.add_argument("--image", help=f"in ECR; it must understand `serve` {PUSHED}")
     one.add_argument("--role", help=ROLE)
     one.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the container; repeatable")
     _dry_run(one)

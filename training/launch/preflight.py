@@ -44,6 +44,8 @@ class Plan:
     spot: bool = False
     ami: str | None = None
     startup_s: int = 600
+    cuda: tuple[int, int] | None = amis.IMAGE_CUDA
+    """Of the image; None: it has none."""
 
 
 def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
@@ -176,13 +178,14 @@ def _driver(plan: Plan) -> Iterator[Check]:
     if not amis.has_gpu(instance):
         yield Check("driver", "PASS", f"{instance} has no GPU; take the image for CPUs")
         return
-    wanted = amis.ami_for(instance)
-    chosen = plan.ami or wanted
+    cuda = plan.cuda or amis.IMAGE_CUDA
+    wanted = amis.ami_for(instance, cuda)
+    chosen = plan.ami or wanted or ""
     known = {ami.name: ami for ami in amis.AMIS}
     if chosen not in known:
         yield Check("driver", "FAIL", f"--ami {chosen} is unknown", f"Known are: {', '.join(known)}")
         return
-    ami, cuda = known[chosen], amis.IMAGE_CUDA
+    ami = known[chosen]
     shown = f"{chosen} (driver {ami.driver}, CUDA {ami.cuda[0]}.{ami.cuda[1]})"
     if ami.cuda < cuda:
         yield Check("driver", "FAIL", f"{shown} cannot run CUDA {cuda[0]}.{cuda[1]}", f"Leave --ami out: {wanted}")
