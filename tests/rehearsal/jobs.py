@@ -295,9 +295,6 @@ class Jobs:
                     "_tuning_objective_metric": config["HyperParameterTuningJobObjective"]["MetricName"],
                 },
             }  # fmt: skip
-            if "CheckpointConfig" in request:
-                place = f"{request['CheckpointConfig']['S3Uri'].rstrip('/')}/{trial}"
-                request["CheckpointConfig"] = {"S3Uri": place}
             self._plane.backend.create_training_job(**_moto_arguments(request))
             self._begin(trial, {**request, "Tuned": tuned})
             search["trials"].append(trial)

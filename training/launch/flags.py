@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         help="folder of best.json and of the best trial's model (default: %(default)s)",
     )  # fmt: skip
     one.add_argument("--parallel", type=positive, default=2, help="trials at once (default: %(default)s)")
-    one.add_argument("--strategy", choices=("Bayesian", "Random", "Hyperband", "Grid"), default="Bayesian")
+    one.add_argument("--strategy", choices=("Bayesian", "Random"), default="Bayesian")
     one.add_argument("--no-early-stopping", action="store_true", help="let trials that fall behind go on")
 
     one = add("deploy", "register the model, create or update the endpoint, scale it, test it with real images")

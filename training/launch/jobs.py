@@ -14,6 +14,7 @@ from typing import Any
 from service.model.archive import unpack
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
+from training.errors import ConfigError
 from training.launch import data
 from training.launch.errors import JobFailed, LaunchError, failure_advice
 from training.launch.logs import TRAINING, LogTail
@@ -51,6 +52,10 @@ class Machines:
     """The instance is kept (and billed) after the job, for the next to start in seconds."""
     retries: int = 1
     """How often AWS starts the job again after a failure of its own."""
+
+    def __post_init__(self) -> None:
+        if self.spot and self.keep_warm_minutes:
+            raise ConfigError("--keep-warm-minutes is not for --spot: AWS keeps no spare capacity; leave one out.")
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,9 @@ def request(project: Project, training: Training, region: str) -> dict[str, Any]
     whole["HyperParameters"] = dict(sorted(training.hyperparameters.items()))
     if training.machines.keep_warm_minutes:
         whole["ResourceConfig"]["KeepAlivePeriodInSeconds"] = 60 * training.machines.keep_warm_minutes
-    # Where the next attempt of the same request finds what this one saved.
-    whole["CheckpointConfig"] = {"S3Uri": project.uri("checkpoints", digest(whole))}
+    # Where the next attempt of the same request finds what this one saved. Without the slash AWS would also bring
+    # back what lies below longer names that begin so (https://github.com/syne-tune/syne-tune/pull/363).
+    whole["CheckpointConfig"] = {"S3Uri": project.uri("checkpoints", digest(whole)) + "/"}
     if training.debugger:
         whole |= debugger(project, region)
     else:

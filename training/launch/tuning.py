@@ -19,7 +19,8 @@ from training.tuning.config import SOURCES, TuningConfig
 
 log = logging.getLogger("training")
 
-Strategy = Literal["Bayesian", "Random", "Hyperband", "Grid"]
+Strategy = Literal["Bayesian", "Random"]
+"""Not Grid, for which a learning rate is no list; not Hyperband, which would choose the epochs itself."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def request(project: Project, training: Training, search: Search, region: str) -
     job = definition(project, training, region)
     job["AlgorithmSpecification"].pop("EnableSageMakerMetricsTimeSeries")  # not a field of trials
     job["StaticHyperParameters"] = {"entry": "hpo", **fixed}
-    job["CheckpointConfig"] = {"S3Uri": project.uri("checkpoints", "trials")}  # AWS adds the trial's name
+    # No checkpoints: all trials would share one S3 folder, and none goes on from another's. A trial that spot capacity
+    # is taken from begins anew.
     return {
         "HyperParameterTuningJobConfig": {
             "Strategy": search.strategy,
