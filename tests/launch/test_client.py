@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import Server
 from training.errors import ConfigError
 from training.launch.__main__ import main
-from training.launch.client import Reply, UrlTarget, classify, classify_one, images_in, retry_after_s
+from training.launch.client import Outcome, Reply, UrlTarget, classify, classify_one, images_in, retry_after_s
 
 GOOD = {"model": {"name": "m", "version": "1"}, "predictions": [{"label": "a", "index": 0, "probability": 0.9}]}
 
@@ -53,6 +53,11 @@ def problem(code: str, **more: object) -> dict[str, object]:
     return {"error": {"code": code, "message": "a sentence", "request_id": "r", **more}}
 
 
+def one(url: str, path: Path, **more: int) -> Outcome:
+    with closing(UrlTarget(url)) as target:
+        return classify_one(target, path, **more)
+
+
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     path = tmp_path / "one.png"
@@ -62,7 +67,7 @@ def picture(tmp_path: Path) -> Path:
 
 def test_later_is_tried_again_after_what_retry_after_says(picture: Path) -> None:
     with answering((503, {"Retry-After": "1"}, problem("overloaded")), (200, {}, GOOD)) as (url, times):
-        outcome = classify_one(UrlTarget(url), picture)
+        outcome = one(url, picture)
     assert outcome.problem is None and outcome.tries == 2
     assert times[1] - times[0] >= 1
 
@@ -75,20 +80,20 @@ def test_a_platform_that_drops_headers_leaves_the_body() -> None:
 
 def test_what_is_the_callers_fault_is_not_tried_again(picture: Path) -> None:
     with answering((400, {}, problem("unreadable_image"))) as (url, times):
-        outcome = classify_one(UrlTarget(url), picture)
+        outcome = one(url, picture)
     assert outcome.problem == "unreadable_image: a sentence"
     assert len(times) == 1
 
 
 def test_giving_up_says_how_often_it_was_tried(picture: Path) -> None:
     with answering((503, {"Retry-After": "0"}, problem("overloaded"))) as (url, times):
-        outcome = classify_one(UrlTarget(url), picture, tries=2)
+        outcome = one(url, picture, tries=2)
     assert outcome.problem == "overloaded: a sentence (tried 2 times)"
     assert len(times) == 2
 
 
 def test_nobody_there_is_a_sentence(picture: Path) -> None:
-    outcome = classify_one(UrlTarget("http://127.0.0.1:9"), picture, tries=1)
+    outcome = one("http://127.0.0.1:9", picture, tries=1)
     assert outcome.problem and "did not answer" in outcome.problem and "is the service running?" in outcome.problem
 
 
@@ -101,7 +106,8 @@ def test_a_folder_against_the_real_service_in_order_with_its_bad_file(
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "broken.png").write_bytes(b"no picture")
     paths = images_in([folder])
-    outcomes = list(classify(UrlTarget(f"http://127.0.0.1:{server.port}"), paths, concurrency=3))
+    with closing(UrlTarget(f"http://127.0.0.1:{server.port}")) as target:
+        outcomes = list(classify(target, paths, concurrency=3))
     assert [outcome.path for outcome in outcomes] == paths
     bad = [outcome for outcome in outcomes if outcome.problem]
     assert [outcome.path.name for outcome in bad] == ["broken.png"]

@@ -9,9 +9,11 @@ values: botocore does not look at them, AWS does), and faults that a test orders
 """
 
 import argparse
+import faulthandler
 import io
 import json
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -229,6 +231,7 @@ def refusal(service: str, exc: Refusal) -> Answer:
 
 def main() -> None:
     """Run until the process is told to end, or its standard input closes (its starter has gone)."""
+    faulthandler.register(signal.SIGUSR1)  # where every thread is, into the log
     parser = argparse.ArgumentParser(prog="python -m tests.rehearsal.cloud")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True)

@@ -11,11 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from boto3.s3.transfer import TransferConfig
+
 from tests.rehearsal.logs import Stream
 from training.launch.names import split_uri
 
 if TYPE_CHECKING:
     from tests.rehearsal.control_plane import ControlPlane, Forward
+
+
+WHOLE = TransferConfig(multipart_threshold=2**30, use_threads=False)
+"""One request an object: the server is this very process."""
 
 
 class Jobs:
@@ -168,7 +174,7 @@ class Jobs:
                 for path in sorted(source.rglob("*")):
                     if path.is_file():
                         tar.add(path, path.relative_to(source).as_posix())
-            s3.upload_file(str(packed), bucket, prefix + file)
+            s3.upload_file(str(packed), bucket, prefix + file, Config=WHOLE)
         if "CheckpointConfig" in given:
             self._mirror(folder / "checkpoints", given["CheckpointConfig"]["S3Uri"].rstrip("/") + "/")
         if "TensorBoardOutputConfig" in given:
@@ -300,8 +306,13 @@ class Jobs:
             search["trials"].append(trial)
             self._train(trial)
 
-        with ThreadPoolExecutor(limits["MaxParallelTrainingJobs"]) as threads:
-            list(threads.map(one, range(len(drawn)), drawn))
+        try:
+            with ThreadPoolExecutor(limits["MaxParallelTrainingJobs"]) as threads:
+                list(threads.map(one, range(len(drawn)), drawn))
+        except Exception as exc:
+            search["status"], search["reason"] = "Failed", f"InternalServerError: {exc!r}"
+            self._sync_search(name)
+            raise
         states = [self._more[trial]["TrainingJobStatus"] for trial in search["trials"]]
         if search["stop"]:
             search["status"] = "Stopped"

@@ -1,7 +1,8 @@
 """A client of the service: the same code for an address and for a SageMaker endpoint.
 
     from training.launch.client import UrlTarget, classify
-    for outcome in classify(UrlTarget("http://127.0.0.1:8080"), paths): ...
+    with closing(UrlTarget("http://127.0.0.1:8080")) as target:
+        for outcome in classify(target, paths): ...
 
 What the container says of an error arrives either way: SageMaker wraps it into a ModelError, from which status and
 body are taken out again. "Later" (429, 503, 504) is tried again, after what Retry-After or the service's own wait says.
@@ -70,6 +71,10 @@ class Target(Protocol):
         """One request. Raises: Unanswered; LaunchError where trying again is no use."""
         ...
 
+    def close(self) -> None:
+        """No more requests come."""
+        ...
+
 
 class UrlTarget:
     """A service at an address: `make serve`, a container, a load balancer."""
@@ -86,11 +91,18 @@ class UrlTarget:
         self._path = f"{parts.path.rstrip('/')}/invocations"
         self._made = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._local = threading.local()
+        self._connections: list[http.client.HTTPConnection] = []
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        for connection in self._connections:
+            connection.close()
 
     def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
         """See `Target.ask`."""
         if not hasattr(self._local, "connection"):
             self._local.connection = self._made(self._host, self._port, timeout=READ_TIMEOUT_S)
+            self._connections.append(self._local.connection)
         connection = self._local.connection
         try:
             connection.request("POST", self._path, body, {"Content-Type": media_type, "Accept": accept})
@@ -110,6 +122,9 @@ class EndpointTarget:
     def __init__(self, aws: Aws, endpoint: str) -> None:
         self.name, self._client = f"endpoint {endpoint}", aws.client("sagemaker-runtime")
         self._endpoint = endpoint
+
+    def close(self) -> None:
+        """The client is the account's, and stays."""
 
     def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
         """See `Target.ask`."""
@@ -141,6 +156,9 @@ class AsyncTarget:
         """`place`: s3:// folder for the images."""
         self.name, self._aws, self._endpoint = f"asynchronous endpoint {endpoint}", aws, endpoint
         self._place, self._poll_s = place, poll_s
+
+    def close(self) -> None:
+        """The clients are the account's, and stay."""
 
     def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
         """See `Target.ask`. Waits ASYNC_LIMIT_S at most."""

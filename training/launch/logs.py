@@ -12,6 +12,8 @@ TRAINING, ENDPOINTS, TRANSFORM = (
     "/aws/sagemaker/TransformJobs",
 )
 LAST_LINES = 15
+PROBE = "path=/ping"
+"""What the service writes of a health check that is not answered with 200: once a second while it starts."""
 
 
 class LogTail:
@@ -60,7 +62,7 @@ class LogTail:
             page = self._logs.get_log_events(
                 logGroupName=self._group, logStreamName=stream, startFromHead=True, **given
             )
-            lines += [event["message"].rstrip() for event in page["events"]]
+            lines += [line for event in page["events"] if PROBE not in (line := event["message"].rstrip())]
             token = page["nextForwardToken"]
             if token == self._tokens.get(stream) or not page["events"]:  # the same token again: nothing new
                 self._tokens[stream] = token

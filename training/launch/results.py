@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from typing import IO, Literal
 
 from training.errors import ConfigError
 from training.launch.client import Outcome
+from training.launch.errors import LaunchError
+
+log = logging.getLogger("training")
 
 Format = Literal["csv", "jsonl"]
 COLUMNS = ("file", "label", "probability", "second_label", "second_probability", "problem")
@@ -41,6 +45,15 @@ def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple
                 file.write(f"{json.dumps(_object(outcome))}\n")
             file.flush()
     return count, bad
+
+
+def report(counts: tuple[int, int], output: Path | None) -> None:
+    """Say how it went. Raises: LaunchError where images had a problem."""
+    count, bad = counts
+    if output:
+        log.info("%d images, %d with a problem; in %s", count, bad, output)
+    if bad:
+        raise LaunchError(f"{bad} of {count} images had a problem; the last column says which.")
 
 
 def _row(outcome: Outcome) -> list[str]:
