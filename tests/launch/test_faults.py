@@ -14,6 +14,8 @@ import pytest
 from tests.launch.conftest import RUN
 from tests.rehearsal.start import IMAGE, ROOT, Rehearsal
 
+pytestmark = pytest.mark.timeout(900)  # trainings and services really start, beside whatever else the machine does
+
 THROTTLED = {"code": "ThrottlingException", "message": "Rate exceeded"}
 EXPIRED = {"code": "ExpiredTokenException", "message": "The security token included in the request is expired"}
 DENIED = {
@@ -167,6 +169,7 @@ def test_an_endpoint_that_does_not_come_up_is_removed_with_reason_and_log(cloud:
     assert left(cloud, "sick") == {}
 
 
+@pytest.mark.slow
 def test_an_update_that_fails_leaves_the_old_model_answering(cloud: Rehearsal, artifact: Path, asked: Path) -> None:
     said(cloud, *deploy(artifact, "updated"), status=0)
     before = left(cloud, "updated")
@@ -179,6 +182,7 @@ def test_an_update_that_fails_leaves_the_old_model_answering(cloud: Rehearsal, a
     said(cloud, "delete", "--project", "updated", "--yes", "--data", status=0)
 
 
+@pytest.mark.slow
 def test_a_container_error_arrives_in_its_own_words(cloud: Rehearsal, artifact: Path, tmp_path: Path) -> None:
     said(cloud, *deploy(artifact, "words"), status=0)
     (tmp_path / "bad.png").write_bytes(b"no picture")

@@ -15,7 +15,8 @@ from typing import Any
 from service.model.errors import ImageError
 from service.model.images import decode
 from training.errors import DataError
-from training.launch import data
+from training.launch import attempts, data
+from training.launch.attempts import Summary, take_or_make
 from training.launch.client import Outcome
 from training.launch.errors import JobFailed, failure_advice
 from training.launch.jobs import OVER
@@ -79,27 +80,22 @@ def request(project: Project, model: str, place: str, instance: str = INSTANCE, 
 
 
 def start(aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
-    """The name of the job for this request: one that runs or has ended well is taken, else the next attempt."""
+    """The name of the job for this request: one that runs or has ended well is taken, else the next attempt.
+
+    Raises: AwsError.
+    """
     base = project.of("batch", {name: value for name, value in wanted.items() if name != "Tags"})
-    attempts = sorted(listed(aws, base), key=lambda job: int(job["TransformJobName"].rsplit("-", 1)[1]))
-    if attempts and attempts[-1]["TransformJobStatus"] in ("InProgress", "Completed"):
-        log.info("job %s for this very request is there", attempts[-1]["TransformJobName"])
-        return str(attempts[-1]["TransformJobName"])
-    name = f"{base}-{len(attempts) + 1}"
-    aws.client("sagemaker").create_transform_job(TransformJobName=name, **wanted)
-    log.info("job %s is started", name)
-    return name
+    create = aws.client("sagemaker").create_transform_job
+    return take_or_make(
+        base, listed(aws, base), "TransformJobName", "TransformJobStatus",
+        lambda name: create(TransformJobName=name, **wanted), "job",
+    )  # fmt: skip
 
 
-def listed(aws: Aws, name_contains: str) -> list[dict[str, Any]]:
-    """Summaries of the transform jobs whose name begins so."""
-    client, given, found = aws.client("sagemaker"), {"NameContains": name_contains}, []
-    while True:
-        page = client.list_transform_jobs(**given)
-        found += [j for j in page["TransformJobSummaries"] if j["TransformJobName"].startswith(name_contains)]
-        if not page.get("NextToken"):
-            return found
-        given["NextToken"] = page["NextToken"]
+def listed(aws: Aws, prefix: str) -> list[Summary]:
+    """Summaries of the transform jobs whose name begins so. Raises: AwsError."""
+    call = aws.client("sagemaker").list_transform_jobs
+    return attempts.listed(call, "TransformJobSummaries", "TransformJobName", prefix)
 
 
 def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from service.model.archive import unpack
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from training.errors import ConfigError
-from training.launch import data
+from training.launch import attempts, data
+from training.launch.attempts import Summary, take_or_make
 from training.launch.errors import JobFailed, LaunchError, failure_advice
 from training.launch.logs import TRAINING, LogTail
 from training.launch.names import Project, digest
@@ -163,34 +164,17 @@ def start(aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
     Raises: AwsError.
     """
     base = project.of("train", {name: value for name, value in wanted.items() if name != "Tags"})
-    attempts = attempts_of(aws, base)
-    if attempts:
-        newest = attempts[-1]
-        if newest["TrainingJobStatus"] in ("InProgress", "Completed"):
-            log.info(
-                "job %s for this very request is there: %s", newest["TrainingJobName"], newest["TrainingJobStatus"]
-            )
-            return str(newest["TrainingJobName"])
-    name = f"{base}-{len(attempts) + 1}"
-    aws.client("sagemaker").create_training_job(TrainingJobName=name, **wanted)
-    log.info("job %s is started", name)
-    return name
+    create = aws.client("sagemaker").create_training_job
+    return take_or_make(
+        base, listed(aws, base), "TrainingJobName", "TrainingJobStatus",
+        lambda name: create(TrainingJobName=name, **wanted), "job",
+    )  # fmt: skip
 
 
-def attempts_of(aws: Aws, base: str) -> list[dict[str, Any]]:
-    """The jobs of one request, first to last."""
-    return sorted(listed(aws, base), key=lambda job: int(job["TrainingJobName"].rsplit("-", 1)[1]))
-
-
-def listed(aws: Aws, name_contains: str) -> list[dict[str, Any]]:
-    """Summaries of the training jobs whose name begins so."""
-    client, given, found = aws.client("sagemaker"), {"NameContains": name_contains}, []
-    while True:
-        page = client.list_training_jobs(**given)
-        found += [j for j in page["TrainingJobSummaries"] if j["TrainingJobName"].startswith(name_contains)]
-        if not page.get("NextToken"):
-            return found
-        given["NextToken"] = page["NextToken"]
+def listed(aws: Aws, prefix: str) -> list[Summary]:
+    """Summaries of the training jobs whose name begins so. Raises: AwsError."""
+    call = aws.client("sagemaker").list_training_jobs
+    return attempts.listed(call, "TrainingJobSummaries", "TrainingJobName", prefix)
 
 
 def describe(aws: Aws, name: str) -> dict[str, Any]:

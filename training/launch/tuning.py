@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.config import TrainingConfig
+from training.launch import attempts
+from training.launch.attempts import Summary, take_or_make
 from training.launch.errors import JobFailed, LaunchError, failure_advice
 from training.launch.jobs import OVER, Training, definition, describe
 from training.launch.logs import TRAINING, LogTail
@@ -90,32 +92,17 @@ def start(aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
     Raises: AwsError.
     """
     base = project.of("t", {name: value for name, value in wanted.items() if name != "Tags"})
-    attempts = sorted(listed(aws, base), key=lambda j: int(j["HyperParameterTuningJobName"].rsplit("-", 1)[1]))
-    if attempts:
-        newest = attempts[-1]
-        if newest["HyperParameterTuningJobStatus"] in ("InProgress", "Completed"):
-            name = str(newest["HyperParameterTuningJobName"])
-            log.info("tuning job %s for this very request is there: %s", name, newest["HyperParameterTuningJobStatus"])
-            return name
-    name = f"{base}-{len(attempts) + 1}"
-    aws.client("sagemaker").create_hyper_parameter_tuning_job(HyperParameterTuningJobName=name, **wanted)
-    log.info("tuning job %s is started", name)
-    return name
+    create = aws.client("sagemaker").create_hyper_parameter_tuning_job
+    return take_or_make(
+        base, listed(aws, base), "HyperParameterTuningJobName", "HyperParameterTuningJobStatus",
+        lambda name: create(HyperParameterTuningJobName=name, **wanted), "tuning job",
+    )  # fmt: skip
 
 
-def listed(aws: Aws, name_contains: str) -> list[dict[str, Any]]:
-    """Summaries of the tuning jobs whose name begins so."""
-    client, given, found = aws.client("sagemaker"), {"NameContains": name_contains}, []
-    while True:
-        page = client.list_hyper_parameter_tuning_jobs(**given)
-        found += [
-            j
-            for j in page["HyperParameterTuningJobSummaries"]
-            if j["HyperParameterTuningJobName"].startswith(name_contains)
-        ]
-        if not page.get("NextToken"):
-            return found
-        given["NextToken"] = page["NextToken"]
+def listed(aws: Aws, prefix: str) -> list[Summary]:
+    """Summaries of the tuning jobs whose name begins so. Raises: AwsError."""
+    call = aws.client("sagemaker").list_hyper_parameter_tuning_jobs
+    return attempts.listed(call, "HyperParameterTuningJobSummaries", "HyperParameterTuningJobName", prefix)
 
 
 def trials(aws: Aws, name: str) -> list[dict[str, Any]]:
