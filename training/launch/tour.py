@@ -6,16 +6,14 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from service.model.artifact import open_artifact
 from training.launch.__main__ import main
 from training.launch.errors import LaunchError
 from training.report.sources import read_sources
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 REFERENCE = {
     "validation accuracy": 0.4071, "training accuracy": 0.5819, "training loss": 1.5454,
@@ -88,8 +86,9 @@ def best_trial(folder: Path) -> Table:
     return _table(("", best["trial"]), [*rows, ("validation accuracy", f"{100 * best['value']:.2f} %")])
 
 
-def gallery(answers: Path, columns: int = 5) -> "Figure":
+def gallery(answers: Path, columns: int = 5) -> Any:
     """Pictures with what the endpoint said of them, from the CSV that `invoke` wrote."""
+    from IPython.display import Image as Shown
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -105,7 +104,9 @@ def gallery(answers: Path, columns: int = 5) -> "Figure":
         if not row["problem"]:
             with Image.open(row["file"]) as picture:
                 axes.imshow(picture.convert("RGB"))
-    return figure
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=80)
+    return Shown(png.getvalue())  # type: ignore[no-untyped-call]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
