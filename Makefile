@@ -14,13 +14,15 @@ BASE_IMAGE =
 PUSH_ARGS =
 PYTEST_ARGS =
 BENCH_ARGS =
+REHEARSE_ARGS =
 
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
+DEVELOP := --group training --group dev --group debugger --group mlflow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve evaluate image image-cpu push contract test test-slow test-container bench bench-training \
-  check fix clean
+.PHONY: help setup serve evaluate image image-cpu push contract test test-slow test-container test-aws rehearse \
+  iam-role bench bench-training check fix clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,28 +56,40 @@ contract: $(UV) ## check IMAGE, anybody's, against SageMaker's rules for hosting
 	@exec $(PYTHON) -m container.contract "$(IMAGE)" --model "$(MODEL)"
 
 test: $(UV) ## set up and run the tests (minutes)
-	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
-	@UV="$(abspath $(UV))" $(PYTHON) -m pytest -m "not slow and not container" $(PYTEST_ARGS)
+	$(UV) sync --frozen --inexact $(DEVELOP)
+	@UV="$(abspath $(UV))" $(PYTHON) -m pytest -m "not slow and not container and not aws" $(PYTEST_ARGS)
 
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
-	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
+	$(UV) sync --frozen --inexact $(DEVELOP) --group sagemaker --group notebook
 	$(PYTHON) -m pytest -m slow -s $(PYTEST_ARGS)
 
 test-container: $(UV) ## build the images and run them: needs a docker engine and 25 GB of disk (a quarter of an hour)
-	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow --group sagemaker
+	$(UV) sync --frozen --inexact $(DEVELOP) --group sagemaker
 	BASE_IMAGE="$(BASE_IMAGE)" $(PYTHON) -m pytest -m container $(PYTEST_ARGS)
 
+rehearse: $(UV) ## the journey to SageMaker without an account: tune, train, deploy, batch, clean up (ten minutes)
+	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker
+	@$(PYTHON) -m tests.rehearsal $(REHEARSE_ARGS)
+
+iam-role: $(UV) ## make the role in your AWS account that SageMaker's jobs and endpoints run as
+	$(UV) sync --frozen --inexact --group training --group sagemaker
+	@$(PYTHON) -m training.launch iam-role
+
+test-aws: $(UV) ## the tests that need an AWS account and spend a little: AWS_TEST_IMAGE=<image in ECR>
+	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker
+	$(PYTHON) -m pytest -m aws -s $(PYTEST_ARGS)
+
 bench: $(UV) ## measure the service against its peers on a quiet machine: tests/bench/RESULTS.md (an hour or two)
-	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
+	$(UV) sync --frozen --inexact $(DEVELOP)
 	@UV="$(abspath $(UV))" $(PYTHON) -m tests.bench.serving $(BENCH_ARGS)
 
 bench-training: $(UV) ## measure training on a quiet machine: tables in tests/bench/results (half an hour)
-	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
+	$(UV) sync --frozen --inexact $(DEVELOP)
 	$(PYTHON) -m tests.bench.training
 	$(PYTHON) -m tests.bench.transfer
 
 check: $(UV) ## lint, formatting, types, lock file, known vulnerabilities; edits nothing
-	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
+	$(UV) sync --frozen --inexact $(DEVELOP)
 	$(UV) lock --check
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
@@ -83,7 +97,7 @@ check: $(UV) ## lint, formatting, types, lock file, known vulnerabilities; edits
 	@UV="$(abspath $(UV))" $(PYTHON) .ci/audit.py
 
 fix: $(UV) ## mend what lint and formatting can mend
-	$(UV) sync --frozen --inexact --group training --group dev --group debugger --group mlflow
+	$(UV) sync --frozen --inexact $(DEVELOP)
 	$(PYTHON) -m ruff check --fix
 	$(PYTHON) -m ruff format
 

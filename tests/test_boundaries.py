@@ -42,6 +42,22 @@ def test_service_model_imports_neither_fastapi_nor_aws() -> None:
     }
 
 
+def test_only_launch_imports_aws_and_only_its_session_makes_clients() -> None:
+    outside = [name for name in modules_of("training") if not name.startswith("training.launch")]
+    assert not tops(imported_by(outside)) & {"boto3", "botocore", "sagemaker"}
+    makers = [
+        path.name
+        for path in (ROOT / "training").rglob("*.py")
+        if re.search(r"boto3\.(client|Session)\(|\.boto\.client\(", path.read_text())
+    ]
+    assert makers == ["session.py"]
+
+
+def test_launch_imports_neither_torch_nor_the_sdk_before_it_needs_them() -> None:
+    names = imported_by([name for name in modules_of("training.launch") if not name.endswith("tour")])
+    assert not tops(names) & {"torch", "torchvision", "sagemaker"}
+
+
 def test_training_imports_service_model_and_nothing_else_of_service() -> None:
     ours = {name for name in imported_by(modules_of("training")) if name.startswith("service.")}
     assert ours

@@ -1,5 +1,6 @@
 """README and ARCHITECTURE.md say what the code does: settings, error codes, targets, modules, defaults."""
 
+import argparse
 import re
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from service.errors import HTTP_ERRORS
 from service.settings import Settings, names
 from training.config import FILES, TrainingConfig
 from training.instrumentation import Instrumentation
+from training.launch import flags as launch_flags
 from training.tuning.config import TuningConfig
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +60,18 @@ def test_every_module_and_flag_the_readme_runs_exists() -> None:
     others = {"data_binary", "help", "model", "host", "port", "output", "inexact", "group", "logdir"}
     others |= {"profile", "rm", "policy", "repository", "region"}  # docker compose's, container.push's
     settings = (TrainingConfig, Instrumentation, TuningConfig)
+    others |= {action.dest for sub in launch_commands().values() for action in sub._actions} | {"max", "min"}
     assert flags - others <= {name for model in settings for name in model.model_fields} | set(FILES)
+
+
+def launch_commands() -> dict[str, argparse.ArgumentParser]:
+    """The commands of `python -m training.launch` by name."""
+    groups = [action for action in launch_flags.parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(groups[0].choices)
+
+
+def test_the_readme_shows_every_launch_command() -> None:
+    assert set(re.findall(r"python -m training\.launch ([a-z-]+)", README)) == set(launch_commands())
 
 
 def test_every_file_the_documents_name_exists() -> None:
@@ -69,7 +82,7 @@ def test_every_file_the_documents_name_exists() -> None:
 
 def test_the_folder_table_names_every_module() -> None:
     table = "\n".join(line for line in ARCHITECTURE.splitlines() if line.startswith("| `"))
-    packages = ("data", "tuning", "debugging", "profiling", "report")
+    packages = ("data", "tuning", "debugging", "profiling", "report", "launch")
     folders = ("service/model", "service/engines", "training", *(f"training/{name}" for name in packages))
     modules = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     unnamed = [

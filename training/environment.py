@@ -19,7 +19,8 @@ from training.flags import parse_hyperparameters
 
 log = logging.getLogger(__name__)
 
-ROOT = Path("/opt/ml")
+ROOT = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
+"""/opt/ml in a container; SAGEMAKER_BASE_DIR is how AWS's training toolkit is told of another place."""
 TRAIN_CHANNELS = ("training", "train")
 VALIDATION_CHANNELS = ("validation", "val", "valid", "test")
 WEIGHTS_CHANNELS = ("weights", "pretrained")

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from service.model.images import MEDIA_TYPES
-from training.data import cifar100, folder
+from training.data import folder
 from training.data.dataset import Dataset
 from training.data.folder import BrokenFiles
 from training.errors import DataError
 
+CIFAR100 = "cifar-100-python"
+"""The folder of CIFAR-100's files."""
 SAMPLE = "sample"
 """The folder below the data folder where the starter keeps the generated sample."""
 
@@ -28,13 +30,15 @@ def open_dataset(
     """
     if not root.is_dir():
         raise DataError(f"--data {root}: there is no such folder.")
-    if root.name == cifar100.FOLDER:
+    if root.name == CIFAR100:
         root = root.parent
-    if (root / cifar100.FOLDER).is_dir():
+    if (root / CIFAR100).is_dir():
         if validation_root is not None:
-            raise DataError(f"--validation {validation_root}: {cifar100.FOLDER} brings its own; leave it out.")
+            raise DataError(f"--validation {validation_root}: {CIFAR100} brings its own; leave it out.")
+        from training.data import cifar100  # torchvision, which takes seconds and which folders do without
+
         return cifar100.read(root)
-    if (root / SAMPLE / cifar100.FOLDER).is_dir():
+    if (root / SAMPLE / CIFAR100).is_dir():
         raise DataError(f"--data {root} holds the generated sample; say --data {root / SAMPLE}.")
     if validation_root is not None and not folder.has_classes(validation_root):
         raise DataError(f"--validation {validation_root} holds no class folders.")
@@ -45,7 +49,9 @@ def open_dataset(
         raise DataError(
             f"--data {root} holds {images} images directly; give the folder above it, which holds one folder per class."
         )
+    from training.data import cifar100
+
     raise DataError(
-        f"--data {root} holds neither {cifar100.FOLDER}/ nor one folder of images per class. For CIFAR-100: "
+        f"--data {root} holds neither {CIFAR100}/ nor one folder of images per class. For CIFAR-100: "
         f"python -m training.data.cifar100 --output {root}; without network: {cifar100.by_hand(root)}"
     )

@@ -1,0 +1,43 @@
+"""What tests of the journey share: a rehearsed account, small data, a model that was trained."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rehearsal import pictures
+from tests.rehearsal.start import Rehearsal, rehearsal
+
+RUN = ("--weights", "none", "--quantize", "off", "--epochs", "1", "--batch-size", "8", "--report", "false")
+
+
+@pytest.fixture(scope="session")
+def account() -> Iterator[Rehearsal]:
+    """An account with a role and an image, in which jobs and endpoints are processes."""
+    with rehearsal() as cloud:
+        cloud.push_image()
+        assert cloud.launch("iam-role").returncode == 0
+        yield cloud
+
+
+@pytest.fixture
+def cloud(account: Rehearsal) -> Iterator[Rehearsal]:
+    """The account; faults that a test orders end with it."""
+    yield account
+    account.order()
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Class folders of 30 images, and 5 pictures to classify."""
+    return pictures.write(tmp_path_factory.mktemp("drawn"), train_per_class=6, held_out_per_class=1)
+
+
+@pytest.fixture(scope="session")
+def data(drawn: tuple[Path, Path]) -> Path:
+    return drawn[0]
+
+
+@pytest.fixture(scope="session")
+def asked(drawn: tuple[Path, Path]) -> Path:
+    return drawn[1]

@@ -1,0 +1,142 @@
+"""The client: the same for an address and an endpoint, tried again where the service says later."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Server
+from training.errors import ConfigError
+from training.launch.__main__ import main
+from training.launch.client import Outcome, Reply, UrlTarget, classify, classify_one, images_in, retry_after_s
+
+GOOD = {"model": {"name": "m", "version": "1"}, "predictions": [{"label": "a", "index": 0, "probability": 0.9}]}
+
+
+@contextmanager
+def answering(*answers: tuple[int, dict[str, str], object]) -> Iterator[tuple[str, list[float]]]:
+    """A server that gives these answers one after the other, the last again and again; its address and the times."""
+    times: list[float] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, headers, body = answers[min(len(times), len(answers) - 1)]
+            times.append(time.monotonic())
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", times
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def problem(code: str, **more: object) -> dict[str, object]:
+    return {"error": {"code": code, "message": "a sentence", "request_id": "r", **more}}
+
+
+def one(url: str, path: Path, **more: int) -> Outcome:
+    with closing(UrlTarget(url)) as target:
+        return classify_one(target, path, **more)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "one.png"
+    path.write_bytes(b"any bytes")
+    return path
+
+
+def test_later_is_tried_again_after_what_retry_after_says(picture: Path) -> None:
+    with answering((503, {"Retry-After": "1"}, problem("overloaded")), (200, {}, GOOD)) as (url, times):
+        outcome = one(url, picture)
+    assert outcome.problem is None and outcome.tries == 2
+    assert times[1] - times[0] >= 1
+
+
+def test_a_platform_that_drops_headers_leaves_the_body() -> None:
+    assert retry_after_s(Reply(503, {}, json.dumps(problem("overloaded", retry_after_s=2)).encode())) == 2
+    assert retry_after_s(Reply(503, {"retry-after": "3"}, b"")) == 3
+    assert retry_after_s(Reply(503, {}, b"no json")) is None
+
+
+def test_what_is_the_callers_fault_is_not_tried_again(picture: Path) -> None:
+    with answering((400, {}, problem("unreadable_image"))) as (url, times):
+        outcome = one(url, picture)
+    assert outcome.problem == "unreadable_image: a sentence"
+    assert len(times) == 1
+
+
+def test_giving_up_says_how_often_it_was_tried(picture: Path) -> None:
+    with answering((503, {"Retry-After": "0"}, problem("overloaded"))) as (url, times):
+        outcome = one(url, picture, tries=2)
+    assert outcome.problem == "overloaded: a sentence (tried 2 times)"
+    assert len(times) == 2
+
+
+def test_nobody_there_is_a_sentence(picture: Path) -> None:
+    outcome = one("http://127.0.0.1:9", picture, tries=1)
+    assert outcome.problem and "did not answer" in outcome.problem and "is the service running?" in outcome.problem
+
+
+def test_a_folder_against_the_real_service_in_order_with_its_bad_file(
+    server: Server, asked: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for path in asked.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "broken.png").write_bytes(b"no picture")
+    paths = images_in([folder])
+    with closing(UrlTarget(f"http://127.0.0.1:{server.port}")) as target:
+        outcomes = list(classify(target, paths, concurrency=3))
+    assert [outcome.path for outcome in outcomes] == paths
+    bad = [outcome for outcome in outcomes if outcome.problem]
+    assert [outcome.path.name for outcome in bad] == ["broken.png"]
+    assert bad[0].problem and bad[0].problem.startswith("unreadable_image: ")
+
+
+def test_the_command_writes_csv_and_json_lines_and_tells_of_problems(
+    server: Server, asked: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    url = ["--url", f"http://127.0.0.1:{server.port}"]
+    assert main(["invoke", *url, str(asked), "--output", str(tmp_path / "a.csv")]) == 0
+    assert main(["invoke", *url, str(asked), "--output", str(tmp_path / "a.jsonl")]) == 0
+    rows = (tmp_path / "a.csv").read_text().splitlines()
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 + len(lines) == 1 + len(list(asked.iterdir()))
+    assert rows[1].split(",")[1] == lines[0]["predictions"][0]["label"]
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    assert main(["invoke", *url, str(tmp_path / "bad.png"), "--output", str(tmp_path / "b.csv")]) == 1
+    assert "unreadable_image" in (tmp_path / "b.csv").read_text()
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="give the address of the service"):
+        UrlTarget("ftp://somewhere")
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        images_in([tmp_path / "none"])
+    with pytest.raises(ConfigError, match="No images"):
+        images_in([tmp_path])
+    assert main(["invoke", "--url", "http://x", str(tmp_path)]) == 2
+    assert main(["status", "--epochs", "3"]) == 2
+    assert main(["no-command"]) == 2
+    capsys.readouterr()

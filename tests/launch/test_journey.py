@@ -1,0 +1,90 @@
+"""The whole journey, the README's commands, and the notebook, in the rehearsal. Minutes each."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rehearsal import pictures
+from tests.rehearsal.__main__ import main
+from tests.rehearsal.journey import RUN
+from tests.rehearsal.start import IMAGE, ROOT, rehearsal
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_journey_passes_and_leaves_nothing(tmp_path: Path) -> None:
+    assert main(["--processes", "--report", str(tmp_path / "report.md")]) == 0
+    told = (tmp_path / "report.md").read_text()
+    assert "Every step passed" in told
+    assert "| nothing is left | PASS |" in told
+    assert "- GAP, permissions: " in told and "sagemaker InvokeEndpoint: rehearsal" in told
+
+
+def commands() -> list[list[str]]:
+    """The README's commands, in its order."""
+    text = re.sub(r"\\\n\s+", "", README)
+    found = re.findall(r"^\.venv/bin/python -m training\.launch ([^\n#]+)", text, re.MULTILINE)
+    return [shlex.split(line) for line in found]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_commands_of_the_readme_do_what_they_say_in_their_order(tmp_path: Path) -> None:
+    data, asked = pictures.write(tmp_path)
+    places = {
+        "pictures": data, "photos": asked, "URI": IMAGE, "URI-FOR-CPUS": IMAGE, "answers.csv": tmp_path / "answers.csv",
+        "batch.csv": tmp_path / "batch.csv", "artifacts/sagemaker-tuning/best.json": tmp_path / "tuning" / "best.json",
+    }  # fmt: skip
+    small = {
+        "tune": ["--output", tmp_path / "tuning", "--epochs-range", "1:2", "--batch-sizes", "8", *RUN],
+        "train": ["--output", tmp_path / "model"],
+        "delete": ["--yes"],
+    }
+    with rehearsal() as cloud:
+        cloud.push_image()
+        for command in commands():
+            given = [places.get(part, part) for part in command]
+            if command[0] == "tune":
+                given = ["2" if part == "10" else part for part in given]
+            done = cloud.launch(*given, *small.get(command[0], []))
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+        left = {kind: names for kind, names in cloud.ask("/rehearsal/leftovers").items() if names}
+    assert left == {}
+    assert (tmp_path / "answers.csv").read_text().count("\n") == (tmp_path / "batch.csv").read_text().count("\n") > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_notebook_runs_from_top_to_bottom_and_shows_something_in_every_part(tmp_path: Path) -> None:
+    pytest.importorskip("nbclient", reason="the group notebook is not installed")
+    path = tmp_path / "executed.ipynb"
+    command = [sys.executable, "-m", "tests.rehearsal.notebook", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    outputs = {"".join(cell["source"]): json.dumps(cell["outputs"]) for cell in code_of(path)}
+    shown = "\n".join(outputs.values())
+    for part in ("PASS  credentials", "<table>", "VanishingGradient"):
+        assert part in shown
+    assert '"image/png"' in outputs["gallery(answers)"]
+    assert outputs["for chart in charts(run):\n    display(chart)"].count('"image/png"') == 4
+    assert "40.71 %" in outputs["beside_reference(model)"]
+    assert "nothing is left" in outputs['launch("delete", *ours, "--yes")']
+
+
+def test_the_notebook_has_no_logic_of_its_own_and_is_committed_without_outputs() -> None:
+    for cell in code_of(ROOT / "training" / "train_and_deploy.ipynb"):
+        source = "".join(cell["source"])
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+        assert not re.search(r"^\s*(def|class|if|while|try)\b", source, re.MULTILINE), source
+
+
+def code_of(notebook: Path) -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]

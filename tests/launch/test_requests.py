@@ -1,0 +1,179 @@
+"""What is asked of AWS agrees with AWS's own service model: names, lengths, patterns, allowed values."""
+
+from typing import Any
+
+import botocore.session
+import pytest
+
+from tests.rehearsal.cloud import violations
+from training.errors import ConfigError
+from training.launch import autoscaling, batch, endpoint, jobs, tuning
+from training.launch.amis import AMIS, ami_for
+from training.launch.endpoint import Hosting
+from training.launch.errors import LaunchError
+from training.launch.names import Project
+from training.tuning.config import TuningConfig
+
+PROJECT = Project("resnet34", "sagemaker-eu-central-1-123456789012")
+ROLE = "arn:aws:iam::123456789012:role/resnet34-sagemaker"
+IMAGE = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/resnet34-sagemaker:1"
+CHANNELS = {"train": PROJECT.uri("data", "train-1/"), "weights": PROJECT.uri("data", "weights-1/")}
+SESSION = botocore.session.get_session()
+
+
+def problems(operation: str, request: dict[str, Any], service: str = "sagemaker") -> list[str]:
+    shape = SESSION.get_service_model(service).operation_model(operation).input_shape
+    unknown = [name for name in request if name not in shape.members]
+    missing = [name for name in shape.required_members if name not in request]
+    return [*violations(request, shape, ""), *(f"unknown {n}" for n in unknown), *(f"missing {n}" for n in missing)]
+
+
+def training(**changes: Any) -> jobs.Training:
+    given = {"image": IMAGE, "role": ROLE, "channels": CHANNELS, "hyperparameters": {"epochs": "3"}, **changes}
+    return jobs.Training(**given)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"machines": jobs.Machines(keep_warm_minutes=10, retries=3, count=2, instance="ml.g4dn.12xlarge")},
+        {"mlflow": "arn:aws:sagemaker:eu-central-1:123456789012:mlflow-tracking-server/mine"},
+    ],
+)
+def test_a_training_is_a_valid_request(changes: dict[str, Any]) -> None:
+    request = {
+        "TrainingJobName": "resnet34-train-12345678-1",
+        **jobs.request(PROJECT, training(**changes), "eu-central-1"),
+    }
+    assert problems("CreateTrainingJob", request) == []
+
+
+def test_a_spot_job_waits_longer_than_it_runs_and_keeps_checkpoints() -> None:
+    request = jobs.request(PROJECT, training(machines=jobs.Machines(spot=True, max_hours=2)), "eu-central-1")
+    stopping = request["StoppingCondition"]
+    assert stopping["MaxWaitTimeInSeconds"] > stopping["MaxRuntimeInSeconds"] == 7200
+    place = request["CheckpointConfig"]["S3Uri"]
+    assert place.startswith(PROJECT.uri("checkpoints")) and place.endswith("/")
+    with pytest.raises(ConfigError, match="not for --spot"):
+        jobs.Machines(spot=True, keep_warm_minutes=5)
+
+
+def test_debugger_is_asked_for_with_rules_of_aws() -> None:
+    pytest.importorskip("sagemaker.core", reason="the group sagemaker is not installed")
+    request = jobs.request(PROJECT, training(debugger=True), "eu-central-1")
+    assert problems("CreateTrainingJob", {"TrainingJobName": "j", **request}) == []
+    assert {rule["RuleParameters"]["rule_to_invoke"] for rule in request["DebugRuleConfigurations"]} == set(
+        jobs.DEBUGGER_RULES
+    )
+    assert all("sagemaker-debugger-rules" in rule["RuleEvaluatorImage"] for rule in request["DebugRuleConfigurations"])
+    assert "TensorBoardOutputConfig" not in request
+
+
+def test_the_same_training_has_the_same_name_and_another_has_another() -> None:
+    one, two, other = (
+        PROJECT.of("train", jobs.request(PROJECT, training(hyperparameters=values), "eu-central-1"))
+        for values in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"}, {"a": "1"})
+    )
+    assert one == two != other
+
+
+@pytest.mark.parametrize("strategy", ["Bayesian", "Random"])
+def test_a_search_is_a_valid_request(strategy: tuning.Strategy) -> None:
+    search = tuning.Search(TuningConfig(), 3, strategy)
+    request = tuning.request(PROJECT, training(hyperparameters={"weights": "none"}), search, "eu-central-1")
+    name = f"{PROJECT.of('t', request)}-99"
+    assert problems("CreateHyperParameterTuningJob", {"HyperParameterTuningJobName": name, **request}) == []
+
+
+def test_the_longest_project_still_has_valid_names() -> None:
+    longest = Project("a" * 18, "b")
+    assert len(f"{longest.of('t', {})}-99") <= 32
+    with pytest.raises(ConfigError, match="1 to 18 small letters"):
+        Project("a" * 19, "b")
+
+
+def test_what_is_given_is_not_tuned_and_nothing_left_is_an_error() -> None:
+    found = tuning.ranges(TuningConfig(), {"epochs": "3"})
+    assert found["IntegerParameterRanges"] == []
+    with pytest.raises(LaunchError, match="nothing is left to tune"):
+        tuning.ranges(TuningConfig(), {"epochs": "3", "batch_size": "8", "learning_rate": "0.1"})
+
+
+@pytest.mark.parametrize(
+    ("hosting", "shadow"),
+    [
+        (Hosting(), None),
+        (Hosting(min_count=2, max_count=4, capture_percent=20), "shadow-model"),
+        (Hosting("serverless", max_concurrency=10), None),
+        (Hosting("async", min_count=0, max_count=2), None),
+        (Hosting(instance="ml.c6i.xlarge"), None),
+    ],
+)
+def test_every_kind_of_endpoint_is_a_valid_request(hosting: Hosting, shadow: str | None) -> None:
+    request = endpoint.config_request(PROJECT, "model-1", hosting, shadow)
+    assert problems("CreateEndpointConfig", request) == []
+    variant = request["ProductionVariants"][0]
+    gpu = hosting.kind != "serverless" and hosting.instance.startswith("ml.g")
+    assert ("InferenceAmiVersion" in variant) == gpu
+    assert ("MetricsConfig" in request) == (hosting.kind != "serverless")
+
+
+def test_an_update_goes_back_by_alarms_and_starts_with_one_instance_of_several() -> None:
+    for hosting, kind in ((Hosting(), "ALL_AT_ONCE"), (Hosting(min_count=3, max_count=3), "CANARY")):
+        config = endpoint.deployment(hosting, ["a", "b"])
+        given = {"EndpointName": "e", "EndpointConfigName": "c", "DeploymentConfig": config}
+        assert problems("UpdateEndpoint", given) == []
+        assert config["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]["Type"] == kind
+
+
+def test_autoscaling_follows_requests_and_concurrency_or_the_backlog() -> None:
+    for hosting, names in (
+        (Hosting(max_count=3), {"resnet34-requests", "resnet34-concurrency"}),
+        (Hosting("async", min_count=0), {"resnet34-backlog"}),
+    ):
+        wanted = autoscaling.policies(PROJECT, hosting)
+        assert set(wanted) == names
+        for name, tracking in wanted.items():
+            request = {
+                "PolicyName": name, "PolicyType": "TargetTrackingScaling", "ServiceNamespace": "sagemaker",
+                "ResourceId": autoscaling.resource(PROJECT), "ScalableDimension": autoscaling.DIMENSION,
+                "TargetTrackingScalingPolicyConfiguration": tracking,
+            }  # fmt: skip
+            assert problems("PutScalingPolicy", request, "application-autoscaling") == []
+
+
+def test_a_batch_is_a_valid_request_within_its_100_megabytes() -> None:
+    request = batch.request(PROJECT, "model-1", PROJECT.uri("batch", "1", "input") + "/")
+    assert problems("CreateTransformJob", {"TransformJobName": "j", **request}) == []
+    assert request["MaxPayloadInMB"] * request["MaxConcurrentTransforms"] <= 100
+
+
+def test_what_cannot_be_hosted_is_refused() -> None:
+    with pytest.raises(ConfigError, match="only an asynchronous endpoint can go down to 0"):
+        Hosting(min_count=0)
+    with pytest.raises(ConfigError, match="1024, 2048"):
+        Hosting("serverless", memory_mb=1000)
+    with pytest.raises(ConfigError, match="CUDA 13 dropped its GPU"):
+        ami_for("ml.p3.2xlarge")
+    with pytest.raises(ConfigError, match="look like ml"):
+        ami_for("g5.xlarge")
+
+
+def test_the_amis_are_those_that_aws_lists() -> None:
+    known = SESSION.get_service_model("sagemaker").shape_for("ProductionVariantInferenceAmiVersion").enum
+    assert {ami.name for ami in AMIS} == {name for name in known if "neuron" not in name}
+    assert ami_for("ml.g4dn.xlarge") == "al2023-ami-sagemaker-inference-gpu-4-1"
+    assert ami_for("ml.g5.xlarge", (12, 4)) == "al2-ami-sagemaker-inference-gpu-3-1"
+    assert ami_for("ml.c6i.xlarge") is None
+
+
+def test_default_instances_exist_at_aws_and_have_a_price() -> None:
+    from training.launch.cost import USD_PER_HOUR, hourly
+
+    model = SESSION.get_service_model("sagemaker")
+    assert set(USD_PER_HOUR) <= set(model.shape_for("ProductionVariantInstanceType").enum)
+    assert jobs.INSTANCE in model.shape_for("TrainingInstanceType").enum
+    assert batch.INSTANCE in model.shape_for("TransformInstanceType").enum
+    assert {jobs.INSTANCE, endpoint.INSTANCE, batch.INSTANCE} <= set(USD_PER_HOUR)
+    assert "not in our price table" in hourly("ml.new.xlarge")

@@ -1,0 +1,66 @@
+"""What a rehearsal showed, as text and as Markdown."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Result = Literal["PASS", "FAIL", "GAP"]
+
+GAPS = {
+    "permissions": "moto lets everyone do everything; preflight's simulation reads inline policies only",
+    "registry": "the image is entered into moto's ECR, not pulled from it; the engine runs its own",
+    "GPU": "no driver, no CUDA, no InferenceAmiVersion: instance types are names here",
+    "quotas, capacity, prices": "invented quotas; capacity errors are ordered by tests (tests/launch)",
+    "several hosts": "one host a job; training over hosts is tested by torchrun (tests/training/test_distributed.py)",
+    "the tuner's strategy": "trials are drawn at random; Bayesian search and early stopping are AWS's",
+    "blue/green": "the swap is real, alarms do not fire; traffic is not shifted bit by bit",
+    "autoscaling": "targets and policies are kept and checked; nothing scales",
+    "metrics": "CloudWatch's graphs, and its reading of /metrics, are AWS's",
+    "Debugger": "requests are checked against AWS's model; rule containers do not run",
+    "network": "no VPC, no network isolation, no TLS",
+}  # fmt: skip
+"""What no rehearsal on one machine shows."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the journey."""
+
+    name: str
+    result: Result
+    seconds: float
+    shown: str
+
+
+def text(steps: list[Step]) -> str:
+    """A line a step."""
+    width = max(len(step.name) for step in steps)
+    return "\n".join(f"  {s.result}  {s.name:<{width}}  {s.seconds:5.0f} s  {s.shown}" for s in steps)
+
+
+def write(path: Path, steps: list[Step], engine: str, answers: dict[str, str]) -> None:
+    """The report as Markdown."""
+    failed = [step.name for step in steps if step.result == "FAIL"]
+    lines = [
+        "# Rehearsal of the journey to SageMaker",
+        "",
+        f"{time.strftime('%Y-%m-%d %H:%M')}; jobs and endpoints ran as {engine}. "
+        f"{'FAILED: ' + ', '.join(failed) if failed else 'Every step passed'}; {sum(s.seconds for s in steps):.0f} s.",
+        "",
+        "| Step | Result | Seconds | Shown |",
+        "|---|---|---|---|",
+        *(f"| {s.name} | {s.result} | {s.seconds:.0f} | {s.shown.replace('|', '/')} |" for s in steps),
+        "",
+        "## What this cannot show",
+        "",
+        *(f"- GAP, {name}: {why}." for name, why in GAPS.items()),
+        "",
+        "## Answered by the rehearsal, not by moto alone",
+        "",
+        *(f"- {call}: {who}" for call, who in sorted(answers.items()) if who != "moto"),
+        "",
+        f"The other {sum(who == 'moto' for who in answers.values())} operations were answered by moto as it is.",
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")

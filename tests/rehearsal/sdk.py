@@ -1,0 +1,104 @@
+"""The SageMaker SDK as a second client: what AWS's own library asks for, our image answers as well."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.rehearsal.containers import free_port
+from tests.rehearsal.start import IMAGE, ROOT, Rehearsal
+from training.launch.roles import trust_policy
+
+TRAIN = """
+import sys
+from sagemaker.core.helper.session_helper import Session
+from sagemaker.train import ModelTrainer
+from sagemaker.train.configs import Compute, InputData, OutputDataConfig, StoppingCondition
+import boto3
+
+image, role, bucket, data = sys.argv[1:]
+session = Session(boto_session=boto3.Session(), default_bucket=bucket)
+trainer = ModelTrainer(
+    training_image=image, role=role, sagemaker_session=session, base_job_name="by-sdk",
+    compute=Compute(instance_type="ml.m5.xlarge", instance_count=1, volume_size_in_gb=30),
+    stopping_condition=StoppingCondition(max_runtime_in_seconds=3600),
+    output_data_config=OutputDataConfig(s3_output_path=f"s3://{bucket}/sdk"),
+    hyperparameters={"weights": "none", "epochs": 1, "batch_size": 8, "learning_rate": 0.02, "quantize": "off",
+                     "report": False},
+)
+trainer.train(input_data_config=[InputData(channel_name="train", data_source=data)], wait=True, logs=False)
+job = trainer._latest_training_job
+print("SDK", job.training_job_status, job.model_artifacts.s3_model_artifacts)
+"""
+
+SERVE = """
+import sys, time, urllib.request
+from pathlib import Path
+from sagemaker.core.local import LocalSession
+
+image, folder, port, picture, bucket = sys.argv[1:]
+session = LocalSession(default_bucket=bucket)
+session.config = {"local": {"serving_port": int(port), "local_code": True}}
+client = session.sagemaker_client
+container = {"Image": image, "ModelDataUrl": Path(folder).as_uri(), "Environment": {"CLASSIFIER_WORKERS": "1"}}
+client.create_model(ModelName="by-sdk", PrimaryContainer=container)
+variant = {"VariantName": "main", "ModelName": "by-sdk", "InitialInstanceCount": 1, "InstanceType": "local"}
+client.create_endpoint_config(EndpointConfigName="by-sdk", ProductionVariants=[variant])
+client.create_endpoint(EndpointName="by-sdk", EndpointConfigName="by-sdk")
+try:
+    answer = session.sagemaker_runtime_client.invoke_endpoint(
+        EndpointName="by-sdk", Body=Path(picture).read_bytes(), ContentType="image/png", Accept="application/json"
+    )
+    print("SDK", answer["Body"].read().decode())
+finally:
+    client.delete_endpoint(EndpointName="by-sdk")
+"""
+
+
+@contextmanager
+def _environment(cloud: Rehearsal) -> Iterator[dict[str, str]]:
+    """The cloud's, and the SDK's telemetry off: it would go to the network."""
+    with TemporaryDirectory() as scratch:
+        config = Path(scratch) / "config.yaml"
+        config.write_text("SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n      TelemetryOptOut: true\n")
+        yield {**cloud.environment, "SAGEMAKER_USER_CONFIG_OVERRIDE": str(config)}
+
+
+def _run(cloud: Rehearsal, code: str, *arguments: str, limit_s: float = 300) -> str:
+    """What the program prints after "SDK". Raises: ValueError."""
+    with _environment(cloud) as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+            timeout=limit_s, check=False,
+        )  # fmt: skip
+    said = [line.removeprefix("SDK ") for line in done.stdout.splitlines() if line.startswith("SDK ")]
+    if done.returncode or not said:
+        raise ValueError(f"{done.stdout[-800:]} {done.stderr[-1500:]}")
+    return said[-1]
+
+
+def train_by_sdk(cloud: Rehearsal, data: Path) -> str:
+    """ModelTrainer, hyperparameters JSON-quoted as it does, to the end. Raises: ValueError."""
+    iam = cloud.client("iam")
+    # ModelTrainer refuses roles without permissions for a VPC, which the product's role has not: nothing uses one.
+    allowed = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
+    role = iam.create_role(RoleName="by-sdk", AssumeRolePolicyDocument=json.dumps(trust_policy()))["Role"]["Arn"]
+    iam.put_role_policy(RoleName="by-sdk", PolicyName="all", PolicyDocument=json.dumps(allowed))
+    bucket = f"sagemaker-eu-central-1-{role.split(':')[4]}"
+    listed = cloud.client("s3").list_objects_v2(Bucket=bucket, Prefix="resnet34/data/train-")["Contents"]
+    place = f"s3://{bucket}/{'/'.join(listed[0]['Key'].split('/')[:3])}/"
+    said = _run(cloud, TRAIN, IMAGE, role, bucket, place)
+    if not said.startswith("Completed"):
+        raise ValueError(said)
+    return "ModelTrainer trained with the same image and data, hyperparameters quoted its way"
+
+
+def serve_by_sdk(cloud: Rehearsal, model: Path, pictures: Path, image: str) -> str:
+    """The SDK's local container mode runs `IMAGE serve` and asks it. Raises: ValueError."""
+    picture = sorted(pictures.iterdir())[0]
+    archive = model.with_name(f"{model.name}.tar.gz")
+    said = json.loads(_run(cloud, SERVE, image, str(archive), str(free_port()), str(picture), "unused-bucket"))
+    return f"LocalSession ran `{image} serve`, which takes {picture.name} for {said['predictions'][0]['label']}"

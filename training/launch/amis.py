@@ -1,0 +1,64 @@
+"""Which driver a SageMaker host has, and which CUDA an image may therefore bring.
+
+InferenceAmiVersion and what each holds: botocore's service model, 2026-11-22, and
+https://docs.aws.amazon.com/sagemaker/latest/dg/inference-gpu-drivers.html. Without it g4dn and g5 hosts have driver
+470, on which a container with CUDA 13 does not start and leaves no log.
+"""
+
+from dataclasses import dataclass
+
+from training.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ami:
+    """A host image for endpoints."""
+
+    name: str
+    driver: int
+    cuda: tuple[int, int]
+    """The newest CUDA whose images start on it."""
+
+
+AMIS = (
+    Ami("al2-ami-sagemaker-inference-gpu-2", 535, (12, 2)),
+    Ami("al2-ami-sagemaker-inference-gpu-2-1", 535, (12, 2)),
+    Ami("al2-ami-sagemaker-inference-gpu-3-1", 550, (12, 4)),
+    Ami("al2023-ami-sagemaker-inference-gpu-4-1", 580, (13, 0)),
+)
+DEFAULT_DRIVER = {"g4dn": 470, "g5": 470, "p4d": 470, "g6": 535, "p5": 535}
+"""What a family's host has where no AMI is asked for."""
+
+IMAGE_CUDA = (13, 0)
+"""Of the image that container/ builds for GPUs: torch 2.13's wheels are for CUDA 13.0."""
+
+
+def family(instance: str) -> str:
+    """`ml.g5.xlarge` -> `g5`."""
+    parts = instance.split(".")
+    if len(parts) != 3 or parts[0] != "ml":
+        raise ConfigError(f"--instance {instance}: SageMaker's instance types look like ml.g5.xlarge or ml.c6i.xlarge.")
+    return parts[1]
+
+
+def has_gpu(instance: str) -> bool:
+    """Whether the instance type brings an NVIDIA GPU."""
+    return family(instance).startswith(("g", "p"))
+
+
+def ami_for(instance: str, cuda: tuple[int, int] = IMAGE_CUDA) -> str | None:
+    """The host image on which a container with `cuda` starts; None where none need be asked for (no GPU).
+
+    Raises: ConfigError where there is none, or the GPU is too old for it.
+    """
+    if not has_gpu(instance):
+        return None
+    if family(instance) in ("p2", "p3") and cuda >= (13, 0):
+        raise ConfigError(f"--instance {instance}: CUDA 13 dropped its GPU; take ml.g4dn, ml.g5 or ml.g6.")
+    for ami in AMIS:
+        if cuda <= ami.cuda and (cuda >= (13, 0) or ami.name.endswith("-1")):
+            return ami.name
+    newest = AMIS[-1].cuda
+    raise ConfigError(
+        f"No inference AMI runs CUDA {cuda[0]}.{cuda[1]}; the newest has {newest[0]}.{newest[1]}. Build an older image."
+    )

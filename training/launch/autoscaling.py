@@ -1,0 +1,115 @@
+"""Autoscaling of the endpoint's variant: the number of instances follows requests and concurrency, within bounds."""
+
+import logging
+from typing import Any
+
+from training.launch.endpoint import VARIANT, Hosting
+from training.launch.names import Project
+from training.launch.session import Aws
+
+log = logging.getLogger("training")
+
+NAMESPACE, DIMENSION = "sagemaker", "sagemaker:variant:DesiredInstanceCount"
+REQUESTS_PER_MINUTE = 1200.0
+"""Requests a minute that an instance is to have, 20 a second: well below what one answers (see the README), so that
+the minutes a new instance takes to start are bridged. Set it from a load test of your own pictures."""
+CONCURRENT = 16.0
+"""Requests at once that an instance is to have: half of a batch, of which the engine takes 32."""
+BACKLOG = 5.0
+"""Waiting requests per instance of an asynchronous endpoint."""
+SCALE_OUT_S, SCALE_IN_S = 60, 300
+
+
+def resource(project: Project) -> str:
+    """The variant's name in application-autoscaling."""
+    return f"endpoint/{project.endpoint}/variant/{VARIANT}"
+
+
+def policies(project: Project, hosting: Hosting) -> dict[str, dict[str, Any]]:
+    """Policy name -> target tracking configuration. With several, the one that wants most instances wins."""
+
+    def tracking(target: float, metric: dict[str, Any]) -> dict[str, Any]:
+        return {"TargetValue": target, "ScaleOutCooldown": SCALE_OUT_S, "ScaleInCooldown": SCALE_IN_S, **metric}
+
+    if hosting.kind == "async":
+        dimensions = [{"Name": "EndpointName", "Value": project.endpoint}]
+        backlog = {
+            "MetricName": "ApproximateBacklogSizePerInstance", "Namespace": "AWS/SageMaker",
+            "Dimensions": dimensions, "Statistic": "Average",
+        }  # fmt: skip
+        return {f"{project.name}-backlog": tracking(BACKLOG, {"CustomizedMetricSpecification": backlog})}
+    predefined = {
+        "requests": (REQUESTS_PER_MINUTE, "SageMakerVariantInvocationsPerInstance"),
+        "concurrency": (CONCURRENT, "SageMakerVariantConcurrentRequestsPerModelHighResolution"),
+    }
+    return {
+        f"{project.name}-{name}": tracking(
+            target, {"PredefinedMetricSpecification": {"PredefinedMetricType": metric}}
+        )
+        for name, (target, metric) in predefined.items()
+    }  # fmt: skip
+
+
+def apply(aws: Aws, project: Project, hosting: Hosting) -> None:
+    """Scale between the hosting's counts; without room between them, not at all. Safe to repeat. Raises: AwsError."""
+    if hosting.kind == "serverless" or hosting.max_count == hosting.min_count:
+        remove(aws, project)
+        return
+    client, place = aws.client("application-autoscaling"), _place(project)
+    client.register_scalable_target(**place, MinCapacity=hosting.min_count, MaxCapacity=hosting.max_count)
+    wanted = policies(project, hosting)
+    for name, tracking in wanted.items():
+        client.put_scaling_policy(
+            **place, PolicyName=name, PolicyType="TargetTrackingScaling",
+            TargetTrackingScalingPolicyConfiguration=tracking,
+        )  # fmt: skip
+    if hosting.kind == "async" and hosting.min_count == 0:
+        _wake(aws, project)
+        wanted |= {f"{project.name}-wake": {}}
+    for policy in found(aws, project)[1]:
+        if policy["PolicyName"] not in wanted:
+            client.delete_scaling_policy(**place, PolicyName=policy["PolicyName"])
+    log.info(
+        "endpoint %s scales from %d to %d instances (%s)",
+        project.endpoint, hosting.min_count, hosting.max_count, ", ".join(wanted),
+    )  # fmt: skip
+
+
+def _wake(aws: Aws, project: Project) -> None:
+    """From 0 instances there is no backlog per instance to track: an alarm adds the first."""
+    made = aws.client("application-autoscaling").put_scaling_policy(
+        **_place(project), PolicyName=f"{project.name}-wake", PolicyType="StepScaling",
+        StepScalingPolicyConfiguration={
+            "AdjustmentType": "ChangeInCapacity", "MetricAggregationType": "Average", "Cooldown": SCALE_IN_S,
+            "StepAdjustments": [{"MetricIntervalLowerBound": 0.0, "ScalingAdjustment": 1}],
+        },
+    )  # fmt: skip
+    aws.client("cloudwatch").put_metric_alarm(
+        AlarmName=f"{project.name}-wake", Namespace="AWS/SageMaker", MetricName="HasBacklogWithoutCapacity",
+        Dimensions=[{"Name": "EndpointName", "Value": project.endpoint}], Statistic="Average", Period=60,
+        EvaluationPeriods=1, Threshold=1.0, ComparisonOperator="GreaterThanOrEqualToThreshold",
+        TreatMissingData="missing", AlarmActions=[made["PolicyARN"]], Tags=project.tags,
+    )  # fmt: skip
+
+
+def found(aws: Aws, project: Project) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The scalable target, None where there is none, and its policies. Raises: AwsError."""
+    client = aws.client("application-autoscaling")
+    place = {"ServiceNamespace": NAMESPACE, "ScalableDimension": DIMENSION}
+    targets = client.describe_scalable_targets(**place, ResourceIds=[resource(project)])["ScalableTargets"]
+    listed = client.describe_scaling_policies(**place, ResourceId=resource(project))["ScalingPolicies"]
+    return (targets[0] if targets else None), listed
+
+
+def remove(aws: Aws, project: Project) -> None:
+    """No more scaling; where there was none, nothing happens. Raises: AwsError."""
+    target, listed = found(aws, project)
+    client = aws.client("application-autoscaling")
+    for policy in listed:
+        client.delete_scaling_policy(**_place(project), PolicyName=policy["PolicyName"])
+    if target:
+        client.deregister_scalable_target(**_place(project))
+
+
+def _place(project: Project) -> dict[str, str]:
+    return {"ServiceNamespace": NAMESPACE, "ResourceId": resource(project), "ScalableDimension": DIMENSION}

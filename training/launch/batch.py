@@ -1,0 +1,129 @@
+"""Batch transform: a folder of images classified by a job that starts, answers and ends.
+
+On processors: AWS's hosts for batch transform have driver 535 at most, no CUDA 13 (`TransformAmiVersion` in botocore's
+model, 2026-11-22), so the image is the one for CPUs. One image a request: pictures have no lines. The container's
+/execution-parameters say the rest.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from service.model.errors import ImageError
+from service.model.images import decode
+from training.errors import DataError
+from training.launch import attempts, data
+from training.launch.attempts import Summary, take_or_make
+from training.launch.client import Outcome
+from training.launch.errors import JobFailed, failure_advice
+from training.launch.jobs import OVER
+from training.launch.logs import TRANSFORM, LogTail
+from training.launch.names import Project, digest, split_uri
+from training.launch.session import Aws
+from training.launch.wait import POLL_S, wait
+
+log = logging.getLogger("training")
+
+INSTANCE = "ml.c6i.2xlarge"
+MAX_PAYLOAD_MB = 25
+TIMEOUT_S, RETRIES = 120, 3
+
+
+def readable(paths: Sequence[Path]) -> tuple[list[Path], list[Outcome]]:
+    """The images that can be decoded, and what is wrong with the others: one bad record would fail the whole job."""
+    good, bad = [], []
+    for path in paths:
+        try:
+            content = path.read_bytes()
+            decode(content)
+            if len(content) > MAX_PAYLOAD_MB * 2**20:
+                raise DataError(f"it is larger than the {MAX_PAYLOAD_MB} MB that a job takes")
+            good.append(path)
+        except (ImageError, DataError, OSError) as exc:
+            bad.append(Outcome(path, problem=str(exc)))
+    return good, bad
+
+
+def upload(aws: Aws, project: Project, paths: Sequence[Path]) -> tuple[str, dict[Path, str]]:
+    """Bring the images to S3: the address of their folder, and the key of each below it. Raises: AwsError."""
+    sums = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    # Named by content: two files of the same name may come from two folders, and keys may hold no odd characters.
+    keys = {path: f"{sums[path][:32]}{path.suffix.lower()}" for path in paths}
+    place = project.uri("batch", digest(sorted(keys.values())), "input") + "/"
+    unique = {keys[path]: path for path in paths}
+    data.put(aws, place, list(unique.items()), {keys[path]: sums[path] for path in paths}, "uploading images")
+    return place, keys
+
+
+def request(project: Project, model: str, place: str, instance: str = INSTANCE, count: int = 1) -> dict[str, Any]:
+    """CreateTransformJob's arguments but for the name."""
+    output = place.removesuffix("input/") + f"output-{digest([model, place])}"
+    return {
+        "ModelName": model,
+        "BatchStrategy": "SingleRecord",
+        "MaxPayloadInMB": MAX_PAYLOAD_MB,  # with it, at most 4 at once: the product may be 100 MB
+        "MaxConcurrentTransforms": 100 // MAX_PAYLOAD_MB,
+        "ModelClientConfig": {"InvocationsTimeoutInSeconds": TIMEOUT_S, "InvocationsMaxRetries": RETRIES},
+        "TransformInput": {
+            "DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": place}},
+            "ContentType": "application/octet-stream",
+            "CompressionType": "None",
+            "SplitType": "None",
+        },
+        "TransformOutput": {"S3OutputPath": output, "Accept": "application/json", "AssembleWith": "None"},
+        "TransformResources": {"InstanceType": instance, "InstanceCount": count},
+        "Tags": project.tags,
+    }
+
+
+def start(aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
+    """The name of the job for this request: one that runs or has ended well is taken, else the next attempt.
+
+    Raises: AwsError.
+    """
+    base = project.of("batch", {name: value for name, value in wanted.items() if name != "Tags"})
+    create = aws.client("sagemaker").create_transform_job
+    return take_or_make(
+        base, listed(aws, base), "TransformJobName", "TransformJobStatus",
+        lambda name: create(TransformJobName=name, **wanted), "job",
+    )  # fmt: skip
+
+
+def listed(aws: Aws, prefix: str) -> list[Summary]:
+    """Summaries of the transform jobs whose name begins so. Raises: AwsError."""
+    call = aws.client("sagemaker").list_transform_jobs
+    return attempts.listed(call, "TransformJobSummaries", "TransformJobName", prefix)
+
+
+def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
+    """Until the job ends. Returns: its description. Raises: JobFailed; StoppedWaiting; AwsError."""
+    client, tail = aws.client("sagemaker"), LogTail(aws, TRANSFORM, f"{name}/")
+    job = wait(
+        lambda: dict(client.describe_transform_job(TransformJobName=name)),
+        lambda job: str(job["TransformJobStatus"]),
+        lambda job: job["TransformJobStatus"] in OVER,
+        f"job {name}", tail, poll_s,
+    )  # fmt: skip
+    if job["TransformJobStatus"] != "Completed":
+        reason = job.get("FailureReason") or job["TransformJobStatus"]
+        raise JobFailed(f"Job {name}", reason, tail.last_lines(), failure_advice(reason))
+    return job
+
+
+def outcomes(aws: Aws, job: dict[str, Any], keys: dict[Path, str]) -> list[Outcome]:
+    """What the job wrote about each image, in the order of `keys`. Raises: AwsError."""
+    bucket, prefix = split_uri(job["TransformOutput"]["S3OutputPath"])
+    s3 = aws.client("s3")
+    there = {key for key, _ in data.listed(aws, job["TransformOutput"]["S3OutputPath"])}
+    found = []
+    for path, key in keys.items():
+        target = f"{prefix.rstrip('/')}/{key}.out"
+        if target not in there:
+            found.append(Outcome(path, problem="the job wrote no answer"))
+            continue
+        answer = json.loads(s3.get_object(Bucket=bucket, Key=target)["Body"].read())
+        found.append(Outcome(path, tuple(answer["predictions"]), None, 1, answer.get("model", {})))
+    return found

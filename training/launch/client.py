@@ -1,0 +1,269 @@
+"""A client of the service: the same code for an address and for a SageMaker endpoint.
+
+    from training.launch.client import UrlTarget, classify
+    with closing(UrlTarget("http://127.0.0.1:8080")) as target:
+        for outcome in classify(target, paths): ...
+
+What the container says of an error arrives either way: SageMaker wraps it into a ModelError, from which status and
+body are taken out again. "Later" (429, 503, 504) is tried again, after what Retry-After or the service's own wait says.
+"""
+
+import http.client
+import json
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from botocore.exceptions import ClientError
+
+from service.model.images import MEDIA_TYPES
+from training.errors import ConfigError
+from training.launch.errors import THROTTLED, AwsError, LaunchError
+from training.launch.names import split_uri
+from training.launch.session import READ_TIMEOUT_S, Aws
+
+log = logging.getLogger("training")
+
+LATER = (429, 503, 504)
+"""Statuses that say: the same request may do well later."""
+TRIES = 6
+MAX_PAUSE_S = 20.0
+ASYNC_LIMIT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the service answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    """Names in small letters."""
+    body: bytes
+
+    @property
+    def problem(self) -> str:
+        """The service's own sentence about an error, with its code."""
+        try:
+            error = json.loads(self.body)["error"]
+            return f"{error['code']}: {error['message']}"
+        except (ValueError, KeyError, TypeError):
+            return self.body[:300].decode(errors="replace") or f"status {self.status}"
+
+
+class Unanswered(LaunchError):
+    """No answer came; the same request may do well later."""
+
+
+class Target(Protocol):
+    """Where images are sent. Used by many threads at once."""
+
+    name: str
+
+    def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
+        """One request. Raises: Unanswered; LaunchError where trying again is no use."""
+        ...
+
+    def close(self) -> None:
+        """No more requests come."""
+        ...
+
+
+class UrlTarget:
+    """A service at an address: `make serve`, a container, a load balancer."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            host, port, parts = None, None, urlsplit("")
+        if not host or parts.scheme not in ("http", "https"):
+            raise ConfigError(f"--url {url}: give the address of the service, such as http://127.0.0.1:8080.")
+        self.name, self._host, self._port = url, host, port
+        self._path = f"{parts.path.rstrip('/')}/invocations"
+        self._made = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._local = threading.local()
+        self._connections: list[http.client.HTTPConnection] = []
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        for connection in self._connections:
+            connection.close()
+
+    def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
+        """See `Target.ask`."""
+        if not hasattr(self._local, "connection"):
+            self._local.connection = self._made(self._host, self._port, timeout=READ_TIMEOUT_S)
+            self._connections.append(self._local.connection)
+        connection = self._local.connection
+        try:
+            connection.request("POST", self._path, body, {"Content-Type": media_type, "Accept": accept})
+            response = connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as exc:
+            connection.close()
+            raise Unanswered(
+                f"{self.name} did not answer ({exc or type(exc).__name__}); is the service running?"
+            ) from exc
+        return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, content)
+
+
+class EndpointTarget:
+    """A SageMaker endpoint, real-time or serverless."""
+
+    def __init__(self, aws: Aws, endpoint: str) -> None:
+        self.name, self._client = f"endpoint {endpoint}", aws.client("sagemaker-runtime")
+        self._endpoint = endpoint
+
+    def close(self) -> None:
+        """The client is the account's, and stays."""
+
+    def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
+        """See `Target.ask`."""
+        try:
+            answer = self._client.invoke_endpoint(
+                EndpointName=self._endpoint, Body=body, ContentType=media_type, Accept=accept
+            )
+        except ClientError as exc:  # ModelError, see `session`: the container's own answer
+            original = exc.response.get("OriginalStatusCode", 500)
+            return Reply(int(original), {}, str(exc.response.get("OriginalMessage", exc)).encode())
+        except AwsError as exc:
+            if exc.code in (
+                *THROTTLED,
+                "Unreachable",
+                "ServiceUnavailable",
+                "InternalFailure",
+                "ModelNotReadyException",
+            ):
+                raise Unanswered(str(exc)) from exc
+            raise
+        headers = answer["ResponseMetadata"]["HTTPHeaders"]
+        return Reply(200, headers, answer["Body"].read())
+
+
+class AsyncTarget:
+    """An asynchronous endpoint: the image goes to S3, the answer is fetched from there."""
+
+    def __init__(self, aws: Aws, endpoint: str, place: str, poll_s: float = 1.0) -> None:
+        """`place`: s3:// folder for the images."""
+        self.name, self._aws, self._endpoint = f"asynchronous endpoint {endpoint}", aws, endpoint
+        self._place, self._poll_s = place, poll_s
+
+    def close(self) -> None:
+        """The clients are the account's, and stay."""
+
+    def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
+        """See `Target.ask`. Waits ASYNC_LIMIT_S at most."""
+        s3 = self._aws.client("s3")
+        bucket, prefix = split_uri(self._place)
+        key = f"{prefix.rstrip('/')}/{uuid.uuid4().hex}"
+        s3.put_object(Bucket=bucket, Key=key, Body=body, ContentType=media_type)
+        sent = self._aws.client("sagemaker-runtime").invoke_endpoint_async(
+            EndpointName=self._endpoint, InputLocation=f"s3://{bucket}/{key}", ContentType=media_type, Accept=accept
+        )
+        deadline_s = time.monotonic() + ASYNC_LIMIT_S
+        while time.monotonic() < deadline_s:
+            for status, uri in ((200, sent["OutputLocation"]), (500, sent.get("FailureLocation"))):
+                found = _content(s3, uri) if uri else None
+                if found is not None:
+                    s3.delete_object(Bucket=bucket, Key=key)
+                    return Reply(status, {}, found)
+            time.sleep(self._poll_s)
+        raise LaunchError(f"{self.name} left no answer at {sent['OutputLocation']} within {ASYNC_LIMIT_S:g} s.")
+
+
+def _content(s3: Any, uri: str) -> bytes | None:
+    bucket, key = split_uri(uri)
+    try:
+        return bytes(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+    except AwsError as exc:
+        if exc.is_missing or exc.is_denied:  # S3 says "denied" of what is missing, without ListBucket
+            return None
+        raise
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one image."""
+
+    path: Path
+    predictions: tuple[dict[str, Any], ...] = ()
+    """Likeliest first: label, index, probability. Empty where there is a problem."""
+    problem: str | None = None
+    tries: int = 1
+    model: Mapping[str, str] = field(default_factory=dict)
+
+
+def classify(target: Target, paths: Iterable[Path], *, concurrency: int = 8, tries: int = TRIES) -> Iterator[Outcome]:
+    """Send each image; outcomes in the order of `paths`, failures among them. Raises: AwsError (of access, say)."""
+    with ThreadPoolExecutor(concurrency) as threads:
+        try:
+            yield from threads.map(lambda path: classify_one(target, path, tries), paths)
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
+
+
+def classify_one(target: Target, path: Path, tries: int = TRIES) -> Outcome:
+    """One image's outcome, tried again where the service says later. Raises: AwsError where no image would do."""
+    try:
+        body = path.read_bytes()
+    except OSError as exc:
+        return Outcome(path, problem=f"cannot be read: {exc.strerror}")
+    media_type = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
+    for attempt in range(1, tries + 1):
+        try:
+            reply = target.ask(body, media_type)
+        except Unanswered as exc:
+            problem, pause_s = str(exc), _backoff_s(attempt)
+        else:
+            if reply.status == 200:
+                answer = json.loads(reply.body)
+                return Outcome(path, tuple(answer["predictions"]), None, attempt, answer.get("model", {}))
+            problem = reply.problem
+            if reply.status not in LATER:
+                return Outcome(path, problem=problem, tries=attempt)
+            pause_s = retry_after_s(reply) or _backoff_s(attempt)
+        if attempt < tries:
+            time.sleep(min(pause_s, MAX_PAUSE_S))
+    return Outcome(path, problem=f"{problem} (tried {tries} times)", tries=tries)
+
+
+def retry_after_s(reply: Reply) -> float | None:
+    """What the service asks to wait: the header, or where a platform drops headers the body's `retry_after_s`."""
+    text: object = reply.headers.get("retry-after")
+    if text is None:
+        try:
+            text = json.loads(reply.body)["error"].get("retry_after_s")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+    try:
+        return max(0.0, float(str(text)))
+    except ValueError:
+        return None
+
+
+def images_in(places: Iterable[Path]) -> list[Path]:
+    """The image files that these files and folders are, in order. Raises: ConfigError where there is none."""
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            found += sorted(p for p in place.rglob("*") if p.is_file() and p.suffix.lower() in MEDIA_TYPES)
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise ConfigError(f"{place}: there is no such file or folder.")
+    if not found:
+        raise ConfigError(f"No images ({', '.join(sorted(MEDIA_TYPES))}) in {', '.join(map(str, places))}.")
+    return found
+
+
+def _backoff_s(attempt: int) -> float:
+    return random.uniform(0.5, 1.0) * min(MAX_PAUSE_S, float(2 ** (attempt - 1)))  # noqa: S311 - no secret

@@ -1,0 +1,129 @@
+"""The commands: each a step of the journey, put together from the modules beside this one."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+from training.errors import ConfigError
+from training.flags import unknown_name
+from training.launch import (
+    images,
+    inventory,
+    preflight,
+    results,
+    roles,
+)
+from training.launch.client import Target, UrlTarget, classify, images_in
+from training.launch.deployment import run_batch, run_deploy, target_of
+from training.launch.errors import LaunchError
+from training.launch.experiments import channels, run_train, run_tune
+from training.launch.opening import Options, as_json, opened
+from training.progress import progress
+
+log = logging.getLogger("training")
+
+
+def run_preflight(options: Options, _: Sequence[str]) -> None:
+    """See `preflight`."""
+    aws, project = opened(options)
+    target = images.hosting_target("realtime", options.hosting_instance)
+    try:
+        image = images.image_for(target, options.image)
+    except ConfigError as exc:
+        log.info("%s", exc)
+        image = images.Image("", None)
+    plan = preflight.Plan(
+        image.uri or None, options.instance, options.hosting_instance, options.role, options.spot, options.ami,
+        options.startup_seconds, image.cuda,
+    )  # fmt: skip
+    checks = preflight.run(aws, project, plan)
+    log.info("preflight of project %s:\n%s", project.name, preflight.table(checks))
+    preflight.require(checks)
+
+
+def run_iam_role(options: Options, _: Sequence[str]) -> None:
+    """See `roles.create_role`."""
+    aws, project = opened(options)
+    if options.dry_run:
+        log.info(
+            "would make role %s, taken by %s, which may:\n%s",
+            roles.role_name(project), roles.SERVICE, as_json(roles.permissions(project, aws.partition)["Statement"]),
+        )  # fmt: skip
+        return
+    roles.create_role(aws, project)
+
+
+def run_upload(options: Options, _: Sequence[str]) -> None:
+    """See `data`."""
+    aws, project = opened(options)
+    channels(aws, project, options)
+
+
+def run_invoke(options: Options, _: Sequence[str]) -> None:
+    """See `client` and `results`. Raises: LaunchError where an image had a problem."""
+    paths = images_in(options.images)
+    kind = results.format_of(options.output, options.format)
+    if options.url:
+        target: Target = UrlTarget(options.url)
+    else:
+        aws, project = opened(options)
+        target = target_of(aws, project, options.asynchronous, options.endpoint)
+    with closing(target):
+        outcomes = classify(target, paths, concurrency=options.concurrency)
+        shown = progress(outcomes, f"asking {target.name}", len(paths)) if options.output else outcomes
+        counts = results.write(shown, options.output, kind)
+    results.report(counts, options.output)
+
+
+def run_status(options: Options, _: Sequence[str]) -> None:
+    """See `inventory`."""
+    aws, project = opened(options)
+    found = inventory.things(aws, project, with_data=True, with_role=True)
+    log.info("project %s in %s:\n%s", project.name, aws.region, _things(found) if found else "  nothing")
+
+
+def run_delete(options: Options, _: Sequence[str]) -> None:
+    """See `inventory`. Raises: LaunchError where something is left."""
+    aws, project = opened(options)
+    every = inventory.things(aws, project, with_data=options.with_data, with_role=options.with_role)
+    found = [thing for thing in every if thing.remove is not None]
+    if not found:
+        log.info("project %s has nothing to remove", project.name)
+        return
+    log.info("to be removed:\n%s", _things(found))
+    if options.dry_run:
+        return
+    if not options.yes and not _agreed():
+        raise LaunchError("Nothing was removed.")
+    inventory.remove(aws, found, options.poll_seconds)
+    left = inventory.things(aws, project, with_data=options.with_data, with_role=options.with_role)
+    still = [thing for thing in left if thing.remove is not None and thing.kind not in ("training job", "tuning job")]
+    if still:
+        raise LaunchError(f"Still there, repeat the command in a minute:\n{_things(still)}")
+    log.info("nothing is left%s", "" if options.with_data else f", but data and models in {project.uri()} (--data)")
+
+
+COMMANDS: dict[str, Callable[[Options, Sequence[str]], None]] = {
+    "preflight": run_preflight, "iam-role": run_iam_role, "upload": run_upload, "train": run_train, "tune": run_tune,
+    "deploy": run_deploy, "invoke": run_invoke, "batch": run_batch, "status": run_status, "delete": run_delete,
+}  # fmt: skip
+TAKES_HYPERPARAMETERS = ("train", "tune")
+
+
+def run(options: Options, rest: Sequence[str]) -> None:
+    """What the command line says. Raises: TrainingError, StoppedWaiting."""
+    if rest and options.command not in TAKES_HYPERPARAMETERS:
+        raise ConfigError(unknown_name(rest[0], [name for name in vars(options) if name != "command"]))
+    COMMANDS[options.command](options, rest)
+
+
+def _agreed() -> bool:
+    if not sys.stdin.isatty():
+        raise ConfigError("There is no one to ask (no terminal): --yes removes without asking.")
+    return input("Remove all of this? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _things(found: Sequence[inventory.Thing]) -> str:
+    width = max(len(thing.kind) for thing in found)
+    return "\n".join(f"  {thing.kind:<{width}}  {thing.name}  {thing.state}".rstrip() for thing in found)

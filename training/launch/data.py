@@ -1,0 +1,191 @@
+"""Data to S3: checked here first, uploaded in parts with checksums, and only what is not there yet.
+
+Each channel lies below a prefix that follows from its content (`PROJECT/data/train-DIGEST/`): a job's data cannot
+change under it, and a repeated upload sends what is missing and nothing else.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from boto3.s3.transfer import TransferConfig
+
+from training.data.folder import BrokenFiles
+from training.data.layouts import CIFAR100, open_dataset
+from training.errors import ConfigError, DataError
+from training.launch.errors import AwsError, LaunchError
+from training.launch.names import Project, digest, split_uri
+from training.launch.session import Aws
+from training.progress import progress
+
+log = logging.getLogger("training")
+
+THREADS = 16
+PART_BYTES = 16 * 2**20
+SHA256 = "sha256"
+"""The metadata that every object of ours carries: what a repeated upload compares."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Files of one of the job's input channels: train, validation or weights."""
+
+    name: str
+    files: tuple[tuple[str, Path], ...]
+    """Relative key and where the file lies, by key."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(path.stat().st_size for _, path in self.files)
+
+
+def channels_of(data: Path, validation: Path | None = None, weights: Path | None = None) -> list[Channel]:
+    """The channels that these places are. Raises: ConfigError."""
+    channels = [Channel("train", tuple(_files(data)))]
+    if validation is not None:
+        channels.append(Channel("validation", tuple(_files(validation))))
+    if weights is not None:
+        if not weights.is_file():
+            raise ConfigError(f"--weights {weights}: there is no such file.")
+        channels.append(Channel("weights", ((weights.name, weights),)))
+    return channels
+
+
+def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refuse") -> str:
+    """Open the data as the training will, so that what it would refuse is refused before anything costs.
+
+    Returns: a sentence about it. Raises: DataError.
+    """
+    dataset = open_dataset(
+        data, validation_fraction=0.1, seed=0, broken_files=broken_files, validation_root=validation
+    )  # fmt: skip
+    return (
+        f"{dataset.name}: {len(dataset.classes)} classes, {len(dataset.train)} images to train on, "
+        f"{len(dataset.validation)} to validate on"
+    )
+
+
+def upload(aws: Aws, project: Project, channel: Channel) -> str:
+    """Bring the channel's files to S3; returns the s3:// address of its folder. Raises: AwsError, LaunchError."""
+    sums = _hashed(channel)
+    place = project.uri("data", prefix_of(channel, sums))
+    put(aws, place, list(channel.files), sums, f"uploading {channel.name}")
+    return place
+
+
+def prefix_of(channel: Channel, sums: dict[str, str] | None = None) -> str:
+    """`train-3f2a9c41/`: where the channel lies, which follows from its content."""
+    return f"{channel.name}-{digest(sums or _hashed(channel))}/"
+
+
+def put(aws: Aws, place: str, files: list[tuple[str, Path]], sums: dict[str, str], what: str) -> int:
+    """Upload `files` (key below `place`, path) that are not there with their checksum; returns how many it sent."""
+    s3 = aws.client("s3")
+    bucket, prefix = split_uri(place)
+    there = dict(listed(aws, place))
+    config = TransferConfig(multipart_threshold=4 * PART_BYTES, multipart_chunksize=PART_BYTES, use_threads=False)
+
+    def send(key: str, path: Path) -> bool:
+        target = prefix + key
+        if there.get(target) == path.stat().st_size:
+            head = s3.head_object(Bucket=bucket, Key=target)
+            if head["Metadata"].get(SHA256) == sums[key]:
+                return False
+        extra = {"Metadata": {SHA256: sums[key]}, "ChecksumAlgorithm": "SHA256"}  # S3 checks what arrives by it
+        try:
+            s3.upload_file(str(path), bucket, target, ExtraArgs=extra, Config=config)
+        except OSError as exc:
+            raise DataError(f"{path} cannot be read: {exc.strerror}.") from exc
+        return True
+
+    sent: int = sum(progress(_in_threads(send, files), what, total=len(files)))
+    log.info("%s: %d of %d files sent, the others were there (%s)", what, sent, len(files), place)
+    return sent
+
+
+def listed(aws: Aws, place: str) -> Iterator[tuple[str, int]]:
+    """Key and size in bytes of every object below `place`."""
+    bucket, prefix = split_uri(place)
+    for page in aws.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", ()):
+            yield entry["Key"], entry["Size"]
+
+
+def ensure_bucket(aws: Aws, project: Project) -> None:
+    """Make the project's bucket unless it is there and ours. Raises: LaunchError, AwsError."""
+    s3 = aws.client("s3")
+    try:
+        s3.head_bucket(Bucket=project.bucket, ExpectedBucketOwner=aws.account)
+        return
+    except AwsError as exc:
+        if exc.is_denied:
+            raise LaunchError(
+                f"Bucket {project.bucket} is another account's, or s3:ListBucket is missing; name one with --bucket."
+            ) from exc
+        if not exc.is_missing:
+            raise
+    where = {} if aws.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": aws.region}}
+    s3.create_bucket(Bucket=project.bucket, **where)
+    s3.put_public_access_block(
+        Bucket=project.bucket,
+        PublicAccessBlockConfiguration=dict.fromkeys(
+            ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets"), True
+        ),
+    )
+    log.info("bucket %s is made", project.bucket)
+
+
+def fetch(aws: Aws, uri: str, target: Path) -> Path:
+    """Bring one object home; whole or not at all. Raises: AwsError, LaunchError."""
+    bucket, key = split_uri(uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    try:
+        aws.client("s3").download_file(bucket, key, str(part))
+        part.replace(target)
+    except AwsError as exc:
+        if exc.is_missing:
+            raise LaunchError(f"{uri} is not there; did the job that writes it end well?") from exc
+        raise
+    except OSError as exc:
+        raise LaunchError(f"{target} cannot be written: {exc.strerror or exc}.") from exc
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    if not folder.is_dir():
+        raise ConfigError(f"--data {folder}: there is no such folder.")
+    if folder.name == CIFAR100:
+        folder = folder.parent
+    inner = folder / CIFAR100
+    for path in sorted((inner if inner.is_dir() else folder).rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield relative.as_posix(), path
+
+
+def _hashed(channel: Channel) -> dict[str, str]:
+    def one(key: str, path: Path) -> tuple[str, str]:
+        with path.open("rb") as file:
+            return key, hashlib.file_digest(file, "sha256").hexdigest()
+
+    found = progress(_in_threads(one, list(channel.files)), f"reading {channel.name}", total=len(channel.files))
+    return dict(sorted(found))
+
+
+def _in_threads(work: Any, files: list[tuple[str, Path]]) -> Iterator[Any]:
+    """Results as they come; the first error ends it, and what has not begun is dropped."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        futures = [threads.submit(work, key, path) for key, path in files]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,269 @@
+"""The endpoint: its configuration, created or updated in place, waited for; what a failure leaves is removed.
+
+A configuration's name follows from its content, so `same name` is `same configuration`, and a repeated command does
+nothing. An update is blue/green: AWS starts the new instances beside the old, moves the traffic over when they answer
+/ping, watches the alarms, and goes back by itself.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from training.errors import ConfigError
+from training.launch import cost
+from training.launch.amis import ami_for, has_gpu
+from training.launch.errors import AwsError, JobFailed, LaunchError, failure_advice
+from training.launch.logs import ENDPOINTS, LogTail
+from training.launch.names import Project
+from training.launch.session import Aws
+from training.launch.wait import POLL_S, wait
+
+log = logging.getLogger("training")
+
+Kind = Literal["realtime", "serverless", "async"]
+INSTANCE = "ml.g4dn.xlarge"
+"""One T4: the cheapest GPU that CUDA 13 still runs on."""
+VARIANT, SHADOW = "main", "shadow"
+STARTUP_S = 600
+"""The container's own start is seconds; pulling a CUDA image of gigabytes is not counted, loading from disk is."""
+ALARM_PERIOD_S = 60
+LATENCY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """How the endpoint is to run."""
+
+    kind: Kind = "realtime"
+    instance: str = INSTANCE
+    min_count: int = 1
+    max_count: int = 1
+    ami: str | None = None
+    """InferenceAmiVersion; None: the one that CUDA 13 needs, see `amis`."""
+    startup_s: int = STARTUP_S
+    capture_percent: int = 0
+    """Share of requests and answers that are stored in S3."""
+    memory_mb: int = 4096
+    """Serverless only; 1024 to 6144."""
+    max_concurrency: int = 5
+    """Serverless: requests at once before 429. Async: requests at once per instance."""
+
+    def __post_init__(self) -> None:
+        least = 0 if self.kind == "async" else 1
+        if not least <= self.min_count <= self.max_count or self.max_count < 1:
+            raise ConfigError(
+                f"--min {self.min_count} --max {self.max_count}: at least {least} and not more than --max; only an "
+                "asynchronous endpoint can go down to 0 instances."
+            )
+        if self.kind == "serverless" and self.memory_mb not in range(1024, 6145, 1024):
+            raise ConfigError(f"--memory {self.memory_mb}: serverless endpoints have 1024, 2048, ... or 6144 MB.")
+
+    @property
+    def price(self) -> str:
+        """What it costs, as a line."""
+        if self.kind == "serverless":
+            return cost.serverless(self.memory_mb)
+        most = f", up to {self.max_count}" if self.max_count > self.min_count else ""
+        return cost.hourly(self.instance, max(1, self.min_count)) + most
+
+
+def config_request(project: Project, model: str, hosting: Hosting, shadow: str | None = None) -> dict[str, Any]:
+    """CreateEndpointConfig's arguments; the name is the digest of the rest."""
+    if shadow and hosting.kind != "realtime":
+        raise ConfigError(f"--shadow needs a real-time endpoint, not {hosting.kind}.")
+    wanted: dict[str, Any] = {"ProductionVariants": [_variant(VARIANT, model, hosting)]}
+    if shadow:
+        # Gets a copy of every request; its answers go to the capture in S3, not to callers.
+        wanted["ShadowProductionVariants"] = [_variant(SHADOW, shadow, hosting)]
+    if hosting.capture_percent:
+        wanted["DataCaptureConfig"] = {
+            "EnableCapture": True,
+            "InitialSamplingPercentage": hosting.capture_percent,
+            "DestinationS3Uri": project.uri("captured"),
+            "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
+            "CaptureContentTypeHeader": {"JsonContentTypes": ["application/json"]},
+        }
+    if hosting.kind == "async":
+        wanted["AsyncInferenceConfig"] = {
+            "OutputConfig": {
+                "S3OutputPath": project.uri("async", "output"), "S3FailurePath": project.uri("async", "failed")
+            },
+            "ClientConfig": {"MaxConcurrentInvocationsPerInstance": hosting.max_concurrency},
+        }  # fmt: skip
+    if hosting.kind != "serverless":
+        # AWS reads the container's /metrics (Prometheus) every minute.
+        wanted["MetricsConfig"] = {"EnableEnhancedMetrics": True, "EnableDetailedObservability": True}
+    return {"EndpointConfigName": project.of("config", wanted), **wanted, "Tags": project.tags}
+
+
+def _variant(name: str, model: str, hosting: Hosting) -> dict[str, Any]:
+    variant: dict[str, Any] = {"VariantName": name, "ModelName": model, "InitialVariantWeight": 1.0}
+    if hosting.kind == "serverless":
+        variant["ServerlessConfig"] = {
+            "MemorySizeInMB": hosting.memory_mb, "MaxConcurrency": hosting.max_concurrency
+        }  # fmt: skip
+        return variant
+    variant |= {
+        "InstanceType": hosting.instance,
+        "InitialInstanceCount": max(1, hosting.min_count),
+        "ContainerStartupHealthCheckTimeoutInSeconds": hosting.startup_s,
+        "ModelDataDownloadTimeoutInSeconds": hosting.startup_s,
+        "RoutingConfig": {"RoutingStrategy": "LEAST_OUTSTANDING_REQUESTS"},
+    }
+    if has_gpu(hosting.instance):
+        variant["InferenceAmiVersion"] = hosting.ami or ami_for(hosting.instance)
+    return variant
+
+
+def ensure_config(aws: Aws, wanted: Mapping[str, Any]) -> bool:
+    """Make the configuration unless it is there; returns whether it is new. Raises: AwsError."""
+    client, name = aws.client("sagemaker"), wanted["EndpointConfigName"]
+    try:
+        client.describe_endpoint_config(EndpointConfigName=name)
+        return False
+    except AwsError as exc:
+        if not exc.is_missing and exc.code != "ValidationException":
+            raise
+    client.create_endpoint_config(**wanted)
+    return True
+
+
+def find(aws: Aws, name: str) -> dict[str, Any] | None:
+    """DescribeEndpoint, None where there is none. Raises: AwsError."""
+    try:
+        return dict(aws.client("sagemaker").describe_endpoint(EndpointName=name))
+    except AwsError as exc:
+        if exc.is_missing or exc.code == "ValidationException":
+            return None
+        raise
+
+
+def changes_machines(aws: Aws, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the endpoint is to run on another instance type, or as another kind, than it does. Raises: AwsError."""
+    name = before["EndpointConfigName"]
+    if name == wanted["EndpointConfigName"]:
+        return False
+    old = aws.client("sagemaker").describe_endpoint_config(EndpointConfigName=name)
+
+    def machines(config: Mapping[str, Any]) -> tuple[object, ...]:
+        variant = config["ProductionVariants"][0]
+        return variant.get("InstanceType"), "ServerlessConfig" in variant, "AsyncInferenceConfig" in config
+
+    return machines(old) != machines(wanted)
+
+
+def put_alarms(aws: Aws, project: Project) -> list[str]:
+    """The alarms that undo an update: errors, and answers that take too long. Returns: their names."""
+    client = aws.client("cloudwatch")
+    dimensions = [{"Name": "EndpointName", "Value": project.endpoint}, {"Name": "VariantName", "Value": VARIANT}]
+    alarms = (
+        ("5xx", "Invocation5XXErrors", "Sum", 5.0),
+        ("latency", "ModelLatency", "Average", LATENCY_S * 1e6),  # microseconds
+    )
+    for name, metric, statistic, threshold in alarms:
+        client.put_metric_alarm(
+            AlarmName=f"{project.name}-{name}", Namespace="AWS/SageMaker", MetricName=metric, Dimensions=dimensions,
+            Statistic=statistic, Period=ALARM_PERIOD_S, EvaluationPeriods=2, Threshold=threshold,
+            ComparisonOperator="GreaterThanThreshold", TreatMissingData="notBreaching", Tags=project.tags,
+        )  # fmt: skip
+    return [f"{project.name}-{name}" for name, *_ in alarms]
+
+
+def deployment(hosting: Hosting, alarms: list[str]) -> dict[str, Any]:
+    """UpdateEndpoint's DeploymentConfig: one new instance first where there are several, else all at once."""
+    traffic: dict[str, Any] = {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 120}
+    if hosting.min_count > 1:
+        canary = {"Type": "INSTANCE_COUNT", "Value": 1}
+        traffic = {"Type": "CANARY", "CanarySize": canary, "WaitIntervalInSeconds": 300}
+    return {
+        "BlueGreenUpdatePolicy": {
+            "TrafficRoutingConfiguration": traffic,
+            "TerminationWaitInSeconds": 60,
+            "MaximumExecutionTimeoutInSeconds": 3600,
+        },
+        "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": name} for name in alarms]},
+    }
+
+
+def create_or_update(
+    aws: Aws, project: Project, wanted: Mapping[str, Any], hosting: Hosting, poll_s: float = POLL_S
+) -> str:
+    """Bring the endpoint to the configuration and wait until it is in service. Safe to repeat at any point.
+
+    Returns: "created", "updated" or "unchanged". Raises: JobFailed, after removing an endpoint that could not be
+    created, or when AWS went back to the old configuration, which then still answers; StoppedWaiting; AwsError.
+    """
+    client, name, config = aws.client("sagemaker"), project.endpoint, wanted["EndpointConfigName"]
+    found = find(aws, name)
+    if found and found["EndpointStatus"] == "Failed":
+        log.info("endpoint %s failed earlier (%s); it is made anew", name, found.get("FailureReason", "no reason"))
+        client.delete_endpoint(EndpointName=name)
+        _gone(aws, name, poll_s)
+        found = None
+    elif found and found["EndpointStatus"] == "Deleting":
+        _gone(aws, name, poll_s)
+        found = None
+    elif found and found["EndpointStatus"] not in ("InService",):
+        log.info("endpoint %s is %s already", name, found["EndpointStatus"])
+        found = _settled(aws, name, poll_s)
+        if found["EndpointStatus"] == "InService" and found["EndpointConfigName"] == config:
+            return "updated"
+        if found["EndpointStatus"] == "Failed":
+            raise _failed(aws, project, found)
+    ensure_config(aws, wanted)
+    if found is None:
+        client.create_endpoint(EndpointName=name, EndpointConfigName=config, Tags=project.tags)
+        action = "created"
+    elif found["EndpointConfigName"] == config:
+        log.info("endpoint %s is in service with this very configuration", name)
+        return "unchanged"
+    else:
+        given: dict[str, Any] = {}
+        if hosting.kind == "realtime" and "ShadowProductionVariants" not in wanted:
+            given["DeploymentConfig"] = deployment(hosting, put_alarms(aws, project))
+        client.update_endpoint(
+            EndpointName=name, EndpointConfigName=config,
+            RetainAllVariantProperties=hosting.max_count > hosting.min_count,  # what autoscaling has reached stays
+            **given,
+        )  # fmt: skip
+        action = "updated"
+    settled = _settled(aws, name, poll_s)
+    if settled["EndpointStatus"] != "InService" or settled["EndpointConfigName"] != config:
+        raise _failed(aws, project, settled)
+    return action
+
+
+def _settled(aws: Aws, name: str, poll_s: float) -> dict[str, Any]:
+    tail = LogTail(aws, f"{ENDPOINTS}/{name}")
+    return wait(
+        lambda: dict(aws.client("sagemaker").describe_endpoint(EndpointName=name)),
+        lambda endpoint: str(endpoint["EndpointStatus"]),
+        lambda endpoint: endpoint["EndpointStatus"] in ("InService", "Failed", "OutOfService", "UpdateRollbackFailed"),
+        f"endpoint {name}", tail, poll_s,
+    )  # fmt: skip
+
+
+def _gone(aws: Aws, name: str, poll_s: float) -> None:
+    wait(
+        lambda: find(aws, name) or {"EndpointStatus": "Deleted"},
+        lambda endpoint: str(endpoint["EndpointStatus"]),
+        lambda endpoint: endpoint["EndpointStatus"] == "Deleted",
+        f"endpoint {name}", None, poll_s,
+    )  # fmt: skip
+
+
+def _failed(aws: Aws, project: Project, endpoint: Mapping[str, Any]) -> LaunchError:
+    """What to raise for an endpoint that is not as wanted; removes one that never was in service."""
+    reason = str(endpoint.get("FailureReason", ""))
+    lines = LogTail(aws, f"{ENDPOINTS}/{project.endpoint}").last_lines()
+    advice = failure_advice(reason)
+    if endpoint["EndpointStatus"] == "InService":
+        return JobFailed(
+            f"The update of endpoint {project.endpoint}", reason or "AWS went back to the old configuration", lines,
+            f"{advice} The model that was there before still answers.".strip(),
+        )  # fmt: skip
+    if endpoint["EndpointStatus"] == "Failed":
+        aws.client("sagemaker").delete_endpoint(EndpointName=project.endpoint)
+        advice = f"{advice} The endpoint is removed, so that it costs nothing; nothing else runs.".strip()
+    return JobFailed(f"Endpoint {project.endpoint}", reason, lines, advice)

@@ -1,0 +1,132 @@
+"""The commands that learn: data brought to S3, settings checked, `train` and `tune`."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.config import FILES, TrainingConfig, merged
+from training.errors import ConfigError
+from training.flags import parse_flags, split
+from training.instrumentation import Instrumentation
+from training.launch import cost, data, images, jobs, roles, tuning
+from training.launch.names import Project
+from training.launch.opening import Options, as_json, opened
+from training.launch.session import Aws
+from training.tuning.config import TuningConfig, split_tuning
+
+log = logging.getLogger("training")
+
+PLACES = ("data", "validation", "output", "run_folder", "checkpoints", "cache_folder", "loader_workers", "device")
+"""Settings of a run that are the container's business, not a hyperparameter's."""
+
+
+def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
+    """The input channels, uploaded unless they are S3 addresses or this is a dry run. Raises: TrainingError."""
+    found = {
+        name: value if value.endswith("/") else f"{value}/"
+        for name, value in (("train", options.data), ("validation", options.validation), ("weights", options.weights))
+        if value and value.startswith("s3://")
+    }
+    weights = Path(options.weights) if is_file(options.weights) else None
+    if "train" in found:
+        local = [data.Channel("weights", ((weights.name, weights),))] if weights else []
+    else:
+        validation = None if "validation" in found or not options.validation else Path(options.validation)
+        log.info("data: %s", data.check(Path(options.data), validation))
+        local = data.channels_of(Path(options.data), validation, weights)
+    if not options.dry_run and local:
+        data.ensure_bucket(aws, project)
+    for channel in local:
+        if options.dry_run:
+            found[channel.name] = project.uri("data", data.prefix_of(channel))
+            log.info(
+                "would upload %d files, %.1f MB, to %s", len(channel.files), channel.size / 1e6, found[channel.name]
+            )  # fmt: skip
+        else:
+            found[channel.name] = data.upload(aws, project, channel)
+    return found
+
+
+def is_file(weights: str | None) -> bool:
+    """Whether --weights names a file, rather than `imagenet`, `none` or an S3 address."""
+    return bool(weights) and weights not in ("imagenet", "none") and not str(weights).startswith("s3://")
+
+
+def hyperparameters(
+    options: Options, rest: Sequence[str], program: str, tune: bool
+) -> tuple[dict[str, str], TrainingConfig, TuningConfig]:
+    """The training's settings in `rest`, checked here as the job will check them. Raises: ConfigError."""
+    models = (TuningConfig, TrainingConfig) if tune else (TrainingConfig, Instrumentation)
+    given = parse_flags(rest, f"training.launch {program}", program, models, FILES)
+    misplaced = [name for name in given if name in PLACES]
+    if misplaced:
+        raise ConfigError(f"{', '.join(misplaced)}: the container has its own; leave it out.")
+    if options.weights in ("imagenet", "none"):
+        given["weights"] = options.weights
+    tuning_values, values = split_tuning(given) if tune else ({}, given)
+    watching, values = split(merged(values), Instrumentation)
+    Instrumentation.create(watching)
+    config = TrainingConfig.create({**values, "data": ".", "output": "."})
+    if options.weights and options.weights not in ("imagenet", "none"):
+        values.pop("weights", None)  # the channel says it
+    settings = TuningConfig.create(tuning_values)
+    if tune and settings.metric != "validation_accuracy":
+        raise ConfigError("--metric: SageMaker's tuner is given validation:accuracy; training.hpo knows others.")
+    return jobs.as_text({**values, **watching}), config, settings
+
+
+def training_of(aws: Aws, project: Project, options: Options, values: Mapping[str, str], **more: Any) -> jobs.Training:
+    """What the job runs, on what, with which data (uploaded now). Raises: TrainingError."""
+    machines = jobs.Machines(
+        options.instance, options.instances, options.volume_gb, options.max_hours, options.spot,
+        retries=options.retries, keep_warm_minutes=more.pop("keep_warm_minutes", 0),
+    )  # fmt: skip
+    role = roles.find_role(aws, project, options.role)
+    image = images.image_for("train", options.image).uri
+    return jobs.Training(image, role, channels(aws, project, options), values, machines, **more)
+
+
+def run_train(options: Options, rest: Sequence[str]) -> None:
+    """See `jobs`."""
+    values, _, _ = hyperparameters(options, rest, "train", tune=False)
+    aws, project = opened(options)
+    training = training_of(
+        aws, project, options, values, keep_warm_minutes=options.keep_warm_minutes, debugger=options.debugger,
+        mlflow=options.mlflow,
+    )  # fmt: skip
+    wanted = jobs.request(project, training, aws.region)
+    log.info("cost: %s", cost.job(options.instance, options.instances, options.max_hours, options.spot))
+    if options.dry_run:
+        log.info("would start a training job with: %s", as_json([training.hyperparameters, training.channels]))
+        return
+    name = jobs.start(aws, project, wanted)
+    if options.no_wait:
+        log.info("it runs; the same command without --no-wait follows it and brings the model home")
+        return
+    jobs.bring_home(aws, jobs.wait_for(aws, name, options.poll_seconds), options.output)
+
+
+def run_tune(options: Options, rest: Sequence[str]) -> None:
+    """See `tuning`."""
+    values, config, settings = hyperparameters(options, rest, "tune", tune=True)
+    aws, project = opened(options)
+    search = tuning.Search(settings, options.parallel, options.strategy, not options.no_early_stopping)
+    tuning.ranges(settings, values)  # what cannot be tuned is said before anything is uploaded
+    training = training_of(aws, project, options, values)
+    wanted = tuning.request(project, training, search, aws.region)
+    log.info(
+        "cost: %d trials, %d at once; each %s", settings.trials, min(search.parallel, settings.trials),
+        cost.job(options.instance, options.instances, options.max_hours, options.spot),
+    )  # fmt: skip
+    if options.dry_run:
+        log.info("would start a tuning job with: %s", as_json([wanted["HyperParameterTuningJobConfig"]]))
+        return
+    name = tuning.start(aws, project, wanted)
+    if options.no_wait:
+        log.info("it runs; the same command without --no-wait follows it and brings the result home")
+        return
+    job = tuning.wait_for(aws, name, options.poll_seconds)
+    tuning.write_best_of(job, config, options.output / "best.json")
+    best = jobs.describe(aws, tuning.best_of(job)["TrainingJobName"])
+    jobs.bring_home(aws, best, options.output / "model")

@@ -1,0 +1,157 @@
+"""The command line: `python -m training.launch COMMAND`, one command a step of the journey."""
+
+import argparse
+from pathlib import Path
+
+from training.entry import positive
+from training.launch import batch, endpoint, jobs
+from training.launch.wait import POLL_S
+
+TRAINING_HELP = (
+    "Every flag of training.train_model (--epochs, --learning-rate, --weights none, ...) may follow; it becomes a "
+    "hyperparameter of the job, checked here first."
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their flags."""
+    top = argparse.ArgumentParser(
+        prog="python -m training.launch", description="Train, tune, deploy and call the model on Amazon SageMaker.",
+        epilog="Every command may be repeated: it finds what is there already and goes on from it.",
+    )  # fmt: skip
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, **more: object) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **more)  # type: ignore[arg-type]
+        _common(made)
+        return made
+
+    one = add("preflight", "look at everything that could go wrong before anything costs")
+    one.add_argument("--image", help=f"in ECR {PUSHED}")
+    one.add_argument("--role", help=ROLE)
+    one.add_argument("--instance", default=jobs.INSTANCE, help="for training (default: %(default)s)")
+    one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
+    one.add_argument("--spot", action="store_true", help="look at the quota of spot training instead")
+    one.add_argument("--ami", help="InferenceAmiVersion of the endpoint (default: the one CUDA 13 needs)")
+    one.add_argument("--startup-seconds", type=positive, default=endpoint.STARTUP_S, help="default: %(default)s")
+
+    one = add("iam-role", "make the role that jobs and endpoints run as, with the permissions they need and no more")
+    _dry_run(one)
+
+    one = add("upload", "check data and bring it to S3; sends only what is not there")
+    _data(one, required=True)
+    _dry_run(one)
+
+    one = add("train", "train on SageMaker, follow the log, bring the model home", epilog=TRAINING_HELP)
+    _job(one)
+    one.add_argument("--output", type=Path, default=Path("artifacts/sagemaker"), help="default: %(default)s")
+    one.add_argument(
+        "--keep-warm-minutes", type=int, default=0, help="keep the instance for the next job; it is billed"
+    )
+    one.add_argument("--debugger", action="store_true", help="SageMaker Debugger's hook, rules and profiler")
+    one.add_argument("--mlflow", metavar="ARN", help="SageMaker MLflow app or tracking server to report to")
+
+    one = add("tune", "search learning rate, batch size and epochs in parallel jobs", epilog=TRAINING_HELP)
+    _job(one)
+    one.add_argument(
+        "--output", type=Path, default=Path("artifacts/sagemaker-tuning"),
+        help="folder of best.json and of the best trial's model (default: %(default)s)",
+    )  # fmt: skip
+    one.add_argument("--parallel", type=positive, default=2, help="trials at once (default: %(default)s)")
+    one.add_argument("--strategy", choices=("Bayesian", "Random"), default="Bayesian")
+    one.add_argument("--no-early-stopping", action="store_true", help="let trials that fall behind go on")
+
+    one = add("deploy", "register the model, create or update the endpoint, scale it, test it with real images")
+    _model(one)
+    one.add_argument("--kind", choices=("realtime", "serverless", "async"), default="realtime")
+    one.add_argument("--instance", default=endpoint.INSTANCE, help="default: %(default)s")
+    one.add_argument("--min", type=int, default=1, dest="min_count", help="instances at least (default: %(default)s)")
+    one.add_argument("--max", type=int, dest="max_count", help="instances at most (default: --min, no autoscaling)")
+    one.add_argument("--ami", help="InferenceAmiVersion (default: the one CUDA 13 needs)")
+    one.add_argument("--startup-seconds", type=positive, default=endpoint.STARTUP_S, help="default: %(default)s")
+    one.add_argument("--capture-percent", type=int, default=0, help="share of requests stored in S3 (default: none)")
+    one.add_argument("--memory", type=int, default=4096, help="MB of a serverless endpoint (default: %(default)s)")
+    one.add_argument(
+        "--max-concurrency", type=positive, default=5, help="of serverless and async (default: %(default)s)"
+    )
+    one.add_argument("--shadow", metavar="MODEL", help="a second model that gets a copy of every request")
+    one.add_argument("--approval", choices=("Approved", "PendingManualApproval"), default="Approved")
+    one.add_argument(
+        "--smoke", type=Path, nargs="*", default=[], help="images or folders to test with, besides its own"
+    )
+
+    one = add("invoke", "classify images with an endpoint, or with a service at an address")
+    where = one.add_mutually_exclusive_group()
+    where.add_argument("--url", help="address of a service, such as http://127.0.0.1:8080")
+    where.add_argument("--endpoint", help="endpoint's name (default: the project's)")
+    one.add_argument("--asynchronous", action="store_true", help="the endpoint is an asynchronous one")
+    _images(one)
+    one.add_argument("--concurrency", type=positive, default=8, help="requests at once (default: %(default)s)")
+
+    one = add("batch", "classify images with a batch transform job, which ends when it is done")
+    _model(one)
+    _images(one)
+    one.add_argument("--instance", default=batch.INSTANCE, help="default: %(default)s; the image must be for CPUs")
+    one.add_argument("--instances", type=positive, default=1, help="default: %(default)s")
+
+    add("status", "what the project has at AWS")
+    one = add("delete", "list what the project has at AWS, ask, and remove it")
+    one.add_argument("--data", action="store_true", dest="with_data", help="its objects in S3 too")
+    one.add_argument("--role", action="store_true", dest="with_role", help="the role that iam-role made too")
+    one.add_argument("--yes", action="store_true", help="do not ask")
+    _dry_run(one)
+    return top
+
+
+PUSHED = "(default: what make push noted in artifacts/image.json)"
+ROLE = "ARN or name of the role jobs run as (default: the project's, else this machine's)"
+
+
+def _common(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--project", default="resnet34", help="name that everything carries (default: %(default)s)")
+    one.add_argument("--region", help="default: as in ~/.aws or AWS_DEFAULT_REGION")
+    one.add_argument("--profile", help="of ~/.aws (default: AWS_PROFILE)")
+    one.add_argument("--bucket", help="default: SageMaker's own, sagemaker-REGION-ACCOUNT")
+    one.add_argument("--poll-seconds", type=float, default=POLL_S, help="how often AWS is asked (default: %(default)g)")
+
+
+def _dry_run(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--dry-run", action="store_true", help="say what would be done and what it costs; change nothing")
+
+
+def _data(one: argparse.ArgumentParser, required: bool) -> None:
+    one.add_argument("--data", required=required, help="folder as for train_model, or s3://bucket/folder/")
+    one.add_argument("--validation", help="folder to validate on, likewise")
+    one.add_argument(
+        "--weights", help="pretrained weights: imagenet, none, or a file, which is uploaded (default: imagenet)"
+    )  # fmt: skip
+
+
+def _job(one: argparse.ArgumentParser) -> None:
+    _data(one, required=True)
+    one.add_argument("--image", help=f"in ECR; it must understand `train` {PUSHED}")
+    one.add_argument("--role", help=ROLE)
+    one.add_argument("--instance", default=jobs.INSTANCE, help="default: %(default)s")
+    one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")
+    one.add_argument("--volume-gb", type=positive, default=50, help="default: %(default)s")
+    one.add_argument("--max-hours", type=float, default=24.0, help="AWS ends the job then (default: %(default)g)")
+    one.add_argument("--spot", action="store_true", help="spare capacity: cheaper; goes on from checkpoints")
+    one.add_argument("--retries", type=positive, default=1, help="after AWS's own failures (default: %(default)s)")
+    one.add_argument("--no-wait", action="store_true", help="start and return; the same command waits later")
+    _dry_run(one)
+
+
+def _model(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--model", help="artifact folder, model.tar.gz, s3:// address, or training job (default: the newest job's)"
+    )  # fmt: skip
+    one.add_argument("--image", help=f"in ECR; it must understand `serve` {PUSHED}")
+    one.add_argument("--role", help=ROLE)
+    one.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the container; repeatable")
+    _dry_run(one)
+
+
+def _images(one: argparse.ArgumentParser) -> None:
+    one.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
+    one.add_argument("--output", type=Path, help="file.csv or file.jsonl (default: CSV on stdout)")
+    one.add_argument("--format", choices=("csv", "jsonl"))

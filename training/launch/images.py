@@ -1,0 +1,51 @@
+"""Which image a step uses: the one given, else the one that `make push` noted in artifacts/image.json."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from training.errors import ConfigError
+from training.launch.amis import IMAGE_CUDA, has_gpu
+
+PUSHED = Path("artifacts/image.json")
+"""Written by `make push`: {"train": {"uri", "cuda", ...}, "serve": ..., "serve-cpu": ...}."""
+
+Target = Literal["train", "serve", "serve-cpu"]
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image in ECR."""
+
+    uri: str
+    cuda: tuple[int, int] | None
+    """What its libraries are built for; None: it has none."""
+
+
+def image_for(target: Target, given: str | None, pushed: Path = PUSHED) -> Image:
+    """The image to use for `target`. Raises: ConfigError where none is given and none was pushed."""
+    if given:
+        return Image(given, None if target == "serve-cpu" else IMAGE_CUDA)
+    try:
+        entry = json.loads(pushed.read_bytes())[target]
+        return Image(str(entry["uri"]), _version(entry.get("cuda")))
+    except FileNotFoundError as exc:
+        raise ConfigError("--image is missing: give the URI of one in ECR, or `make push` first.") from exc
+    except KeyError as exc:
+        raise ConfigError(
+            f"--image is missing, and {pushed} has no {target}: python -m container.push --target {target}."
+        ) from exc
+    except (OSError, ValueError, TypeError) as exc:
+        raise ConfigError(f"{pushed} cannot be read ({exc}); `make push` again, or give --image.") from exc
+
+
+def hosting_target(kind: str, instance: str) -> Target:
+    """The image for CPUs is a tenth of the other and starts sooner; a GPU needs CUDA's."""
+    return "serve" if kind != "serverless" and has_gpu(instance) else "serve-cpu"
+
+
+def _version(text: Any) -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", str(text or ""))
+    return (int(found[1]), int(found[2])) if found else None

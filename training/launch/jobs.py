@@ -1,0 +1,278 @@
+"""Training jobs: the request, start or find again, wait with the log's lines, bring the model home."""
+
+import gzip
+import json
+import logging
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from service.model.archive import unpack
+from service.model.artifact import open_artifact
+from service.model.errors import ArtifactError
+from training.errors import ConfigError
+from training.launch import attempts, data
+from training.launch.attempts import Summary, take_or_make
+from training.launch.errors import JobFailed, LaunchError, failure_advice
+from training.launch.logs import TRAINING, LogTail
+from training.launch.names import Project, digest
+from training.launch.session import Aws
+from training.launch.wait import POLL_S, wait
+from training.metric_lines import METRIC_DEFINITIONS
+
+log = logging.getLogger("training")
+
+INSTANCE = "ml.g5.xlarge"
+"""One A10G: the cheapest that trains in bfloat16. ml.g4dn.xlarge (T4) costs half; ml.p3 has no CUDA 13."""
+OVER = ("Completed", "Failed", "Stopped")
+
+DEBUGGER_RULES = (
+    "VanishingGradient", "ExplodingTensor", "DeadRelu", "LossNotDecreasing", "Overfit", "Overtraining",
+    "PoorWeightInitialization", "WeightUpdateRatio",
+)  # fmt: skip
+"""AWS's names; training/debugging has the same rules for accounts without Debugger."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a job runs on."""
+
+    instance: str = INSTANCE
+    count: int = 1
+    volume_gb: int = 50
+    max_hours: float = 24.0
+    spot: bool = False
+    """Spare capacity: cheaper, may be taken away; the job goes on from its checkpoint then."""
+    wait_hours: float = 24.0
+    """How long a spot job may wait for capacity, besides."""
+    keep_warm_minutes: int = 0
+    """The instance is kept (and billed) after the job, for the next to start in seconds."""
+    retries: int = 1
+    """How often AWS starts the job again after a failure of its own."""
+
+    def __post_init__(self) -> None:
+        if self.spot and self.keep_warm_minutes:
+            raise ConfigError("--keep-warm-minutes is not for --spot: AWS keeps no spare capacity; leave one out.")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training as it is asked for; the same values are the same job."""
+
+    image: str
+    role: str
+    channels: Mapping[str, str]
+    """Name -> s3:// folder."""
+    hyperparameters: Mapping[str, str]
+    machines: Machines = field(default_factory=Machines)
+    debugger: bool = False
+    mlflow: str | None = None
+    """ARN of a SageMaker MLflow app or tracking server."""
+
+
+def definition(project: Project, training: Training, region: str) -> dict[str, Any]:
+    """What CreateTrainingJob and a tuning job's TrainingJobDefinition have in common."""
+    machines = training.machines
+    resources: dict[str, Any] = {
+        "InstanceType": machines.instance, "InstanceCount": machines.count, "VolumeSizeInGB": machines.volume_gb
+    }  # fmt: skip
+    stopping: dict[str, Any] = {"MaxRuntimeInSeconds": int(machines.max_hours * 3600)}
+    if machines.spot:
+        stopping["MaxWaitTimeInSeconds"] = int((machines.max_hours + machines.wait_hours) * 3600)
+    return {
+        "AlgorithmSpecification": {
+            "TrainingImage": training.image,
+            "TrainingInputMode": "File",
+            "MetricDefinitions": METRIC_DEFINITIONS,
+            "EnableSageMakerMetricsTimeSeries": True,  # off by default for images that are not AWS's
+        },
+        "RoleArn": training.role,
+        "InputDataConfig": [
+            {
+                "ChannelName": name,
+                "DataSource": {
+                    "S3DataSource": {
+                        "S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"
+                    }
+                },
+            }
+            for name, uri in sorted(training.channels.items())
+        ],
+        "OutputDataConfig": {"S3OutputPath": project.uri("jobs")},
+        "ResourceConfig": resources,
+        "StoppingCondition": stopping,
+        "EnableManagedSpotTraining": machines.spot,
+        "EnableInterContainerTrafficEncryption": False,
+        "EnableNetworkIsolation": False,
+        "RetryStrategy": {"MaximumRetryAttempts": machines.retries},
+    }  # fmt: skip
+
+
+def request(project: Project, training: Training, region: str) -> dict[str, Any]:
+    """CreateTrainingJob's arguments but for the name, which `start` gives. Their digest is the name's."""
+    whole = definition(project, training, region)
+    whole["HyperParameters"] = dict(sorted(training.hyperparameters.items()))
+    if training.machines.keep_warm_minutes:
+        whole["ResourceConfig"]["KeepAlivePeriodInSeconds"] = 60 * training.machines.keep_warm_minutes
+    # Where the next attempt of the same request finds what this one saved. Without the slash AWS would also bring
+    # back what lies below longer names that begin so (https://github.com/syne-tune/syne-tune/pull/363).
+    whole["CheckpointConfig"] = {"S3Uri": project.uri("checkpoints", digest(whole)) + "/"}
+    if training.debugger:
+        whole |= debugger(project, region)
+    else:
+        # Copied while the job runs; all of the run's folder comes in output.tar.gz at its end.
+        whole["TensorBoardOutputConfig"] = {
+            "LocalPath": "/opt/ml/output/data/tensorboard", "S3OutputPath": project.uri("tensorboard")
+        }  # fmt: skip
+    if training.mlflow:
+        whole["MlflowConfig"] = {"MlflowResourceArn": training.mlflow, "MlflowExperimentName": project.name}
+    whole["Tags"] = project.tags
+    return whole
+
+
+def debugger(project: Project, region: str) -> dict[str, Any]:
+    """Hook, rules and profiler for accounts that have SageMaker Debugger (closed to new ones since 2026-07-30)."""
+    from sagemaker.core import image_uris  # 13 s, and only here: AWS's table of rule images
+
+    image = image_uris.retrieve("debugger", region)
+    return {
+        "DebugHookConfig": {
+            "S3OutputPath": project.uri("debugger"),
+            "CollectionConfigurations": [
+                {"CollectionName": name, "CollectionParameters": {"save_interval": "500"}}
+                for name in ("losses", "weights", "gradients", "biases", "relu_output")
+            ],
+        },
+        "DebugRuleConfigurations": [
+            {
+                "RuleConfigurationName": rule, "RuleEvaluatorImage": image,
+                "RuleParameters": {"rule_to_invoke": rule},
+            }
+            for rule in DEBUGGER_RULES
+        ],
+        "ProfilerConfig": {"S3OutputPath": project.uri("profiler"), "ProfilingIntervalInMilliseconds": 500},
+    }  # fmt: skip
+
+
+def start(aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
+    """The name of the job for this request: one that runs or has ended well is taken, else the next attempt is made.
+
+    Raises: AwsError.
+    """
+    base = project.of("train", {name: value for name, value in wanted.items() if name != "Tags"})
+    create = aws.client("sagemaker").create_training_job
+    return take_or_make(
+        base, listed(aws, base), "TrainingJobName", "TrainingJobStatus",
+        lambda name: create(TrainingJobName=name, **wanted), "job",
+    )  # fmt: skip
+
+
+def listed(aws: Aws, prefix: str) -> list[Summary]:
+    """Summaries of the training jobs whose name begins so. Raises: AwsError."""
+    call = aws.client("sagemaker").list_training_jobs
+    return attempts.listed(call, "TrainingJobSummaries", "TrainingJobName", prefix)
+
+
+def describe(aws: Aws, name: str) -> dict[str, Any]:
+    """DescribeTrainingJob. Raises: AwsError."""
+    return dict(aws.client("sagemaker").describe_training_job(TrainingJobName=name))
+
+
+def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
+    """Until the job ends. Returns: its description. Raises: JobFailed; StoppedWaiting; AwsError."""
+    tail = LogTail(aws, TRAINING, f"{name}/")
+    job = wait(
+        lambda: describe(aws, name), _state, lambda job: job["TrainingJobStatus"] in OVER, f"job {name}", tail, poll_s
+    )
+    if job["TrainingJobStatus"] != "Completed":
+        reason = job.get("FailureReason") or job["TrainingJobStatus"]
+        raise JobFailed(f"Job {name}", reason, tail.last_lines(), failure_advice(reason))
+    figures = ", ".join(f"{m['MetricName']} {m['Value']:.4g}" for m in job.get("FinalMetricDataList", ()))
+    billed = job.get("BillableTimeInSeconds")
+    log.info("job %s: %s%s", name, figures or "no metrics", f"; {billed} s are billed" if billed else "")
+    return job
+
+
+def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
+    """Download and unpack the job's model.tar.gz into `output`, verified; the run's files beside it (`OUTPUT-run`).
+
+    Raises: LaunchError where the artifact is damaged, or `output` is no artifact; AwsError.
+    """
+    archive = output.with_name(f"{output.name}.tar.gz")
+    data.fetch(aws, job["ModelArtifacts"]["S3ModelArtifacts"], archive)
+    try:
+        replace_folder(archive, output)
+        artifact = open_artifact(output)
+        artifact.verify()
+    except ArtifactError as exc:
+        raise LaunchError(str(exc)) from exc
+    run = job["ModelArtifacts"]["S3ModelArtifacts"].rsplit("/", 1)[0] + "/output.tar.gz"
+    try:
+        packed = data.fetch(aws, run, output.with_name(f"{output.name}-run.tar.gz"))
+        replace_folder(packed, output.with_name(f"{output.name}-run"))
+        packed.unlink()
+    except LaunchError as exc:  # the model is here; curves and report are a bonus
+        log.warning("the run's files were not brought home: %s", exc)
+    log.info("%s version %s is in %s (packed: %s)", artifact.manifest.name, artifact.manifest.version, output, archive)
+    return output
+
+
+def replace_folder(archive: Path, folder: Path) -> None:
+    """Unpack beside `folder` and put it in its place. Raises: ArtifactError, LaunchError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and any(folder.iterdir()) and not _ours(folder):
+        raise LaunchError(f"{folder} holds other things; name another --output.")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        unpack(archive, fresh)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        fresh.rename(folder)
+        shutil.rmtree(Path(scratch) / "old", ignore_errors=True)
+
+
+def _ours(folder: Path) -> bool:
+    return (
+        (folder / "manifest.json").is_file()
+        or (folder / "metrics.jsonl").is_file()
+        or (folder / "settings.json").is_file()
+    )
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """model.tar.gz of an artifact's folder: plain files at its top, the same bytes for the same files."""
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as tar,
+    ):
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                entry = tar.gettarinfo(str(path), path.name)
+                entry.mtime, entry.uid, entry.gid, entry.uname, entry.gname = 0, 0, 0, "", ""
+                with path.open("rb") as file:
+                    tar.addfile(entry, file)
+    return archive
+
+
+def _state(job: Mapping[str, Any]) -> str:
+    transitions = job.get("SecondaryStatusTransitions") or [{}]
+    message = transitions[-1].get("StatusMessage", "")
+    status = job.get("SecondaryStatus") or job["TrainingJobStatus"]
+    return f"{status}: {message}" if message else str(status)
+
+
+def as_text(hyperparameters: Mapping[str, object]) -> dict[str, str]:
+    """Values as SageMaker carries them: strings. Tuples become comma-separated, as flags are."""
+
+    def one(value: object) -> str:
+        if isinstance(value, list | tuple):
+            return ",".join(map(str, value)) or "none"
+        return json.dumps(value) if isinstance(value, bool) else str(value)
+
+    return {name: one(value) for name, value in hyperparameters.items() if value is not None}

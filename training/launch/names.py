@@ -1,0 +1,71 @@
+"""Names and tags: what a project's things are called, so that a repeated command finds what an earlier one made.
+
+Every name follows from the project and, where content matters, from a digest of the whole request. The same request
+has the same name: what exists under it is what was asked for.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+from training.errors import ConfigError
+
+PROJECT_TAG, MAKER_TAG, MAKER = "project", "made-by", "training.launch"
+MAX_PROJECT = 18
+"""A tuning job's name has 32 characters at most: project, kind, digest, attempt."""
+
+
+def digest(value: object) -> str:
+    """Eight hexadecimal digits that follow from `value` as JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Project:
+    """Everything of a project carries its name: in AWS's lists, in S3, and as a tag (for bills and for `delete`)."""
+
+    name: str
+    bucket: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(rf"[a-z0-9](-?[a-z0-9]){{0,{MAX_PROJECT - 1}}}", self.name) or len(self.name) > MAX_PROJECT:
+            raise ConfigError(
+                f"--project {self.name}: 1 to {MAX_PROJECT} small letters, digits and single hyphens are allowed."
+            )
+
+    @property
+    def tags(self) -> list[dict[str, str]]:
+        """What everything that can carry tags is given."""
+        return [{"Key": PROJECT_TAG, "Value": self.name}, {"Key": MAKER_TAG, "Value": MAKER}]
+
+    @property
+    def endpoint(self) -> str:
+        """The one endpoint of a project; its address does not change when the model does."""
+        return self.name
+
+    @property
+    def package_group(self) -> str:
+        """The model registry's group."""
+        return self.name
+
+    def of(self, kind: str, content: object) -> str:
+        """`PROJECT-kind-digest`, of a thing that follows from `content`."""
+        return f"{self.name}-{kind}-{digest(content)}"
+
+    def key(self, *parts: str) -> str:
+        """A key in S3 below the project's prefix."""
+        return "/".join((self.name, *parts))
+
+    def uri(self, *parts: str) -> str:
+        """The s3:// address of such a key."""
+        return f"s3://{self.bucket}/{self.key(*parts)}"
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """`s3://bucket/some/key` -> ("bucket", "some/key"). Raises: ConfigError."""
+    found = re.fullmatch(r"s3://([^/]+)/?(.*)", uri)
+    if not found:
+        raise ConfigError(f"{uri} is no S3 address; one looks like s3://bucket/folder/file.")
+    return found[1], found[2]

@@ -1,0 +1,202 @@
+"""The model: its archive in S3, its entry in SageMaker's registry (figures, approval), and the Model that hosts it."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from service.model.archive import unpack
+from service.model.artifact import open_artifact
+from service.model.errors import ArtifactError
+from service.model.images import MEDIA_TYPES
+from service.model.manifest import Manifest
+from training.errors import ConfigError
+from training.launch import data
+from training.launch.errors import AwsError, LaunchError
+from training.launch.jobs import describe, listed, pack
+from training.launch.names import Project, digest
+from training.launch.session import Aws
+
+log = logging.getLogger("training")
+
+Approval = Literal["Approved", "PendingManualApproval"]
+ARCHIVE = "model.tar.gz"
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model whose archive is known by content and lies here, unpacked and verified."""
+
+    folder: Path
+    archive: Path
+    sha256: str
+    manifest: Manifest
+    uri: str | None
+    """Where the archive lies in S3 already; None if it must be uploaded."""
+
+    def place(self, project: Project) -> str:
+        """Where the archive is, or will be."""
+        return self.uri or project.uri("models", f"{self.manifest.version}-{self.sha256[:8]}", ARCHIVE)
+
+
+@contextmanager
+def located(aws: Aws, project: Project, given: str | None) -> Iterator[Located]:
+    """The model that `given` names, in a scratch folder while the block lasts.
+
+    `given`: an artifact's folder, a model.tar.gz, an s3:// address, the name of a training job; None: of the
+    project's newest training job that ended well. Raises: LaunchError, ConfigError, AwsError.
+    """
+    with TemporaryDirectory(prefix="launch-", ignore_cleanup_errors=True) as scratch:
+        archive, uri = Path(scratch) / ARCHIVE, None
+        path = Path(given) if given is not None else None
+        if path is not None and path.is_dir():
+            _require_artifact(path)
+            pack(path, archive)
+        elif path is not None and path.is_file():
+            archive = path
+        elif given is not None and given.startswith("s3://"):
+            archive, uri = data.fetch(aws, given, archive), given
+        else:
+            uri = archive_of_job(aws, project, given)
+            archive = data.fetch(aws, uri, archive)
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        try:
+            unpack(archive, folder)
+            artifact = open_artifact(folder)
+            artifact.verify()
+        except ArtifactError as exc:
+            raise LaunchError(f"{given or uri}: {exc}") from exc
+        with archive.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        yield Located(folder, archive, sha256, artifact.manifest, uri)
+
+
+def archive_of_job(aws: Aws, project: Project, name: str | None) -> str:
+    """The s3:// address of what a training job made. Raises: ConfigError, LaunchError, AwsError."""
+    if name is None:
+        done = [job for job in listed(aws, f"{project.name}-train-") if job["TrainingJobStatus"] == "Completed"]
+        if not done:
+            raise LaunchError(
+                f"Project {project.name} has no training job that ended well; give --model FOLDER, or train first."
+            )
+        name = max(done, key=lambda job: job["CreationTime"])["TrainingJobName"]
+        log.info("model: of the newest job, %s", name)
+    try:
+        job = describe(aws, name)
+    except AwsError as exc:
+        if exc.is_missing or exc.code == "ValidationException":
+            raise ConfigError(
+                f"--model {name}: there is no such folder, no such file, and no training job of this name."
+            ) from exc
+        raise
+    if job["TrainingJobStatus"] != "Completed":
+        raise LaunchError(f"Job {name} is {job['TrainingJobStatus']}, so it has no model; see its log, or wait.")
+    return str(job["ModelArtifacts"]["S3ModelArtifacts"])
+
+
+def upload(aws: Aws, project: Project, model: Located) -> str:
+    """Bring the archive to S3 unless it is there; returns its address. Raises: AwsError."""
+    if model.uri is None:
+        place = model.place(project).removesuffix(ARCHIVE)
+        data.put(aws, place, [(ARCHIVE, model.archive)], {ARCHIVE: model.sha256}, "uploading the model")
+    return model.place(project)
+
+
+def register(aws: Aws, project: Project, model: Located, image: str, approval: Approval) -> str:
+    """The ARN of the registry's version for this archive and image; made unless it is there. Raises: AwsError."""
+    client, group = aws.client("sagemaker"), project.package_group
+    try:
+        client.describe_model_package_group(ModelPackageGroupName=group)
+    except AwsError as exc:
+        if not exc.is_missing and exc.code != "ValidationException":
+            raise
+        client.create_model_package_group(
+            ModelPackageGroupName=group, ModelPackageGroupDescription=f"Models of {project.name}", Tags=project.tags
+        )
+    facts = {"sha256": model.sha256, "version": model.manifest.version, "image": image}
+    for arn in packages(aws, group):
+        described = client.describe_model_package(ModelPackageName=arn)
+        if facts.items() <= described.get("CustomerMetadataProperties", {}).items():
+            if described["ModelApprovalStatus"] != approval and approval == "Approved":
+                client.update_model_package(ModelPackageArn=arn, ModelApprovalStatus=approval)
+            log.info("the registry has this model: %s", arn)
+            return arn
+    place = model.place(project)
+    made = client.create_model_package(
+        ModelPackageGroupName=group,
+        ModelPackageDescription=f"{model.manifest.name} {model.manifest.version}",
+        InferenceSpecification={
+            "Containers": [{"Image": image, "ModelDataUrl": place}],
+            "SupportedContentTypes": sorted({*MEDIA_TYPES.values(), "application/x-image", "application/json"}),
+            "SupportedResponseMIMETypes": ["application/json", "application/jsonlines", "text/csv"],
+        },
+        ModelApprovalStatus=approval,
+        ModelMetrics={"ModelQuality": {"Statistics": _statistics(aws, project, model)}},
+        CustomerMetadataProperties={**facts, **_figures(model.manifest)},
+    )
+    log.info("registered %s (%s)", made["ModelPackageArn"], approval)
+    return str(made["ModelPackageArn"])
+
+
+def packages(aws: Aws, group: str) -> list[str]:
+    """The ARNs of a group's versions, newest first; none where there is no such group."""
+    client, given, found = aws.client("sagemaker"), {"ModelPackageGroupName": group}, []
+    while True:
+        try:
+            page = client.list_model_packages(**given)
+        except AwsError as exc:
+            if exc.is_missing or exc.code == "ValidationException":
+                return []
+            raise
+        found += [package["ModelPackageArn"] for package in page["ModelPackageSummaryList"]]
+        if not page.get("NextToken"):
+            return sorted(found, key=lambda arn: -int(arn.rsplit("/", 1)[1]))
+        given["NextToken"] = page["NextToken"]
+
+
+def create_model(
+    aws: Aws, project: Project, container: Mapping[str, Any], role: str, kind: str = "model"
+) -> tuple[str, bool]:
+    """A Model of one container: its name, and whether it is new. Raises: AwsError."""
+    client, name = aws.client("sagemaker"), project.of(kind, [container, role])
+    try:
+        client.describe_model(ModelName=name)
+        return name, False
+    except AwsError as exc:
+        if not exc.is_missing and exc.code != "ValidationException":
+            raise
+    client.create_model(
+        ModelName=name, Containers=[dict(container)], ExecutionRoleArn=role, Tags=project.tags
+    )  # fmt: skip
+    return name, True
+
+
+def _require_artifact(folder: Path) -> None:
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(f"--model {folder}: there is no manifest.json in it; give an artifact's folder.")
+
+
+def _figures(manifest: Manifest) -> dict[str, str]:
+    found = manifest.metrics.get("validation") or {}
+    names = ("accuracy", "top5_accuracy", "loss", "n")
+    return {f"validation_{name}": f"{found[name]:.6g}" for name in names if isinstance(found.get(name), int | float)}
+
+
+def _statistics(aws: Aws, project: Project, model: Located) -> dict[str, str]:
+    """The figures as the registry shows them, beside the archive in S3."""
+    found = model.manifest.metrics.get("validation") or {}
+    metrics = {
+        name: {"value": found[name], "standard_deviation": "NaN"}
+        for name in ("accuracy", "top5_accuracy", "loss")
+        if isinstance(found.get(name), int | float)
+    }
+    body = json.dumps({"multiclass_classification_metrics": metrics}, indent=1).encode()
+    key = project.key("models", f"{model.manifest.version}-{digest(model.sha256)}", "statistics.json")
+    aws.client("s3").put_object(Bucket=project.bucket, Key=key, Body=body)
+    return {"ContentType": "application/json", "S3Uri": f"s3://{project.bucket}/{key}"}

@@ -1,0 +1,132 @@
+"""The AWS account we work in: region, identity, and clients whose errors are sentences. The only maker of clients.
+
+boto3's clients are used for every call instead of the SageMaker SDK's classes: its version 3 takes 13 s to import
+(torch with it), names jobs by the clock, so that a repeated command could not find its own job, and its ModelTrainer
+passes on neither Debugger's hook nor rules. The requests are the same; tests/rehearsal runs the SDK's ModelTrainer
+against our image as a second client.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    NoRegionError,
+    ProfileNotFound,
+    SSOError,
+)
+
+from training.errors import ConfigError
+from training.launch.errors import AGAIN, AwsError, LaunchError, refused
+
+TRIES = 6
+"""How often a throttled or failed call is made in all, waiting twice as long each time (botocore's standard mode)."""
+READ_TIMEOUT_S = 70
+"""Above the 60 s that an invocation may take."""
+
+
+class _Explaining:
+    """Put before botocore's client class: what it raises becomes our errors."""
+
+    def _make_api_call(self, operation: str, arguments: dict[str, Any]) -> Any:
+        service = self.meta.service_model.service_id.lower().replace(" ", "-")  # type: ignore[attr-defined]
+        try:
+            return super()._make_api_call(operation, arguments)  # type: ignore[misc]
+        except ClientError as exc:
+            if exc.response.get("Error", {}).get("Code") == "ModelError":
+                raise  # the container's answer: the caller (`client.py`) reads it
+            raise refused(service, operation, exc.response.get("Error", {})) from exc
+        except BotoCoreError as exc:
+            raise unreachable(service, operation, exc) from exc
+
+
+def unreachable(service: str, operation: str, exc: BotoCoreError) -> LaunchError:
+    """The sentence for a call that got no answer, or was not made."""
+    if isinstance(exc, NoCredentialsError):
+        return AwsError(
+            "There are no AWS credentials; `aws configure`, `aws sso login`, or a role of this machine give some.",
+            "NoCredentials", operation,
+        )  # fmt: skip
+    if isinstance(exc, SSOError):
+        return AwsError(f"The login has expired ({exc}); `aws sso login`, then {AGAIN}", "ExpiredToken", operation)
+    if isinstance(exc, EndpointConnectionError | ConnectTimeoutError | ConnectionError | HTTPClientError):
+        return AwsError(
+            f"{service} cannot be reached ({exc}); is there network, and is the service in this region? Then {AGAIN}",
+            "Unreachable", operation,
+        )  # fmt: skip
+    return AwsError(f"{service} {operation}: {exc}", type(exc).__name__, operation)
+
+
+@dataclass(frozen=True)
+class Aws:
+    """An account and a region. Made by `connect`; nothing is asked of AWS before it is needed."""
+
+    boto: boto3.Session
+
+    @property
+    def region(self) -> str:
+        """Such as eu-central-1."""
+        return str(self.boto.region_name)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Account, Arn and UserId of whoever calls. Raises: AwsError."""
+        return dict(self.client("sts").get_caller_identity())
+
+    @property
+    def account(self) -> str:
+        """The account's twelve digits."""
+        return self.identity["Account"]
+
+    @property
+    def partition(self) -> str:
+        """aws, aws-cn or aws-us-gov."""
+        return self.identity["Arn"].split(":")[1]
+
+    @cached_property
+    def _clients(self) -> dict[tuple[str, str], Any]:
+        return {}
+
+    def client(self, service: str, region: str | None = None) -> Any:
+        """A client of `service`, made once. Its calls raise AwsError; InvokeEndpoint's ModelError passes through."""
+        key = (service, region or self.region)
+        if key not in self._clients:
+            self._clients[key] = self.boto.client(
+                service,
+                region_name=key[1],
+                config=Config(
+                    retries={"mode": "standard", "total_max_attempts": TRIES},
+                    connect_timeout=10,
+                    read_timeout=READ_TIMEOUT_S,
+                    max_pool_connections=64,
+                    user_agent_extra="resnet34-sagemaker",
+                ),
+            )
+        return self._clients[key]
+
+
+def connect(region: str | None = None, profile: str | None = None) -> Aws:
+    """The account that the environment, ~/.aws or this machine's role give. Raises: ConfigError."""
+    try:
+        session = boto3.Session(region_name=region, profile_name=profile)
+    except ProfileNotFound as exc:
+        raise ConfigError(f"--profile {profile}: {exc}; `aws configure list-profiles` lists them.") from exc
+    except NoRegionError:  # pragma: no cover - boto3 raises it later
+        session = boto3.Session(region_name=region)
+    if not session.region_name:
+        raise ConfigError("No AWS region is set: give --region eu-central-1, say, or set AWS_DEFAULT_REGION.")
+    session.events.register("creating-client-class", _explain)
+    return Aws(session)
+
+
+def _explain(base_classes: list[type], **_: object) -> None:
+    base_classes.insert(0, _Explaining)

@@ -1,0 +1,122 @@
+"""What training/train_and_deploy.ipynb shows: the commands as one function, and results as tables and pictures."""
+
+import csv
+import html
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from service.model.artifact import open_artifact
+from training.launch.__main__ import main
+from training.launch.errors import LaunchError
+from training.report.sources import read_sources
+
+REFERENCE = {
+    "validation accuracy": 0.4071, "training accuracy": 0.5819, "training loss": 1.5454,
+    "learning_rate": 0.017483127170473314, "batch_size": 128, "epochs": 70,
+}  # fmt: skip
+"""The published run on CIFAR-100, on one V100: the last epoch's figures, and the hyperparameters its tuning found."""
+
+CHARTS = ("curves.png", "confusion.png", "classes.png", "calibration.png")
+
+
+class Table(str):
+    """An HTML table, which a notebook shows as one."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def launch(command: str, *arguments: object) -> None:
+    """`python -m training.launch COMMAND ...`, in this process, its lines shown here. Raises: LaunchError."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    status = main([command, *map(str, arguments)])
+    if status:
+        raise LaunchError(f"`{command}` ended with status {status}; the lines above say why.")
+
+
+def charts(run: Path) -> list[Any]:
+    """The report's pictures that a run folder holds, to be displayed."""
+    from IPython.display import Image
+
+    return [Image(filename=str(run / name)) for name in CHARTS if (run / name).is_file()]  # type: ignore[no-untyped-call]
+
+
+def rules(run: Path) -> Table:
+    """What Debugger's rules said of a run: status, and the first finding of each."""
+    found = read_sources(run, []).rules or []
+    rows = [tuple(str(rule.get(name) or "") for name in ("rule", "status", "message")) for rule in found]
+    return _table(("rule", "status", "first finding"), rows)
+
+
+def profile(run: Path) -> str:
+    """The profiler's sentence: what holds the run up, and what to do about it."""
+    return str((read_sources(run, []).profile or {}).get("summary", "no profile"))
+
+
+def beside_reference(model: Path) -> Table:
+    """The model's figures and hyperparameters beside those of the published run.
+
+    The reference is of CIFAR-100; on other data the comparison means nothing, and the last row says which it was.
+    """
+    manifest = open_artifact(model).manifest
+    train, validation = (manifest.metrics.get(name) or {} for name in ("train", "validation"))
+    ours = {
+        "validation accuracy": validation.get("accuracy"),
+        "training accuracy": train.get("accuracy"),
+        "training loss": train.get("loss"),
+        **{name: manifest.hyperparameters.get(name) for name in ("learning_rate", "batch_size", "epochs")},
+    }
+    rows = [(name, _shown(name, value), _shown(name, ours[name])) for name, value in REFERENCE.items()]
+    rows.append(("data", "CIFAR-100", str(manifest.dataset.get("name", ""))))
+    return _table(("", "reference (one V100)", f"{manifest.name} {manifest.version}"), rows)
+
+
+def best_trial(folder: Path) -> Table:
+    """What a tuning found."""
+    best = json.loads((folder / "best.json").read_text())
+    rows = [(name, f"{value:.6g}") for name, value in best["hyperparameters"].items()]
+    return _table(("", best["trial"]), [*rows, ("validation accuracy", f"{100 * best['value']:.2f} %")])
+
+
+def gallery(answers: Path, columns: int = 5) -> Any:
+    """Pictures with what the endpoint said of them, from the CSV that `invoke` wrote."""
+    from IPython.display import Image as Shown
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    with answers.open() as file:
+        rows = list(csv.DictReader(file))
+    height = -(-len(rows) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.5 * height), layout="constrained")
+    for place, row in enumerate(rows):
+        axes = figure.add_subplot(height, columns, place + 1)
+        axes.axis("off")
+        text = row["problem"] or f"{row['label']}\n{100 * float(row['probability']):.0f} %"
+        axes.set_title(text[:60], fontsize=8)
+        if not row["problem"]:
+            with Image.open(row["file"]) as picture:
+                axes.imshow(picture.convert("RGB"))
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=80)
+    return Shown(png.getvalue())  # type: ignore[no-untyped-call]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return Table(f"<table>{line('th', heads)}{''.join(line('td', row) for row in rows)}</table>")
+
+
+def _shown(name: str, value: object) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.6g}"
