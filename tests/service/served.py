@@ -28,6 +28,16 @@ def png(grey: int = 7) -> bytes:
     return buffer.getvalue()
 
 
+def form(*files: bytes, boundary: str = "xYz") -> tuple[bytes, str]:
+    parts = [
+        f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="{i}.png"\r\n\r\n'.encode()
+        + file
+        + b"\r\n"
+        for i, file in enumerate(files)
+    ]
+    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
 @dataclass
 class Reply:
     status: int

@@ -1,6 +1,5 @@
 """The four words: with the real artifact, and inside AWS's own inference toolkit."""
 
-import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from sagemaker_inference.default_handler_service import DefaultHandlerService
 
 from service.answers import TOP_K
@@ -18,22 +16,7 @@ from service.errors import MalformedRequest, NotAcceptable, UnsupportedMediaType
 from service.inference import input_fn, model_fn, output_fn, predict_fn
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError, UnreadableImage
-
-
-def png(grey: int = 7, side_px: int = 40) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side_px, side_px), (grey, grey, grey)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def form(*files: bytes, boundary: str = "xYz") -> tuple[bytes, str]:
-    parts = [
-        f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{i}.png"\r\n\r\n'.encode()
-        + file
-        + b"\r\n"
-        for i, file in enumerate(files)
-    ]
-    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+from tests.service.served import form, png
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from service.media import ANSWERS, CSV, JSON, JSON_LINES, negotiate
 from service.options import top_k_of
 from service.payloads import MAX_IMAGES, payloads_of
 from service.schemas import PredictionResponse, SeveralPredictionsResponse
-from tests.service.served import Served, assert_error, png, serve
+from tests.service.served import Served, assert_error, form, png, serve
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,6 @@ def service() -> Iterator[Served]:
 
 def b64(payload: bytes) -> str:
     return base64.b64encode(payload).decode()
-
-
-def form(*files: bytes, boundary: str = "xYz") -> tuple[bytes, str]:
-    parts = [
-        f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="{i}.png"\r\n\r\n'.encode()
-        + file
-        + b"\r\n"
-        for i, file in enumerate(files)
-    ]
-    return b"".join(parts) + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
 # One image.
