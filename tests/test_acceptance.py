@@ -77,7 +77,7 @@ def test_real_pictures_reach_60_percent_and_http_gives_the_accuracy_of_the_manif
     subprocess.run(["tar", "xzf", str(CIFAR10), "-C", str(tmp_path)], check=True)
     data = tmp_path / "pictures"
     (tmp_path / "train").rename(data)  # ten class folders, no split given
-    flags = "--weights none --freeze none --side 32 --epochs 4 --batch-size 128 --optimizer adamw --learning-rate 0.001"
+    flags = "--weights none --freeze none --side 32 --epochs 3 --batch-size 128 --optimizer adamw --learning-rate 0.001"
     flags += " --weight-decay 0.01 --schedule one-cycle --augment flip-crop --precision auto --model-name cifar10"
     output = tmp_path / "model"
     started_s = time.monotonic()
