@@ -1,12 +1,12 @@
 """Which driver a SageMaker host has, and which CUDA an image may therefore bring.
 
-InferenceAmiVersion and what each holds: botocore's service model, 2026-11-22, and
-https://docs.aws.amazon.com/sagemaker/latest/dg/inference-gpu-drivers.html. Without it g4dn and g5 hosts have driver
-470, on which a container with CUDA 13 does not start and leaves no log.
+The table of host images is `container.drivers`, which the image itself reads at its start. Without InferenceAmiVersion
+g4dn and g5 hosts have driver 470, on which a container with CUDA 13 does not start and leaves no log.
 """
 
 from dataclasses import dataclass
 
+from container import drivers
 from training.errors import ConfigError
 
 
@@ -20,17 +20,17 @@ class Ami:
     """The newest CUDA whose images start on it."""
 
 
-AMIS = (
-    Ami("al2-ami-sagemaker-inference-gpu-2", 535, (12, 2)),
-    Ami("al2-ami-sagemaker-inference-gpu-2-1", 535, (12, 2)),
-    Ami("al2-ami-sagemaker-inference-gpu-3-1", 550, (12, 4)),
-    Ami("al2023-ami-sagemaker-inference-gpu-4-1", 580, (13, 0)),
-)
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+AMIS = tuple(Ami(host.ami, host.driver, _version(host.cuda)) for host in drivers.ENDPOINT_HOSTS)
 DEFAULT_DRIVER = {"g4dn": 470, "g5": 470, "p4d": 470, "g6": 535, "p5": 535}
 """What a family's host has where no AMI is asked for."""
 
-IMAGE_CUDA = (13, 0)
-"""Of the image that container/ builds for GPUs: torch 2.13's wheels are for CUDA 13.0."""
+IMAGE_CUDA = _version(drivers.CUDA)
+"""Of the image that container/ builds for GPUs."""
 
 
 def family(instance: str) -> str:
