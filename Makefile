@@ -30,7 +30,7 @@ help: ## print the targets
 setup: $(UV) ## set up for training and serving: .venv/
 	$(UV) sync --frozen --inexact --group training
 
-serve: $(UV) ## set up, fine-tune a starter model if MODEL is not there, and serve it on PORT
+serve: $(UV) ## set up and serve MODEL on PORT; without MODEL a starter, fine-tuned first if it is not there
 	$(UV) sync --frozen --inexact --group training
 	@if [ "$(MODEL)" = artifacts/model ] && [ ! -e "$(MODEL)/manifest.json" ]; then \
 	  $(PYTHON) -m training.starter --data data --output "$(MODEL)"; fi

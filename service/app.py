@@ -86,6 +86,8 @@ async def _answer_http_error(request: Request, exc: Exception) -> Response:
     record = telemetry.current()
     record.code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "http_error")
     path = ascii(request.url.path[:100])[1:-1]
-    sentence = f"{request.method} {path}: {exc.detail}; there are GET /ping and POST {PATH}."
+    sentence = (
+        f"{request.method} {path}: {exc.detail}; there are GET /ping and POST {PATH}, and GET /docs tells the rest."
+    )
     body = telemetry.error_body(record.code, sentence, record.request_id)
     return Response(body, exc.status_code, dict(exc.headers or {}), media_type="application/json")

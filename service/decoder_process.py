@@ -145,4 +145,5 @@ def _limit_memory(limit: int) -> None:
 
 if __name__ == "__main__":
     sys.path[:] = sys.argv[2].split(os.pathsep)  # the service's own
-    main(int(sys.argv[1]))
+    with contextlib.suppress(ConnectionError, KeyboardInterrupt):  # the service has just ended
+        main(int(sys.argv[1]))

@@ -65,7 +65,8 @@ MESSAGES = {
     "malformed_request": "top_k must be one whole number from 1 to 1000, given: 'all'.",
     "unreadable_image": "The image is damaged or incomplete (image file is truncated); send the whole file "
     "(200,000 bytes arrived).",
-    "method_not_allowed": "GET /invocations: Method Not Allowed; there are GET /ping and POST /invocations.",
+    "method_not_allowed": "GET /invocations: Method Not Allowed; there are GET /ping and POST /invocations, and GET "
+    "/docs tells the rest.",
     "not_acceptable": "Answers are application/json, application/jsonlines or text/csv, which the Accept header "
     "excludes, given: image/png; send one of them, or no Accept header.",
     "body_timeout": "Of the body, 65,536 bytes arrived within 30 s, and its end did not; send it faster, or a smaller "

@@ -62,11 +62,14 @@ class Answered:
     queue_ms: float | None = None
     infer_ms: float | None = None
     batch_size: int | None = None
-    """Of several images, each the longest, and the largest batch; None where no image could be read."""
+    """Of several images, each the longest, and the largest batch; but for the first, None where none could be read."""
 
-    def note(self, decode_ms: float, batched: Batched[Prediction]) -> None:
-        """Take the times of one of the images in."""
+    def note_decode(self, decode_ms: float) -> None:
+        """Take in how long one of the images took to decode, readable or not."""
         self.decode_ms = max(self.decode_ms or 0.0, decode_ms)
+
+    def note(self, batched: Batched[Prediction]) -> None:
+        """Take the other times of one of the images in."""
         self.queue_ms = max(self.queue_ms or 0.0, batched.queue_ms)
         self.infer_ms = max(self.infer_ms or 0.0, batched.infer_ms)
         self.batch_size = max(self.batch_size or 0, batched.batch_size)
@@ -193,9 +196,10 @@ class Runtime:
                 image = await self._decoders.decode(payload, classifier.side_px)
             except ImageError as exc:
                 return exc
-            decode_ms = (time.perf_counter() - started_s) * 1000
+            finally:
+                answered.note_decode((time.perf_counter() - started_s) * 1000)
             batched = await batcher.submit(image)
-            answered.note(decode_ms, batched)
+            answered.note(batched)
             return batched.value
 
         if payloads.several:
@@ -304,8 +308,13 @@ class Runtime:
             log.info("a page to try images on: %s", url.removesuffix("invocations"))
         if classifier.example is not None:
             example = classifier.example
-            command = ["curl", "-H", f"Content-Type: {example.media_type}", "--data-binary", f"@{example.path}", url]
-            log.info("an image of class %r to try: %s", example.label, shlex.join(command))
+            kind = f"Content-Type: {example.media_type}"
+            if self.settings.page:  # works from wherever the service is reached, a container's outside too
+                command = f"curl -s {url.removesuffix('invocations')}example | "
+                command += shlex.join(["curl", "-H", kind, "--data-binary", "@-", url])
+            else:
+                command = shlex.join(["curl", "-H", kind, "--data-binary", f"@{example.path}", url])
+            log.info("an image of class %r to try: %s", example.label, command)
 
 
 def _is_out_of_memory(exc: Exception) -> bool:

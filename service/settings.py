@@ -8,9 +8,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.engines.names import Wanted
@@ -25,6 +25,11 @@ LOCAL_MODEL = Path("artifacts/model")
 def default_model() -> Path:
     """Where SageMaker puts the model if that folder is there, else where `make serve` puts it."""
     return SAGEMAKER_MODEL if SAGEMAKER_MODEL.is_dir() else LOCAL_MODEL
+
+
+def _number(value: object) -> object:
+    """The environment has text alone."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Settings(BaseSettings):
@@ -58,7 +63,7 @@ class Settings(BaseSettings):
     max_requests: int = Field(256, ge=1)
     """Images under way at once in a worker, from decoding to the answer; requests for which there is no place get 503
     at once."""
-    overload_status: Literal[503, 429] = 503
+    overload_status: Annotated[Literal[503, 429], BeforeValidator(_number)] = 503
     """The status of those answers, both with Retry-After; 429 for clients that take 503 for a broken server."""
     drain_s: float = Field(0.0, ge=0, le=20)
     """After SIGTERM, /ping answers 503 and requests are still taken for this long; then until none is under way."""

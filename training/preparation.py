@@ -14,7 +14,7 @@ from training.data.layouts import open_dataset
 from training.data.loader import Loader
 from training.devices import has_fast_bf16, pick_device, set_up_torch
 from training.distributed import ALONE, Group
-from training.errors import ConfigError
+from training.errors import ConfigError, DataError
 from training.features import Views, open_cache
 from training.prefix_engines import choose_engine
 from training.pretrained import load_pretrained, require_available
@@ -39,6 +39,9 @@ class Prepared:
 def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device | None = None) -> Prepared:
     """Open the data and, where the settings allow it, compute or find the cached features. Raises: TrainingError."""
     device = device or pick_device(config.device, group)
+    for flag, folder in (("--data", config.data), ("--validation", config.validation)):
+        if folder is not None and not folder.exists():
+            raise DataError(f"{flag} {folder}: there is no such folder.")
     require_available(config.weights)  # before the images, whose decoding may take long
     set_up_torch(config)
     dataset = open_dataset(

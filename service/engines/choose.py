@@ -12,7 +12,7 @@ from service.engines.names import NAMES, EngineName, Wanted
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
 from service.model.machine import cores, gpus
-from service.model.manifest import MAX_LOSS_POINTS, Manifest
+from service.model.manifest import MAX_LOSS_POINTS, MIN_IMAGES, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
                 f"int8 agrees with float32 on {int8.top1_agreement:.2%} of {int8.n:,} validation images and loses "
                 f"{int8.loss_points:.2f} points of accuracy, allowed are {MAX_LOSS_POINTS}"
             )
-            if int8.loss_points <= MAX_LOSS_POINTS:
+            if int8.n < MIN_IMAGES:
+                why += f"; fewer than {MIN_IMAGES} images cannot tell"
+            elif int8.loss_points <= MAX_LOSS_POINTS:
                 yield "openvino-int8", why
         yield "openvino-bf16", why
         yield "openvino-fp32", why

@@ -231,7 +231,10 @@ def _home(folder: Path) -> Path:
     if (folder / MANIFEST).is_file():
         return folder
     if not folder.is_dir():
-        raise ArtifactError(f"There is no model at {folder}: train one (README, 'make serve') or name another folder.")
+        raise ArtifactError(
+            f"There is no model at {folder}: name another folder, or train one as the README tells "
+            f"(python -m training.train_model --output {folder} ...)."
+        )
     inside = sorted(entry.name for entry in folder.iterdir())
     homes = [folder / name for name in inside if (folder / name / MANIFEST).is_file()]
     if len(homes) == 1:

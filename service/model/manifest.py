@@ -18,6 +18,9 @@ READABLE = (1, 2)
 """1 had no `quantization`."""
 MAX_TEXT = 256
 
+MIN_IMAGES = 200
+"""Validation images, with fewer of which int8 is not used by itself: one of them is more than half a point."""
+
 MAX_LOSS_POINTS = 0.5
 """An int8 network that loses more percentage points of accuracy than this runs only when it is asked for by name."""
 

@@ -57,3 +57,24 @@ def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings.load([]).port = 1  # type: ignore[misc]
+
+
+OTHERS = {
+    "model": "elsewhere", "host": "::1", "port": "9000", "engine": "torch", "workers": "3", "engine_threads": "5",
+    "max_payload_bytes": "1000", "max_body_bytes": "99999999", "body_timeout_s": "2.5", "deadline_s": "7",
+    "max_requests": "9", "overload_status": "429", "drain_s": "1.5", "max_batch": "4", "max_wait_ms": "3",
+    "decode_threads": "6", "decode_limit_s": "1.5", "page": "false", "log_level": "debug", "log_format": "json",
+    "exit_with_parent": "false",
+}  # fmt: skip
+"""A value for each setting that is not its default."""
+
+
+def test_every_setting_can_be_set_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(OTHERS) == set(Settings.model_fields)
+    before = Settings.load([])
+    for field, value in OTHERS.items():
+        with monkeypatch.context() as only_this:
+            only_this.setenv(f"CLASSIFIER_{field.upper()}", value)
+            after = Settings.load([])
+        assert str(getattr(after, field)).lower() in (value, f"{value}.0")
+        assert after.model_dump(exclude={field}) == before.model_dump(exclude={field})

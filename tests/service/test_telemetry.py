@@ -34,7 +34,7 @@ def test_an_answer_tells_the_time_of_each_stage(artifact: Path, server: Any) -> 
 def test_an_error_tells_how_far_it_came(server: Any) -> None:
     answer = server.ask("POST", "/invocations", b"no image")
     assert answer.status == 400
-    assert list(timings(answer.headers["server-timing"])) == ["total"]
+    assert list(timings(answer.headers["server-timing"])) == ["decode", "total"]
     assert answer.headers["x-request-id"] == answer.json["error"]["request_id"]
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import importlib
 import json
 import logging
 import sys
@@ -44,9 +45,8 @@ def launch(command: str, *arguments: object) -> None:
 
 def charts(run: Path) -> list[Any]:
     """The report's pictures that a run folder holds, to be displayed."""
-    from IPython.display import Image
-
-    return [Image(filename=str(run / name)) for name in CHARTS if (run / name).is_file()]  # type: ignore[no-untyped-call]
+    display: Any = importlib.import_module("IPython.display")
+    return [display.Image(filename=str(run / name)) for name in CHARTS if (run / name).is_file()]
 
 
 def rules(run: Path) -> Table:
@@ -88,7 +88,7 @@ def best_trial(folder: Path) -> Table:
 
 def gallery(answers: Path, columns: int = 5) -> Any:
     """Pictures with what the endpoint said of them, from the CSV that `invoke` wrote."""
-    from IPython.display import Image as Shown
+    display: Any = importlib.import_module("IPython.display")
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -106,7 +106,7 @@ def gallery(answers: Path, columns: int = 5) -> Any:
                 axes.imshow(picture.convert("RGB"))
     png = BytesIO()
     figure.savefig(png, format="png", dpi=80)
-    return Shown(png.getvalue())  # type: ignore[no-untyped-call]
+    return display.Image(png.getvalue())
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
