@@ -13,12 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from service.lifeline import FILES_BESIDES, allow_files
 from service.logs import configure_logging, shown
 from service.model.machine import cores
 from service.settings import Settings
 from service.workers import Supervisor, Worker, choose_count
 
 log = logging.getLogger("service")
+
+LEAST_FILES = 2 * FILES_BESIDES
+"""A worker with fewer file descriptors would hardly have connections."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def listen(shared: bool) -> socket.socket:
         return _listen(settings.host, settings.port, shared)
 
+    if (files := allow_files()) < LEAST_FILES * workers:
+        log.error(
+            "This process may open %d files, the service needs %d; raise the limit (ulimit -n %d).",
+            files, LEAST_FILES * workers, 4096 * workers,
+        )  # fmt: skip
+        return 1
     try:
         supervisor = Supervisor(workers, listen, arguments)
     except OSError as exc:

@@ -5,9 +5,11 @@ does. When a worker dies instead, the connections live on in the supervisor, whi
 worker had, so that their clients read a sentence and not a reset.
 """
 
+import ctypes
 import json
 import mmap
 import os
+import resource
 import socket
 import struct
 import sys
@@ -20,14 +22,31 @@ from contextlib import suppress
 from service.errors import RETRY_AFTER_S
 
 MAX_CONNECTIONS = 8192
-"""Of a worker that are held; one beyond is served all the same, and reset if the worker dies."""
+"""Of a worker that are held, at most; one beyond is served all the same, and reset if the worker dies."""
+
+MOST_FILES = 65536
+FILES_BESIDES = 256
+"""File descriptors that are no connections, at most."""
+
+SO_ATTACH_FILTER = 26
+"""asm-generic/socket.h; Python has no name for it."""
 
 LINGER_S = 2.0
 """How long a connection stays after it was told of the death: closed at once, what the client still sends would be
 answered with a reset, which may overtake the answer (RFC 9112, 9.6)."""
 
+DIED = "The process that had this request died before it could answer; send the request again."
+STOPPED = "The service has stopped; send the request to another instance."
+
 _MESSAGE = struct.Struct("=?I")
 """Opened (with the connection) or closed, and its slot."""
+
+IDLE, WAITING, WRITING = 0, 1, 2
+"""What a worker notes of a connection: no request on it; one that has no part of an answer; an answer being written,
+after which nothing may be put."""
+
+_BEAT = struct.Struct("=d")
+"""After the slots: when the worker's event loop last went round (CLOCK_MONOTONIC, which all processes share)."""
 
 _KIND = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
 
@@ -39,11 +58,44 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def slots() -> int:
-    """A new file descriptor of the bytes, one a connection, in which a worker notes the requests it has."""
+def shared(size: int) -> int:
+    """A new file descriptor of `size` bytes of zeros in memory, which processes can share."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("classifier")  # never a file on disk: a full one would end the process that writes
+        os.truncate(fd, size)
+        return fd
     with tempfile.TemporaryFile() as file:
-        file.truncate(MAX_CONNECTIONS)
+        file.truncate(size)
         return os.dup(file.fileno())
+
+
+def slots(count: int) -> int:
+    """A file descriptor of the bytes, one for each of `count` connections, in which a worker notes its requests."""
+    return shared(count + _BEAT.size)
+
+
+def take_no_more(listener: socket.socket) -> None:
+    """Let no further connection be made: one that waited to be accepted when the socket is closed would be reset.
+
+    By a filter that drops every packet to the listening socket (SO_ATTACH_FILTER, socket(7)): who connects now tries
+    again after a second, and is refused then. Elsewhere than on Linux the last ones may be reset.
+    """
+    if sys.platform != "linux":
+        return
+    drop_all = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K, 0 bytes
+    with suppress(OSError):
+        program = struct.pack("@HP", 1, ctypes.addressof(drop_all))
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+def allow_files() -> int:
+    """Let this process open as many files as it may. Returns: how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 class Lifeline:
@@ -52,8 +104,9 @@ class Lifeline:
     def __init__(self, socket_fd: int, slots_fd: int) -> None:
         self._socket = socket.socket(fileno=socket_fd)
         self._socket.setblocking(False)
-        self._waits = mmap.mmap(slots_fd, MAX_CONNECTIONS)
-        self._free = list(range(MAX_CONNECTIONS - 1, -1, -1))
+        self._notes = mmap.mmap(slots_fd, 0)
+        self._count = len(self._notes) - _BEAT.size
+        self._free = list(range(self._count - 1, -1, -1))
         self._unsent: deque[int] = deque()  # slots that were closed while the supervisor was busy
 
     def opened(self, fd: int) -> int | None:
@@ -62,7 +115,7 @@ class Lifeline:
         if not self._free or self._unsent:
             return None
         slot = self._free.pop()
-        self._waits[slot] = 0
+        self._notes[slot] = IDLE
         try:
             socket.send_fds(self._socket, [_MESSAGE.pack(True, slot)], [fd])
         except OSError:  # the supervisor is busy, or gone
@@ -70,13 +123,13 @@ class Lifeline:
             return None
         return slot
 
-    def waits(self, slot: int, waiting: bool) -> None:
-        """Whether a request on the connection waits for its answer."""
-        self._waits[slot] = waiting
+    def note(self, slot: int, what: int) -> None:
+        """IDLE, WAITING or WRITING."""
+        self._notes[slot] = what
 
     def closed(self, slot: int) -> None:
         """The connection is closed here; the client sees it when the supervisor has closed its duplicate too."""
-        self._waits[slot] = 0
+        self._notes[slot] = IDLE
         self._unsent.append(slot)
         self._send_unsent()
 
@@ -90,8 +143,9 @@ class Lifeline:
                 pass
             self._free.append(self._unsent.popleft())
 
-    def flush(self) -> None:
-        """Say what could not be said before."""
+    def beat(self) -> None:
+        """Say that the event loop goes round, and what could not be said before."""
+        _BEAT.pack_into(self._notes, self._count, time.monotonic())
         self._send_unsent()
 
 
@@ -100,7 +154,7 @@ class Held:
 
     def __init__(self, ours: socket.socket, slots_fd: int) -> None:
         self.socket = ours
-        self._waits = mmap.mmap(slots_fd, MAX_CONNECTIONS)
+        self._notes = mmap.mmap(slots_fd, 0)
         self._connections: dict[int, socket.socket] = {}
 
     def read(self) -> None:
@@ -116,13 +170,19 @@ class Held:
                 elif slot in self._connections:
                     self._connections.pop(slot).close()
 
+    def silent_s(self) -> float:
+        """For how long the worker's event loop has not gone round; 0 while it has not begun."""
+        (beat_s,) = _BEAT.unpack_from(self._notes, len(self._notes) - _BEAT.size)
+        return time.monotonic() - beat_s if beat_s else 0.0
+
     def answer(self) -> list[socket.socket]:
         """Of a worker that has died: answer the requests it had. Returns: their connections, to be closed later."""
         self.read()
         lingering = []
         for slot, connection in self._connections.items():
             connection.setblocking(False)
-            if (self._waits[slot] or _has_input(connection)) and _told(connection):
+            waits = self._notes[slot] == WAITING or (self._notes[slot] == IDLE and _has_input(connection))
+            if waits and _told(connection, "worker_died", DIED):
                 lingering.append(connection)
             else:
                 connection.close()
@@ -135,7 +195,7 @@ class Held:
         for connection in self._connections.values():
             connection.close()
         self.socket.close()
-        self._waits.close()
+        self._notes.close()
 
 
 class Lingering:
@@ -166,11 +226,26 @@ def _has_input(connection: socket.socket) -> bool:
     return False
 
 
-def _told(connection: socket.socket) -> bool:
-    """Send the answer; whether that could be done."""
+def refuse_waiting(listener: socket.socket) -> list[socket.socket]:
+    """Answer connections that nobody will accept any more. Returns: these, to be closed later."""
+    take_no_more(listener)
+    listener.setblocking(False)
+    lingering = []
+    with suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            if _told(connection, "not_ready", STOPPED):
+                lingering.append(connection)
+            else:
+                connection.close()
+    return lingering
+
+
+def _told(connection: socket.socket, code: str, message: str) -> bool:
+    """Send an answer; whether that could be done."""
     request_id = os.urandom(16).hex()
-    message = "The process that had this request died before it could answer; send the request again."
-    body = json.dumps({"error": {"code": "worker_died", "message": message, "request_id": request_id}}).encode()
+    body = json.dumps({"error": {"code": code, "message": message, "request_id": request_id}}).encode()
     head = (
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nretry-after: {RETRY_AFTER_S}\r\nx-request-id: {request_id}\r\n"

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from service.errors import HTTP_ERRORS
 
@@ -97,12 +97,6 @@ class Page:
     def size(count: int) -> int:
         """Bytes for `count` workers and their supervisor."""
         return (count + 1) * CELLS * 8
-
-    @classmethod
-    def in_file(cls, count: int, file: BinaryIO) -> "Page":
-        """A page of zeros in an empty file."""
-        file.truncate(cls.size(count))
-        return cls(count, file.fileno())
 
     def value(self, cell: int) -> float:
         """Of all rows together."""

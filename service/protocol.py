@@ -9,12 +9,12 @@ import json
 import logging
 import os
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.lifeline import Lifeline
+from service.lifeline import IDLE, WAITING, WRITING, Lifeline
 from service.metrics import Metrics
 from service.telemetry import RequestRecord
 
@@ -32,7 +32,14 @@ LINGER_S = 10.0
 UNREAD_S = 30.0
 """A client that takes no byte of its answer for so long is cut off."""
 
+KEEP_ALIVE_S = 75.0
+"""How long an idle connection is kept: longer than load balancers do (60 s on AWS), so that they close first and never
+send a request into a closed one."""
+
 SWEEP_S = 1.0
+
+Reading = Literal["nothing", "head", "body"]
+"""Of which part of a message the parser has read last; trailers count as body."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -47,11 +54,16 @@ class Protocol(HttpToolsProtocol):
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
         self._slot: int | None = None
-        self._head_bytes = 0
-        self._head_since_s: float | None = self.loop.time()
-        self._lingers_since_s: float | None = None
+        self._reading: Reading = "nothing"
+        self._due = 0
+        """Requests whose head has been read and whose answer has not been written."""
+        self._since_s = self.loop.time()
+        """Since when it has been as it is: a message or an answer began or ended then."""
+        self._dry_bytes = 0
+        """What was read of this message without reaching a part of its body: of its head, or of its trailers."""
+        self._got_body = False
+        self._refusal: tuple[int, str, str] | None = None
         self._unread: tuple[int, float] | None = None  # bytes not yet taken by the client, since when
-        self._idle_since_s: float | None = self.loop.time()
         if len(self.connections) > self.max_connections and not self._make_room():
             self._refuse(503, "overloaded", f"{self.max_connections} connections are open; try again in a moment.")
         elif self.lifeline is not None:
@@ -66,57 +78,81 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        self._unset_keepalive_if_required()
-        if self.transport.is_closing():
-            return
-        if self._head_since_s is None and self._idle_since_s is not None:
-            self._head_since_s = self.loop.time()
-        self._idle_since_s = None
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as exc:
-            self._go_on_without_upgrade(data[exc.args[0] :])
-        except (httptools.HttpParserError, httptools.HttpParserInvalidURLError, UnicodeDecodeError):
-            self._refuse(400, "malformed_http", "This is not an HTTP/1.1 request; send one, without TLS.")
-        if self._head_since_s is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                sentence = f"The request line and headers may have at most {MAX_HEAD_BYTES:,} bytes; send fewer."
-                self._refuse(431, "headers_too_large", sentence)
+        while data and self._refusal is None and not self.transport.is_closing():
+            self._got_body = False
+            size, rest = len(data), b""
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as exc:
+                size = exc.args[0]
+                rest = self._without_upgrade(data[size:])
+            except (httptools.HttpParserError, httptools.HttpParserInvalidURLError, UnicodeDecodeError):
+                self._refuse(400, "malformed_http", "This is not an HTTP/1.1 request; send one, without TLS.")
+            if self._got_body or self._reading == "nothing":
+                self._dry_bytes = 0
+            else:
+                self._dry_bytes += size
+                if self._dry_bytes > MAX_HEAD_BYTES:
+                    sentence = f"The request line and headers may have at most {MAX_HEAD_BYTES:,} bytes; send fewer."
+                    self._refuse(431, "headers_too_large", sentence)
+            data = rest
+
+    def on_message_begin(self) -> None:
+        """See `httptools.HttpRequestParser`."""
+        super().on_message_begin()
+        self._reading, self._since_s, self._dry_bytes = "head", self.loop.time(), 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """See `httptools.HttpRequestParser`."""
+        if self._reading == "head":  # a trailer must not become a header (RFC 9110, 6.5.1)
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
-        self._head_bytes, self._head_since_s = 0, None
         if self.parser.should_upgrade():
             return
-        if self._slot is not None and self.lifeline is not None:
-            self.lifeline.waits(self._slot, True)
+        self._reading, self._got_body = "body", True
+        self._due += 1
+        self._tell_lifeline()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """See `httptools.HttpRequestParser`."""
         if not self.parser.should_upgrade():
+            self._got_body = True
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
         if not self.parser.should_upgrade():
-            self._lingers_since_s = None
+            self._reading, self._since_s = "nothing", self.loop.time()
             super().on_message_complete()
-            self.cycle.more_body = False  # also where the answer came before the end of the body
 
     def on_response_complete(self) -> None:
-        """An answer is written."""
-        super().on_response_complete()
-        if self._slot is not None and self.lifeline is not None and not self.pipeline:
-            self.lifeline.waits(self._slot, False)
-        if self.cycle.more_body:
-            self._lingers_since_s = self.loop.time()
-        elif not self.pipeline:
-            self._idle_since_s = self.loop.time()
+        """An answer is written, at least into the transport's buffer."""
+        self.server_state.total_requests += 1
+        self._due -= 1
+        self._since_s = self.loop.time()
+        if self._slot is not None and self.lifeline is not None:
+            self.lifeline.note(self._slot, WRITING)
+            self.loop.call_soon(self._tell_lifeline)
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self._refusal is not None:
+            self._write_refusal(*self._refusal)
+
+    def _tell_lifeline(self) -> None:
+        """What would become of this connection if the process died now."""
+        if self._slot is not None and self.lifeline is not None:
+            writing = not self.transport.is_closing() and self.transport.get_write_buffer_size() > 0
+            self.lifeline.note(self._slot, WRITING if writing else WAITING if self._due else IDLE)
 
     def sweep(self, now_s: float) -> None:
         """Give up what has taken too long."""
+        self._tell_lifeline()
         unread = self.transport.get_write_buffer_size()
         if not unread:
             self._unread = None
@@ -127,22 +163,25 @@ class Protocol(HttpToolsProtocol):
             return
         if self.transport.is_closing():
             return
-        if self._lingers_since_s is not None and now_s - self._lingers_since_s > LINGER_S:
-            self.transport.close()
-        elif self._head_since_s is not None and now_s - self._head_since_s > HEAD_S:
-            if self._head_bytes:
-                self._refuse(
-                    408, "head_timeout", f"The request's head did not arrive within {HEAD_S:g} s; send it faster."
-                )
-            else:
+        took_s = now_s - self._since_s
+        if self._refusal is not None and self._due == 0:
+            if took_s > LINGER_S:
+                self.transport.close()
+        elif self._reading == "head":
+            if took_s > HEAD_S:
+                sentence = f"The request's head did not arrive within {HEAD_S:g} s; send it faster."
+                self._refuse(408, "head_timeout", sentence)
+        elif self._due == 0:
+            lingers = self._reading == "body"  # of a request that was answered before its end
+            if took_s > (LINGER_S if lingers else HEAD_S if self.cycle is None else KEEP_ALIVE_S):
                 self.transport.close()
 
-    def _go_on_without_upgrade(self, rest: bytes) -> None:
-        """Parse the request anew as if it had not offered an upgrade (RFC 9110, 7.8: a server may ignore it)."""
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """The request without the upgrade it offered, to be parsed anew (RFC 9110, 7.8: a server may ignore it)."""
         method = self.parser.get_method()
         if method == b"CONNECT":
             self._refuse(400, "malformed_http", "This is no proxy; CONNECT is not answered.")
-            return
+            return b""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] not in (b"upgrade", b"connection")]
@@ -151,19 +190,34 @@ class Protocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         with suppress(AttributeError):
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"\r\n".join([*lines, b"", b""]) + rest)
+        return b"\r\n".join([*lines, b"", b""]) + rest
 
     def _make_room(self) -> bool:
         """Close the connections that have been idle longest; whether there were any."""
-        idle = [other for other in self.connections if isinstance(other, Protocol) and other is not self]
-        idle = [other for other in idle if other._idle_since_s is not None and not other.transport.is_closing()]
-        idle.sort(key=lambda other: other._idle_since_s or 0.0)
-        for other in idle[:64]:
+        others = [other for other in self.connections if isinstance(other, Protocol) and other is not self]
+        idle = [other for other in others if other._due == 0 and not other.transport.is_closing()]
+        for other in sorted(idle, key=lambda other: other._since_s)[:64]:
             other.transport.close()
         return bool(idle)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Answer what no app has seen, and close."""
+        """Read no more, answer what is due, then this, and close."""
+        if self._refusal is not None or self.transport.is_closing():
+            return
+        self._refusal = status, code, message
+        if self._reading == "body" and self._due:  # the request that is being read gets this for its answer
+            self._due -= 1
+            if self.pipeline:
+                self.pipeline.popleft()
+            elif self.cycle.response_started:
+                self.transport.close()
+            else:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+        if self._due == 0:
+            self._write_refusal(status, code, message)
+
+    def _write_refusal(self, status: int, code: str, message: str) -> None:
         if self.transport.is_closing():
             return
         request_id = os.urandom(16).hex()
@@ -171,17 +225,17 @@ class Protocol(HttpToolsProtocol):
         log.info(record)
         if self.metrics is not None:
             self.metrics.record(record)
-        if self.cycle is None or self.cycle.response_complete:  # else an answer is due first, which this would garble
-            body = json.dumps({"error": {"code": code, "message": message, "request_id": request_id}}).encode()
-            headers = [
-                *self.server_state.default_headers, (b"content-type", b"application/json"), (b"connection", b"close"),
-                (b"content-length", b"%d" % len(body)), (b"x-request-id", request_id.encode()),
-            ]  # fmt: skip
-            if status == 503:
-                headers.append((b"retry-after", b"1"))
-            lines = b"".join(b"%s: %s\r\n" % header for header in headers)
-            self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
-        self.transport.close()
+        body = json.dumps({"error": {"code": code, "message": message, "request_id": request_id}}).encode()
+        headers = [
+            *self.server_state.default_headers, (b"content-type", b"application/json"), (b"connection", b"close"),
+            (b"content-length", b"%d" % len(body)), (b"x-request-id", request_id.encode()),
+        ]  # fmt: skip
+        if status == 503:
+            headers.append((b"retry-after", b"1"))
+        lines = b"".join(b"%s: %s\r\n" % header for header in headers)
+        self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
+        self._since_s = self.loop.time()
+        self.transport.write_eof()  # closed at once, what the client still sends would be answered by a reset
 
 
 async def sweep_all(connections: set[Any], lifeline: Lifeline | None) -> None:
@@ -193,4 +247,4 @@ async def sweep_all(connections: set[Any], lifeline: Lifeline | None) -> None:
         for connection in list(connections):
             connection.sweep(now_s)
         if lifeline is not None:
-            lifeline.flush()
+            lifeline.beat()

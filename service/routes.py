@@ -23,7 +23,8 @@ async def ping(request: Request) -> JSONResponse:
     runtime: Runtime = request.app.state.runtime
     state = runtime.state
     telemetry.current().code = state
-    return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+    headers = {"Connection": "close"} if runtime.stopping else None  # the next one is to go to another instance
+    return JSONResponse({"status": state}, 200 if state == "ready" else 503, headers)
 
 
 @router.get("/execution-parameters")

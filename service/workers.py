@@ -7,6 +7,7 @@ served by its replacement, which accepts them when it is ready.
 
 import json
 import logging
+import math
 import mmap
 import os
 import selectors
@@ -14,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,7 +23,18 @@ from pathlib import Path
 from typing import Self
 
 from service.deaths import MemoryKills, cause_of
-from service.lifeline import Held, Lifeline, Lingering, pair, slots
+from service.lifeline import (
+    FILES_BESIDES,
+    MAX_CONNECTIONS,
+    Held,
+    Lifeline,
+    Lingering,
+    allow_files,
+    pair,
+    refuse_waiting,
+    shared,
+    slots,
+)
 from service.metrics import Page
 from service.model.machine import cores, gpus
 
@@ -44,6 +55,13 @@ MAX_WORKERS = 16
 
 MAX_DEATHS, WITHIN_S = 5, 60.0
 """So many workers dying within this time end the service: something is wrong that new workers do not mend."""
+
+STOP_S = 28.0
+"""After so long workers that do not stop are killed; SageMaker kills us 30 s after SIGTERM."""
+
+SILENT_S, SEEN_TWICE_S = 60.0, 5.0
+"""A worker whose event loop has not gone round for so long, seen twice so far apart, is replaced. Twice, because the
+whole machine may have stood still."""
 
 Listen = Callable[[bool], socket.socket]
 """Opens a listening socket; the argument tells whether to share the port (SO_REUSEPORT)."""
@@ -147,11 +165,11 @@ class Supervisor:
         """Opens the port. Raises: OSError when it is not free."""
         listen(False).close()  # with SO_REUSEPORT alone, another service of ours would silently share the port
         self._sockets = [listen(True) for _ in range(count)]
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as we live
-        self._file.truncate(count + 1)
-        self._states = States(self._file.fileno())
-        self._metrics_file = tempfile.TemporaryFile()  # noqa: SIM115  # likewise; it has no name, and no other can open it
-        self._page = Page.in_file(count, self._metrics_file)
+        self._states_fd = shared(count + 1)
+        self._states = States(self._states_fd)
+        self._metrics_fd = shared(Page.size(count))
+        self._page = Page(count, self._metrics_fd)
+        self._connections_each = min(MAX_CONNECTIONS, (allow_files() - FILES_BESIDES) // count)
         self._memory_kills = MemoryKills()
         self._arguments = list(arguments)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -160,10 +178,14 @@ class Supervisor:
         self._talk = selectors.DefaultSelector()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._stopping = False
+        self._failed = False
+        self._kill_at_s = math.inf
+        self._silent: dict[int, float] = {}  # since when workers have been seen to be silent for too long
 
     def stop(self) -> None:
         """Tell every worker to answer what it accepted and end; safe in a signal handler."""
         self._stopping = True
+        self._kill_at_s = min(self._kill_at_s, time.monotonic() + STOP_S)
         for process in list(self._processes.values()):
             process.terminate()
 
@@ -176,6 +198,7 @@ class Supervisor:
             index, returned = self._wait()
             if self._stopping:
                 status = max(status, int(returned not in (0, -signal.SIGTERM)))  # the latter before it could catch it
+                self._lingering.add(refuse_waiting(self._sockets[index]))
                 continue
             death = cause_of(returned, self._memory_kills.any_new())
             how = death.how
@@ -197,18 +220,29 @@ class Supervisor:
         while self._lingering:
             time.sleep(0.05)
             self._lingering.sweep()
-        return status
+        return max(status, int(self._failed))
 
     def _start(self, index: int) -> None:
-        if self._stopping:
-            return
+        for attempt in range(5):
+            if self._stopping:
+                return
+            try:
+                self._start_process(index)
+                return
+            except OSError as exc:  # no process, memory or file descriptor left
+                log.error("worker %d cannot be started (%s)", index, exc.strerror or exc)
+                time.sleep(attempt)
+        self._failed = True
+        self.stop()
+
+    def _start_process(self, index: int) -> None:
         self._states.all_were_ready()  # noted before this one is not
         self._states.forget(index)
         ours, theirs = pair()
-        slots_fd = slots()
+        slots_fd = slots(self._connections_each)
         worker = Worker(
-            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._file.fileno(),
-            self._metrics_file.fileno(), theirs.fileno(), slots_fd,
+            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._states_fd, self._metrics_fd,
+            theirs.fileno(), slots_fd,
         )  # fmt: skip
         self._held[index] = Held(ours, slots_fd)
         self._talk.register(ours, selectors.EVENT_READ, self._held[index])
@@ -235,3 +269,20 @@ class Supervisor:
             for key, _ in self._talk.select(0.05):
                 key.data.read()
             self._lingering.sweep()
+            self._kill_the_stuck()
+
+    def _kill_the_stuck(self) -> None:
+        """End workers that do not stop in time, and those whose event loop no longer goes round."""
+        now_s = time.monotonic()
+        for index, process in self._processes.items():
+            if now_s > self._kill_at_s:
+                log.error("worker %d did not stop within %.0f s; it is killed", index, STOP_S)
+                process.kill()
+                self._kill_at_s = now_s + 1
+            silent_s = self._held[index].silent_s()
+            if silent_s < SILENT_S:
+                self._silent.pop(index, None)
+            elif now_s - self._silent.setdefault(index, now_s) > SEEN_TWICE_S:
+                log.error("worker %d has not answered for %.0f s; it is killed", index, silent_s)
+                process.kill()
+                self._silent[index] = now_s

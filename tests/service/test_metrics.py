@@ -205,7 +205,8 @@ def test_every_error_of_the_table_is_counted_by_its_code(status: int, code: str)
 
 def test_a_page_in_a_file_is_one_for_all_who_map_it_and_keeps_what_the_dead_counted(tmp_path: Path) -> None:
     with (tmp_path / "page").open("w+b") as file:
-        of_supervisor = Page.in_file(2, file)
+        file.truncate(Page.size(2))
+        of_supervisor = Page(2, file.fileno())
         workers = [Metrics(Page(2, file.fileno()), index) for index in range(2)]
         for index, worker in enumerate(workers):
             worker.gauges = Gauges(lambda: "ready", lambda: 2, lambda: 3, lambda: None)

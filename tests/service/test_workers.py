@@ -1,11 +1,13 @@
 """Several workers on one port, as real processes: ready together, replaced when they die, stopped together."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,31 @@ def written(folder: Path, side_px: int) -> None:
         "hyperparameters": {}, "dataset": {}, "metrics": {}, "packages": {},
     }  # fmt: skip
     write_artifact(folder, facts, {"w": logits}, SelfCheck(pixels, logits), (".png", b""))
+
+
+def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Path, start_server: Any) -> None:
+    with start_server(artifact, CLASSIFIER_WORKERS="2") as server:
+        os.kill(workers_of(server)[1], signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 1
+        assert "worker 1 did not stop within 28 s; it is killed" in server.log.read_text()
+
+
+def test_a_replacement_starts_though_the_supervisor_holds_many_connections(artifact: Path, start_server: Any) -> None:
+    """With the soft limit that login shells have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+    try:
+        with start_server(artifact, CLASSIFIER_WORKERS="2") as server, ExitStack() as stack:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            for _ in range(1500):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+            was = workers_of(server)
+            until(lambda: psutil.Process(server.process.pid).num_fds() > 1400)
+            os.kill(was[0], signal.SIGKILL)
+            until(lambda: workers_of(server).get(0) not in (None, was[0]))
+            until(lambda: server.log.read_text().count("ready: http://") == 3)
+            assert server.ask("GET", "/ping").status == 200
+            assert workers_of(server)[1] == was[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

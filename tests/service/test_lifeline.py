@@ -1,0 +1,102 @@
+"""What the supervisor does with the connections of a dead worker, over real sockets."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from service.lifeline import IDLE, WAITING, WRITING, Held, Lifeline, Lingering, pair, refuse_waiting, slots
+
+
+class Pair:
+    """A worker's end and the supervisor's, and connections between a client and the worker."""
+
+    def __init__(self, count: int = 4) -> None:
+        ours, theirs = pair()
+        fd = slots(count)
+        self.held = Held(ours, fd)
+        self.worker = Lifeline(theirs.detach(), fd)
+        os.close(fd)
+
+    def connection(self) -> tuple[socket.socket, socket.socket, int | None]:
+        client, served = socket.socketpair()
+        client.settimeout(10)
+        return client, served, self.worker.opened(served.fileno())
+
+
+@pytest.fixture
+def both() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.worker._socket.close()
+    made.worker._notes.close()
+
+
+def until_closed(client: socket.socket) -> bytes:
+    with closing(client):
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    ("note", "unread", "told"),
+    [(IDLE, b"", False), (IDLE, b"GET", True), (WAITING, b"", True), (WRITING, b"", False), (WRITING, b"GET", False)],
+)
+def test_only_who_has_no_part_of_an_answer_is_told(both: Pair, note: int, unread: bytes, told: bool) -> None:
+    client, served, slot = both.connection()
+    assert slot is not None
+    both.worker.note(slot, note)
+    client.sendall(unread)
+    served.close()  # the worker dies
+    lingering = both.held.answer()
+    assert len(lingering) == told
+    if told:
+        received = b"".join([client.recv(65536)])
+        head, _, body = received.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(body)["error"]["code"] == "worker_died"
+    for connection in lingering:
+        connection.close()
+    client.close()
+
+
+def test_a_connection_that_the_worker_closed_is_closed_for_its_client(both: Pair) -> None:
+    client, served, slot = both.connection()
+    assert slot is not None
+    both.held.read()
+    served.close()
+    both.worker.closed(slot)
+    both.held.read()
+    assert until_closed(client) == b""
+    both.held.close()
+
+
+def test_more_connections_than_can_be_held_are_served_all_the_same(both: Pair) -> None:
+    made = [both.connection() for _ in range(6)]
+    assert [slot is None for _, _, slot in made] == [False] * 4 + [True] * 2
+    for client, served, _ in made:
+        client.close()
+        served.close()
+    both.held.close()
+
+
+def test_a_worker_that_goes_round_is_not_silent(both: Pair) -> None:
+    assert both.held.silent_s() == 0
+    both.worker.beat()
+    assert 0 <= both.held.silent_s() < 60
+    both.held.close()
+
+
+def test_connections_that_nobody_accepts_any_more_are_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        clients = [socket.create_connection(listener.getsockname(), timeout=10) for _ in range(3)]
+        lingering = Lingering()
+        lingering.add(refuse_waiting(listener))
+        assert len(lingering) == 3
+        for client in clients:
+            client.sendall(b"GET /ping HTTP/1.1\r\n\r\n")
+            assert b'"code": "not_ready"' in until_closed(client)
+        lingering.sweep()
+        assert len(lingering) == 0
