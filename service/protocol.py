@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.lifeline import IDLE, WAITING, WRITING, Lifeline
@@ -53,6 +54,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
         super().connection_made(transport)
+        self.flow = _Flow(self)
         self._slot: int | None = None
         self._reading: Reading = "nothing"
         self._due = 0
@@ -236,6 +238,19 @@ class Protocol(HttpToolsProtocol):
         self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
         self._since_s = self.loop.time()
         self.transport.write_eof()  # closed at once, what the client still sends would be answered by a reset
+
+
+class _Flow(FlowControl):
+    """Reads no further while requests wait behind one another: uvicorn's goes on, and a client could queue millions."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        super().__init__(protocol.transport)
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        """Unless there are requests to be answered first, all of whose bodies are here but for the last one's."""
+        if not self._protocol.pipeline:
+            super().resume_reading()
 
 
 async def sweep_all(connections: set[Any], lifeline: Lifeline | None) -> None:
