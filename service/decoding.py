@@ -143,15 +143,22 @@ class Decoders:
         job.add_done_callback(release)
         return await asyncio.shield(job)
 
-    async def _ask(self, payload: bytes, side_px: int, max_pixels: int) -> RgbImage:
-        """Have an idle process, or a new one, decode the image; a process that is lost over it is replaced."""
+    async def _ask(self, payload: bytes, side_px: int, max_pixels: int, again: bool = False) -> RgbImage:
+        """Have an idle process, or a new one, decode the image; a process that is lost over it is replaced.
+
+        One that was killed from outside may have been so before it saw the image, which is tried once more then.
+        """
         request = REQUEST.pack(side_px, max_pixels, self._limit_s, len(payload))
         process = await self._taken()
         try:
             async with asyncio.timeout(SLOWER_BY_THE_CLOCK * self._limit_s):
                 outcome, content = await process.ask(request, payload, side_px)
         except (OSError, EOFError, ValueError) as exc:  # TimeoutError is an OSError
-            raise await self._lost(process, len(payload), isinstance(exc, TimeoutError)) from None
+            slow = isinstance(exc, TimeoutError)
+            error = await self._lost(process, len(payload), slow)
+            if slow or again or process.poll() != -signal.SIGKILL:
+                raise error from None
+            return await self._ask(payload, side_px, max_pixels, again=True)
         except BaseException:  # we are closing
             await process.end()
             raise

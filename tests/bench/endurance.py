@@ -63,10 +63,13 @@ class Watch:
                 return
 
 
-def started(model: Path, port: int, log: Path) -> Server:
+def started(model: Path, port: int, log: Path, engine: str) -> Server:
     """The service with its defaults but the number of places, which the overload is to find taken."""
     command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    settings = {"CLASSIFIER_MAX_REQUESTS": str(MAX_REQUESTS), "CLASSIFIER_EXIT_WITH_PARENT": "false"}
+    settings = {
+        "CLASSIFIER_MAX_REQUESTS": str(MAX_REQUESTS), "CLASSIFIER_EXIT_WITH_PARENT": "false",
+        "CLASSIFIER_ENGINE": engine,
+    }  # fmt: skip
     return Server(command, settings, f"http://127.0.0.1:{port}/ping", log, Path.cwd()).start(120)
 
 
@@ -146,7 +149,7 @@ def table(result: dict[str, Any]) -> str:
     over, long = result["overload"], result["soak"]
     return f"""# The service under overload and over time
 
-{result["hardware"]}; side {result["side_px"]} px, int8, {MAX_REQUESTS} places, the generator on the same cores; one run.
+{result["hardware"]}; side {result["side_px"]} px, {result["engine"]}, {MAX_REQUESTS} places, the generator on the same cores; one run.
 Written by `python -m tests.bench.endurance`.
 
 | At 5 times the capacity | |
@@ -174,6 +177,7 @@ Written by `python -m tests.bench.endurance`.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--engine", default="openvino-int8")
     parser.add_argument("--overload-seconds", type=float, default=20)
     parser.add_argument("--soak-minutes", type=float, default=10)
     parser.add_argument("--port", type=int, default=8123)
@@ -187,7 +191,8 @@ def main() -> None:
     result: dict[str, Any] = {
         "hardware": f"{cores()} cores of {cpu}, Python {platform.python_version()}, {what}", "side_px": options.side
     }  # fmt: skip
-    server = started(model / "artifact", options.port, CACHE / "endurance.log")
+    result["engine"] = options.engine
+    server = started(model / "artifact", options.port, CACHE / "endurance.log", options.engine)
     try:
         result["overload"] = overload(server, options.port, bodies, options.overload_seconds)
         print(json.dumps(result["overload"], indent=1))
