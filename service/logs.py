@@ -9,17 +9,22 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from contextlib import suppress
+from typing import Any, Literal, TextIO
 
 Format = Literal["text", "json"]
 
 _SECRET = re.compile(r"token|secret|password|passwd|credential|auth|(?:^|_)key", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 MASK = "***"
+
+PATIENCE_MS = 100
+"""How long a line waits, once, for the reader of the log."""
 
 _encode = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps would make an encoder for each line
 
@@ -28,7 +33,7 @@ def configure_logging(level: str, format: Format = "text") -> None:
     """One handler on stdout, flushed line by line, for our lines, uvicorn's, warnings and uncaught exceptions."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a library or a client's path has in it can be written
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-    handler = logging.StreamHandler(sys.stdout)
+    handler = UnblockedHandler(sys.stdout)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -51,6 +56,32 @@ def shown(settings: Mapping[str, Any]) -> str:
     """Settings as `name=value` pairs; the values of names that tell of a secret, and names in URLs, are masked."""
     pairs = ((name, MASK if _SECRET.search(name) else value) for name, value in settings.items())
     return " ".join(f"{name}={_USERINFO.sub(MASK, str(value))}" for name, value in pairs)
+
+
+class UnblockedHandler(logging.StreamHandler[TextIO]):
+    """Drops lines where nobody reads them any more, and tells how many once somebody does.
+
+    A pipe that is full would otherwise hold up whoever logs, and with it every request.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._dropped = 0
+        self._poll: select.poll | None = None
+        with suppress(OSError, ValueError, AttributeError):  # no file at all, or a system without poll
+            self._poll = select.poll()
+            self._poll.register(stream.fileno(), select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, or count it."""
+        if self._poll is not None and not self._poll.poll(0 if self._dropped else PATIENCE_MS):
+            self._dropped += 1
+            return
+        if self._dropped:
+            said = {"levelname": "WARNING", "name": __name__, "msg": f"{self._dropped} lines before this were not read"}
+            self._dropped = 0
+            super().emit(logging.makeLogRecord(said))
+        super().emit(record)
 
 
 class _UtcFormatter(logging.Formatter):

@@ -19,6 +19,7 @@ import pytest
 from service.logs import JsonFormatter, shown
 from service.model.artifact import open_artifact
 from service.telemetry import RequestRecord
+from tests.conftest import Server, environment, free_port
 
 ROOT = Path(__file__).parent.parent.parent
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -205,3 +206,25 @@ def test_a_failing_or_changed_probe_is_one_line_and_one_that_succeeds_none(artif
     assert codes[-1] == "ready"
     assert len(codes) == len(set(codes)) > 1
     assert set(codes) <= {"loading", "warming_up", "ready"}
+
+
+def test_a_log_that_nobody_reads_holds_up_no_request(artifact: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "service", "--model", str(artifact), "--host", "127.0.0.1", "--port", str(port)]
+    service = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert service.stdout is not None
+    try:
+        server = Server(service, port, Path(os.devnull))
+        server.wait_until_ready()
+        for _ in range(600):  # a line each, in a pipe of 64 KiB
+            assert server.ask("POST", "/invocations", b"no image").status == 400
+        assert server.ask("GET", "/ping").status == 200
+        first = service.stdout.read(30_000).decode()
+        until(lambda: server.ask("POST", "/invocations", b"no image").status == 400)
+        service.send_signal(signal.SIGTERM)
+        said = first + service.stdout.read().decode()
+        assert service.wait(60) == 0
+    finally:
+        service.kill()
+        service.stdout.close()
+    assert re.search(r"WARNING service\.logs [0-9]+ lines before this were not read", said)
