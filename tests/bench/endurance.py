@@ -138,9 +138,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     time_s, memory, files = zip(*result["soak"]["samples"], strict=True)
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     above.plot(np.asarray(time_s) / 60, memory)
-    above.set(ylabel="memory, MiB (PSS)", ylim=(0, None), title="Ten minutes at 80 % of capacity")
+    above.set(ylabel="memory, MiB (PSS)", ylim=(0, 1.1 * max(memory)), title="At 80 % of capacity")
     below.plot(np.asarray(time_s) / 60, files)
-    below.set(ylabel="file descriptors", ylim=(0, None), xlabel="minutes")
+    below.set(ylabel="file descriptors (connections among them)", ylim=(0, None), xlabel="minutes")
     figure.savefig(path, dpi=120)
 
 
