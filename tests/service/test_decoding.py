@@ -218,21 +218,26 @@ def test_an_image_that_takes_too_much_memory_is_refused() -> None:
     [(signal.SIGSEGV, UnreadableImage), (signal.SIGABRT, UnreadableImage), (signal.SIGKILL, ImageTooCostly)],
 )
 def test_a_decoder_that_dies_over_an_image_costs_that_image_alone(
-    number: signal.Signals, error: type[Exception], caplog: pytest.LogCaptureFixture
+    number: signal.Signals, error: type[Exception], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills = 2 if number == signal.SIGKILL else 1  # it may have been killed before it saw the image: tried once more
+    asked: list[int] = []
+    ask = decoding._Process.ask
+
+    async def noted(process: decoding._Process, *what: Any) -> Any:
+        if process.pid not in asked:  # asked twice: to begin with it is told to decode ordinary sizes alone
+            asked.append(process.pid)
+        return await ask(process, *what)
 
     async def main() -> None:
         async with opened() as decoders:
             await decoders.decode(FILES["png"], 32)
+            monkeypatch.setattr(decoding._Process, "ask", noted)
             under_way = asyncio.create_task(decoders.decode(slow(), 32))
-            await until(lambda: decoders._jobs)
-            for _ in range(kills):
-                (pid,) = pids()
+            for kill in range(kills):
+                await until(lambda kill=kill: len(asked) > kill)
                 await asyncio.sleep(0.3)
-                os.kill(pid, number)
-                await until(lambda pid=pid: pid not in pids())
-                await until(lambda: under_way.done() or pids())
+                os.kill(asked[kill], number)
             with pytest.raises(error, match="The image"):
                 await under_way
             assert (await decoders.decode(FILES["png"], 32)).shape == (32, 32, 3)

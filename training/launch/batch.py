@@ -15,8 +15,7 @@ from typing import Any
 from service.model.errors import ImageError
 from service.model.images import decode
 from training.errors import DataError
-from training.launch import attempts, data
-from training.launch.attempts import Summary, take_or_make
+from training.launch import data
 from training.launch.client import Outcome
 from training.launch.errors import JobFailed, failure_advice
 from training.launch.jobs import OVER
@@ -77,25 +76,6 @@ def request(project: Project, model: str, place: str, instance: str = INSTANCE, 
         "TransformResources": {"InstanceType": instance, "InstanceCount": count},
         "Tags": project.tags,
     }
-
-
-def start(aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
-    """The name of the job for this request: one that runs or has ended well is taken, else the next attempt.
-
-    Raises: AwsError.
-    """
-    base = project.of("batch", {name: value for name, value in wanted.items() if name != "Tags"})
-    create = aws.client("sagemaker").create_transform_job
-    return take_or_make(
-        base, listed(aws, base), "TransformJobName", "TransformJobStatus",
-        lambda name: create(TransformJobName=name, **wanted), "job",
-    )  # fmt: skip
-
-
-def listed(aws: Aws, prefix: str) -> list[Summary]:
-    """Summaries of the transform jobs whose name begins so. Raises: AwsError."""
-    call = aws.client("sagemaker").list_transform_jobs
-    return attempts.listed(call, "TransformJobSummaries", "TransformJobName", prefix)
 
 
 def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from training.errors import ConfigError
 from training.launch import amis, autoscaling, batch, cost, data, endpoint, images, registry, results, roles, smoke
+from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import LaunchError
 from training.launch.names import Project
@@ -137,5 +138,5 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         name, _new = registry.create_model(aws, project, container, role, "batchmodel")
     place, keys = batch.upload(aws, project, good)
     wanted = batch.request(project, name, place, options.instance, options.instances)
-    job = batch.wait_for(aws, batch.start(aws, project, wanted), options.poll_seconds)
+    job = batch.wait_for(aws, TRANSFORM_JOBS.start(aws, project, wanted), options.poll_seconds)
     results.report(results.write([*batch.outcomes(aws, job, keys), *bad], options.output, kind), options.output)

@@ -10,6 +10,7 @@ from training.errors import ConfigError
 from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
 from training.launch import cost, data, images, jobs, roles, tuning
+from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.names import Project
 from training.launch.opening import Options, as_json, opened
 from training.launch.session import Aws
@@ -100,7 +101,7 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
     if options.dry_run:
         log.info("would start a training job with: %s", as_json([training.hyperparameters, training.channels]))
         return
-    name = jobs.start(aws, project, wanted)
+    name = TRAINING_JOBS.start(aws, project, wanted)
     if options.no_wait:
         log.info("it runs; the same command without --no-wait follows it and brings the model home")
         return
@@ -122,7 +123,7 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     if options.dry_run:
         log.info("would start a tuning job with: %s", as_json([wanted["HyperParameterTuningJobConfig"]]))
         return
-    name = tuning.start(aws, project, wanted)
+    name = TUNING_JOBS.start(aws, project, wanted)
     if options.no_wait:
         log.info("it runs; the same command without --no-wait follows it and brings the result home")
         return

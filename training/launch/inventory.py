@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from training.launch import autoscaling, batch, data, endpoint, jobs, registry, roles, tuning
+from training.launch import autoscaling, data, endpoint, registry, roles
+from training.launch.attempts import TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
 from training.launch.errors import AwsError
 from training.launch.names import MAKER, MAKER_TAG, PROJECT_TAG, Project
 from training.launch.session import Aws
@@ -92,7 +93,7 @@ def _delete_endpoint(aws: Aws, project: Project, poll_s: float = 2.0) -> None:
 
 def _running(aws: Aws, project: Project) -> Iterator[Thing]:
     client = aws.client("sagemaker")
-    for job in tuning.listed(aws, f"{project.name}-t-"):
+    for job in TUNING_JOBS.listed(aws, f"{project.name}-t-"):
         name, state = job["HyperParameterTuningJobName"], job["HyperParameterTuningJobStatus"]
         yield Thing(
             "tuning job",
@@ -100,13 +101,13 @@ def _running(aws: Aws, project: Project) -> Iterator[Thing]:
             state,
             _stop(state, partial(client.stop_hyper_parameter_tuning_job, HyperParameterTuningJobName=name)),
         )
-    for job in jobs.listed(aws, f"{project.name}-"):
+    for job in TRAINING_JOBS.listed(aws, f"{project.name}-"):
         name, state = job["TrainingJobName"], job["TrainingJobStatus"]
         if job["TrainingJobName"].startswith(f"{project.name}-train-"):
             yield Thing(
                 "training job", name, state, _stop(state, partial(client.stop_training_job, TrainingJobName=name))
             )
-    for job in batch.listed(aws, f"{project.name}-batch-"):
+    for job in TRANSFORM_JOBS.listed(aws, f"{project.name}-batch-"):
         name, state = job["TransformJobName"], job["TransformJobStatus"]
         yield Thing(
             "batch transform", name, state, _stop(state, partial(client.stop_transform_job, TransformJobName=name))

@@ -15,8 +15,7 @@ from service.model.archive import unpack
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from training.errors import ConfigError
-from training.launch import attempts, data
-from training.launch.attempts import Summary, take_or_make
+from training.launch import data
 from training.launch.errors import JobFailed, LaunchError, failure_advice
 from training.launch.logs import TRAINING, LogTail
 from training.launch.names import Project, digest
@@ -156,25 +155,6 @@ def debugger(project: Project, region: str) -> dict[str, Any]:
         ],
         "ProfilerConfig": {"S3OutputPath": project.uri("profiler"), "ProfilingIntervalInMilliseconds": 500},
     }  # fmt: skip
-
-
-def start(aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
-    """The name of the job for this request: one that runs or has ended well is taken, else the next attempt is made.
-
-    Raises: AwsError.
-    """
-    base = project.of("train", {name: value for name, value in wanted.items() if name != "Tags"})
-    create = aws.client("sagemaker").create_training_job
-    return take_or_make(
-        base, listed(aws, base), "TrainingJobName", "TrainingJobStatus",
-        lambda name: create(TrainingJobName=name, **wanted), "job",
-    )  # fmt: skip
-
-
-def listed(aws: Aws, prefix: str) -> list[Summary]:
-    """Summaries of the training jobs whose name begins so. Raises: AwsError."""
-    call = aws.client("sagemaker").list_training_jobs
-    return attempts.listed(call, "TrainingJobSummaries", "TrainingJobName", prefix)
 
 
 def describe(aws: Aws, name: str) -> dict[str, Any]:

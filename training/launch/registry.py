@@ -17,8 +17,9 @@ from service.model.images import MEDIA_TYPES
 from service.model.manifest import Manifest
 from training.errors import ConfigError
 from training.launch import data
+from training.launch.attempts import TRAINING_JOBS
 from training.launch.errors import AwsError, LaunchError
-from training.launch.jobs import describe, listed, pack
+from training.launch.jobs import describe, pack
 from training.launch.names import Project, digest
 from training.launch.session import Aws
 
@@ -80,7 +81,11 @@ def located(aws: Aws, project: Project, given: str | None) -> Iterator[Located]:
 def archive_of_job(aws: Aws, project: Project, name: str | None) -> str:
     """The s3:// address of what a training job made. Raises: ConfigError, LaunchError, AwsError."""
     if name is None:
-        done = [job for job in listed(aws, f"{project.name}-train-") if job["TrainingJobStatus"] == "Completed"]
+        done = [
+            job
+            for job in TRAINING_JOBS.listed(aws, f"{project.name}-train-")
+            if job["TrainingJobStatus"] == "Completed"
+        ]
         if not done:
             raise LaunchError(
                 f"Project {project.name} has no training job that ended well; give --model FOLDER, or train first."

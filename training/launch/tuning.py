@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.config import TrainingConfig
-from training.launch import attempts
-from training.launch.attempts import Summary, take_or_make
 from training.launch.errors import JobFailed, LaunchError, failure_advice
 from training.launch.jobs import OVER, Training, definition, describe
 from training.launch.logs import TRAINING, LogTail
@@ -84,25 +82,6 @@ def request(project: Project, training: Training, search: Search, region: str) -
         "TrainingJobDefinition": job,
         "Tags": project.tags,
     }
-
-
-def start(aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
-    """The name of the tuning job for this request: one that runs or has ended well is taken, else a new attempt.
-
-    Raises: AwsError.
-    """
-    base = project.of("t", {name: value for name, value in wanted.items() if name != "Tags"})
-    create = aws.client("sagemaker").create_hyper_parameter_tuning_job
-    return take_or_make(
-        base, listed(aws, base), "HyperParameterTuningJobName", "HyperParameterTuningJobStatus",
-        lambda name: create(HyperParameterTuningJobName=name, **wanted), "tuning job",
-    )  # fmt: skip
-
-
-def listed(aws: Aws, prefix: str) -> list[Summary]:
-    """Summaries of the tuning jobs whose name begins so. Raises: AwsError."""
-    call = aws.client("sagemaker").list_hyper_parameter_tuning_jobs
-    return attempts.listed(call, "HyperParameterTuningJobSummaries", "HyperParameterTuningJobName", prefix)
 
 
 def trials(aws: Aws, name: str) -> list[dict[str, Any]]:
