@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         return 1
     try:
-        supervisor = Supervisor(workers, listen, arguments)
+        supervisor = Supervisor(workers, listen, arguments, settings.start_timeout_s)
     except OSError as exc:
         in_use = exc.errno == errno.EADDRINUSE
         remedy = (

@@ -26,7 +26,7 @@ MASK = "***"
 PATIENCE_MS = 100
 """How long a line waits, once, for the reader of the log."""
 
-_encode = json.JSONEncoder(ensure_ascii=False, default=str).encode  # json.dumps would make an encoder for each line
+_encode = json.JSONEncoder(default=str).encode  # json.dumps would make an encoder for each line
 
 
 def configure_logging(level: str, format: Format = "text") -> None:

@@ -89,14 +89,16 @@ class Protocol(HttpToolsProtocol):
                 size = exc.args[0]
                 rest = self._without_upgrade(data[size:])
             except (httptools.HttpParserError, httptools.HttpParserInvalidURLError, UnicodeDecodeError):
-                self._refuse(400, "malformed_http", "This is not an HTTP/1.1 request; send one, without TLS.")
+                if len(self.url) >= MAX_HEAD_BYTES:  # the parser of URLs takes no more than 2**16 - 1
+                    self._refuse_head()
+                else:
+                    self._refuse(400, "malformed_http", "This is not an HTTP/1.1 request; send one, without TLS.")
             if self._got_body or self._reading == "nothing":
                 self._dry_bytes = 0
             else:
                 self._dry_bytes += size
                 if self._dry_bytes > MAX_HEAD_BYTES:
-                    sentence = f"The request line and headers may have at most {MAX_HEAD_BYTES:,} bytes; send fewer."
-                    self._refuse(431, "headers_too_large", sentence)
+                    self._refuse_head()
             data = rest
 
     def on_message_begin(self) -> None:
@@ -113,10 +115,10 @@ class Protocol(HttpToolsProtocol):
         """See `httptools.HttpRequestParser`."""
         if self.parser.should_upgrade():
             return
+        super().on_headers_complete()  # raises where the URL is none: then nothing is due
         self._reading, self._got_body = "body", True
         self._due += 1
         self._tell_lifeline()
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """See `httptools.HttpRequestParser`."""
@@ -201,6 +203,10 @@ class Protocol(HttpToolsProtocol):
         for other in sorted(idle, key=lambda other: other._since_s)[:64]:
             other.transport.close()
         return bool(idle)
+
+    def _refuse_head(self) -> None:
+        sentence = f"The request line and headers may have at most {MAX_HEAD_BYTES:,} bytes; send fewer."
+        self._refuse(431, "headers_too_large", sentence)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
         """Read no more, answer what is due, then this, and close."""

@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     where the model's pictures are small."""
     engine_threads: int = Field(default_factory=cores, ge=1)
     """Threads of engines that run on the CPU, of all workers together; default: the cores this process may use."""
+    start_timeout_s: float = Field(450.0, gt=0)
+    """A worker that is not ready by then ends the service with a line that says so; below the 8 minutes after which
+    SageMaker gives an endpoint's container up (ContainerStartupHealthCheckTimeoutInSeconds raises them)."""
     max_payload_bytes: int = Field(25 * 2**20, ge=1)
     """Larger request bodies are refused with 413; the default is the limit of SageMaker's real-time endpoints."""
     max_body_bytes: int = Field(512 * 2**20, ge=1)

@@ -161,7 +161,7 @@ class States:
 class Supervisor:
     """Runs `count` workers until it is told to stop, or until it makes no sense to go on."""
 
-    def __init__(self, count: int, listen: Listen, arguments: Sequence[str]) -> None:
+    def __init__(self, count: int, listen: Listen, arguments: Sequence[str], start_timeout_s: float) -> None:
         """Opens the port. Raises: OSError when it is not free."""
         listen(False).close()  # with SO_REUSEPORT alone, another service of ours would silently share the port
         self._sockets = [listen(True) for _ in range(count)]
@@ -174,6 +174,8 @@ class Supervisor:
         self._arguments = list(arguments)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._held: dict[int, Held] = {}
+        self._start_timeout_s = start_timeout_s
+        self._ready_by_s: dict[int, float] = {}
         self._lingering = Lingering()
         self._talk = selectors.DefaultSelector()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
@@ -205,7 +207,8 @@ class Supervisor:
             self._page.died(index, death.cause)
             self._deaths.append(time.monotonic())
             if not self._states.is_ready(index):
-                level = logging.INFO if returned == 1 else logging.ERROR  # with 1, it has said why
+                told = returned == 1 or self._ready_by_s[index] == math.inf  # with 1, it has said why
+                level = logging.INFO if told else logging.ERROR
                 log.log(level, "worker %d ended before it was ready (%s)", index, how)
             elif len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_S:
                 log.error("%d workers died within %.0f s, the last by %s; giving up", MAX_DEATHS, WITHIN_S, how)
@@ -251,6 +254,7 @@ class Supervisor:
             pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
             start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
         )
+        self._ready_by_s[index] = time.monotonic() + self._start_timeout_s
         theirs.close()
         os.close(slots_fd)
         if self._stopping:  # the signal came before the process was in the table
@@ -272,13 +276,20 @@ class Supervisor:
             self._kill_the_stuck()
 
     def _kill_the_stuck(self) -> None:
-        """End workers that do not stop in time, and those whose event loop no longer goes round."""
+        """End workers that do not start or stop in time, and those whose event loop no longer goes round."""
         now_s = time.monotonic()
         for index, process in self._processes.items():
             if now_s > self._kill_at_s:
                 log.error("worker %d did not stop within %.0f s; it is killed", index, STOP_S)
                 process.kill()
                 self._kill_at_s = now_s + 1
+            elif now_s > self._ready_by_s[index] and not self._states.is_ready(index):
+                log.error(
+                    "worker %d was not ready within %g s and is killed; CLASSIFIER_START_TIMEOUT_S allows more.",
+                    index, self._start_timeout_s,
+                )  # fmt: skip
+                process.kill()
+                self._ready_by_s[index] = math.inf
             silent_s = self._held[index].silent_s()
             if silent_s < SILENT_S:
                 self._silent.pop(index, None)

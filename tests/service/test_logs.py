@@ -132,8 +132,14 @@ def test_text_lines_have_utc_times_and_libraries_are_quiet() -> None:
 def test_characters_that_stdout_cannot_say_cost_no_line(format: str) -> None:
     code = f"configure_logging('info', {format!r})\nlogging.getLogger('x').info('caf\\u00e9 \\udcff \\U0001f41d')\n"
     printed = run(code, PYTHONIOENCODING="ascii", LC_ALL="C")
-    assert "café" in printed
+    assert "café" in (json.loads(printed)["message"] if format == "json" else printed)
     assert printed.count("\n") == 1
+
+
+def test_no_character_divides_an_object() -> None:
+    printed = run("configure_logging('info', 'json')\nlogging.getLogger('x').info('a\\u2028b\\u0085c')\n")
+    (line,) = objects(printed)
+    assert line["message"] == "a\u2028b\u0085c"
 
 
 def test_a_full_disk_costs_lines_and_nothing_else() -> None:

@@ -61,7 +61,7 @@ def refusal(received: bytes) -> tuple[int, str]:
      b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
      b"POST /invocations HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"GET /ping HTTP/1.1\r\nno colon\r\n\r\n",
      b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-     b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n\r\n"],
+     b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET http://x:y/ping HTTP/1.1\r\nHost: x\r\n\r\n"],
 )  # fmt: skip
 def test_what_is_no_http_gets_the_one_shape_of_errors(service: Served, sent: bytes) -> None:
     with connect(service) as client:
@@ -77,6 +77,9 @@ def test_a_head_without_end_is_refused(service: Served) -> None:
         assert refusal(until_closed(client)) == (431, "headers_too_large")
     with connect(service) as client:
         client.sendall(b"GET /ping HTTP/1.1\r\nX: " + b"y" * protocol.MAX_HEAD_BYTES)
+        assert refusal(until_closed(client)) == (431, "headers_too_large")
+    with connect(service) as client:
+        client.sendall(b"GET /" + b"y" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
         assert refusal(until_closed(client)) == (431, "headers_too_large")
 
 

@@ -104,6 +104,11 @@ def test_a_pickle_in_place_of_the_weights_is_not_loaded(model: Path, tmp_path: P
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_start_that_does_not_end(model: Path) -> None:
+    said = refusal(model, CLASSIFIER_START_TIMEOUT_S="0.001")
+    assert "worker 0 was not ready within 0.001 s and is killed; CLASSIFIER_START_TIMEOUT_S allows more." in said
+
+
 def test_code_that_lies_beside_the_model_is_not_executed(
     model: Path, tmp_path: Path, start_server: Callable[..., object]
 ) -> None:
