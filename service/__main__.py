@@ -121,7 +121,14 @@ def _watch_parent(parent: int, stop: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    status = main()
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(status)  # everything is closed; a thread that still decodes a hostile image must not hold the process
+    status = 1
+    try:
+        status = main()
+    except SystemExit as exc:  # settings that are not allowed
+        status = exc.code if isinstance(exc.code, int) else 1
+    except Exception:
+        log.exception("the process ends on an error of its own")
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status)  # everything is closed; a thread that is still in the engine must not hold the process

@@ -4,23 +4,35 @@ What is over a bound is refused at once, so that those who were let in are answe
 """
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 
+LEAST_PLACES = 32
+"""However slow the answers: batches are to be full."""
+
+WEIGHT = 0.1
+"""Of the newest answer in the moving average of the rate."""
+
 
 class Admission:
     """The bounds, and what is held of them. Used from the event loop alone."""
 
-    def __init__(self, max_requests: int, max_bytes: int, deadline_s: float) -> None:
-        """`max_requests` predictions, `max_bytes` of bodies, `deadline_s` for each request."""
+    def __init__(self, max_requests: int, max_bytes: int, deadline_s: float, max_queue_s: float = math.inf) -> None:
+        """`max_requests` predictions, and no more than are answered in `max_queue_s` at the rate seen of late;
+        `max_bytes` of bodies, `deadline_s` for each request.
+        """
         self.under_way = 0
         """Predictions that hold a place, the further images of a request included."""
         self.bytes_held = 0
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._deadline_s = deadline_s
+        self._max_queue_s = max_queue_s
+        self._seconds_each = 0.0
         self._stops_at_s: float | None = None
         self._deadlines: set[asyncio.Timeout] = set()
 
@@ -29,21 +41,40 @@ class Admission:
         """Requests that are being read or answered."""
         return len(self._deadlines)
 
+    @property
+    def allowed(self) -> int:
+        """Predictions that may be under way now.
+
+        In a queue of N that is answered one after the other, an answer takes N times the seconds between two answers
+        (Little's law); these are taken from what the last answers took and from how many were under way with them.
+        """
+        if self._seconds_each * self._max_requests <= self._max_queue_s:
+            return self._max_requests
+        return min(self._max_requests, max(LEAST_PLACES, int(self._max_queue_s / self._seconds_each)))
+
     def require_room(self) -> None:
         """Raises: Overloaded, when a body need not be read because there is no place for it."""
         if self.under_way >= self._max_requests:
             raise Overloaded(f"{self.under_way} requests are under way, as many as allowed; try again in a moment.")
+        if self.under_way >= self.allowed:
+            raise Overloaded(
+                f"{self.under_way} requests are under way, and one more would wait for longer than "
+                f"{self._max_queue_s:g} s; try again in a moment."
+            )
 
     @contextmanager
     def place(self) -> Iterator["Places"]:
         """Hold one place for a prediction. Raises: Overloaded."""
         self.require_room()
+        others, started_s = self.under_way, time.monotonic()
         places = Places(self, 1)
         self.under_way += 1
         try:
             yield places
         finally:
             self.under_way -= places.held
+        sample_s = (time.monotonic() - started_s) / (others + places.images)
+        self._seconds_each += WEIGHT * (sample_s - self._seconds_each)
 
     @contextmanager
     def memory(self) -> Iterator["Memory"]:
@@ -71,7 +102,7 @@ class Admission:
                 finally:
                     self._deadlines.discard(timeout)
         except TimeoutError as exc:
-            if loop.time() < at_s:
+            if self._stops_at_s is not None and self._stops_at_s < at_s:
                 raise NotReady("The service stopped before it could answer; send the request again.") from exc
             raise DeadlineExceeded(
                 f"The request was not answered within {self._deadline_s:g} s; try again, or send less."
@@ -87,7 +118,7 @@ class Admission:
         """Let no request, of those under way and those to come, take longer than until `seconds` from now."""
         self._stops_at_s = asyncio.get_running_loop().time() + seconds
         for timeout in self._deadlines:
-            if (when := timeout.when()) is not None:
+            if not timeout.expired() and (when := timeout.when()) is not None:
                 timeout.reschedule(min(when, self._stops_at_s))
 
 
@@ -96,6 +127,8 @@ class Places:
 
     def __init__(self, admission: Admission, held: int) -> None:
         self.held = held
+        self.images = 1
+        """Of the request; more than it has places take turns."""
         self._admission = admission
 
     def take_more(self, wanted: int) -> None:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import exposition, openapi, page, reference, telemetry
 from service.classifier import Classifier
+from service.errors import error_body
 from service.invocations import PATH, Invocations
 from service.metrics import Metrics
 from service.routes import router
@@ -54,6 +55,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would be built from the client's own Host header
     )
     app.state.metrics = metrics
+    app.state.settings = settings
     app.direct = telemetry.Telemetry(Invocations(lambda: app.state.runtime), metrics, tracing)
     app.include_router(router)
     app.include_router(exposition.router)
@@ -89,5 +91,5 @@ async def _answer_http_error(request: Request, exc: Exception) -> Response:
     sentence = (
         f"{request.method} {path}: {exc.detail}; there are GET /ping and POST {PATH}, and GET /docs tells the rest."
     )
-    body = telemetry.error_body(record.code, sentence, record.request_id)
+    body = error_body(exc.status_code, record.code, sentence, record.request_id)
     return Response(body, exc.status_code, dict(exc.headers or {}), media_type="application/json")

@@ -11,7 +11,7 @@ from service.model.machine import CGROUP
 
 OWN = Path("/proc/self/cgroup")
 
-_SIGNALS = {
+_SIGNALS: dict[int, tuple[str, str]] = {
     signal.SIGKILL: (
         "sigkill",
         "probably the kernel's memory killer or an operator: look at the machine's log (dmesg), and give it more "
@@ -31,6 +31,9 @@ class Death:
     """One of `service.metrics.CAUSES`."""
     how: str
     """The same for people: the signal or status, and what it probably means."""
+
+
+STOOD_STILL = Death("stood_still", "signal SIGKILL, from the supervisor: it did not answer any more")
 
 
 class MemoryKills:
@@ -62,18 +65,23 @@ def cause_of(returned: int, memory_kill: bool) -> Death:
     """What a return code of `subprocess.Popen` means, negative for a signal."""
     if returned >= 0:
         return Death("exit_status", f"exit status {returned}; its lines above say why")
-    try:
-        number = signal.Signals(-returned)
-    except ValueError:  # a realtime signal
-        return Death("other_signal", f"signal {-returned}")
-    if number == signal.SIGKILL and memory_kill:
+    name = signal_name(-returned)
+    if name == "SIGKILL" and memory_kill:
         return Death(
             "out_of_memory",
             "signal SIGKILL: out of memory, the kernel killed it; give it more memory, or set fewer CLASSIFIER_WORKERS "
             "or a smaller CLASSIFIER_MAX_REQUESTS",
         )
-    cause, meaning = _SIGNALS.get(number, ("other_signal", "sent by another process"))
-    return Death(cause, f"signal {number.name}: {meaning}")
+    cause, meaning = _SIGNALS.get(-returned, ("other_signal", "sent by another process"))
+    return Death(cause, f"signal {name}: {meaning}")
+
+
+def signal_name(number: int) -> str:
+    """Such as SIGKILL; of a realtime signal, the number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
 
 
 def _event_files(cgroup: Path, own: Path) -> list[Path]:

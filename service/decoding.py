@@ -1,7 +1,8 @@
 """Decide where an image is decoded, and bound what that may cost: payload -> uint8 `[S, S, 3]`.
 
     plain JPEG, few pixels     here: on the event loop if it is tiny, else in a thread
-    anything else              in a decoder process (`service.decoder_process`), which may be killed
+    anything else              in a decoder process (`service.decoder_process`), which may be killed; a plain JPEG of
+                               four times the model's side too, for Pillow scales it while decoding
 
 A plain JPEG (`service.model.jpeg.plain_size`) takes time in proportion to its bytes and pixels, whatever is in it.
 Other files can be made that take minutes, gigabytes, or the process along: a decoder process has `limit_s` of processor
@@ -30,10 +31,11 @@ from functools import partial
 import numpy as np
 
 from service import decoder_process
+from service.deaths import signal_name
 from service.decoder_process import ANSWER, READY, REQUEST, Outcome
 from service.errors import Overloaded
 from service.model.errors import ImageError, ImageTooCostly, ImageTooLarge, UnreadableImage
-from service.model.images import MAX_PIXELS, RgbImage, decode_plain_jpeg
+from service.model.images import MAX_PIXELS, RgbImage, decode_plain_jpeg, is_scaled
 from service.model.jpeg import Size, plain_size
 from service.model.resize import crop_resize, enough_px
 
@@ -65,6 +67,8 @@ SEND_BUFFER_BYTES = 4 * 2**20
 """Asked for; what Linux gives by default, 416 KiB, takes most payloads at once, without a turn of the event loop."""
 
 NO_PROCESS = "No process can be started to decode the image; try again in a moment."
+
+NO_PLACE = "What decodes such images has been busy with others for {:g} s; try again in a moment."
 
 REFUSALS: dict[Outcome, type[ImageError]] = {
     Outcome.UNREADABLE: UnreadableImage,
@@ -102,26 +106,29 @@ class Decoders:
         await asyncio.gather(*[process.end() for process in self._idle])
         self._idle.clear()
 
-    async def decode(self, payload: bytes, side_px: int) -> RgbImage:
+    async def decode(self, payload: bytes, side_px: int, patience_s: float | None = None) -> RgbImage:
         """Decode, crop and resize as `service.model.resize.decode_resized` does.
 
         Cancelled while it waits for a process, it costs no more; later, its process still finishes.
         Returns: uint8 `[side_px, side_px, 3]`.
-        Raises: ImageError; Overloaded when no process can be started.
+        Raises: ImageError; Overloaded when no process is free within `patience_s`, or can be started.
         """
         size = plain_size(payload) if len(payload) <= IN_PROCESS_BYTES else None
-        if size is not None and size.height * size.width <= IN_PROCESS_PIXELS:
+        few = size is not None and size.height * size.width <= IN_PROCESS_PIXELS
+        if size is not None and few and not is_scaled(size, enough_px(side_px)):
             decode = partial(_decode_plain, payload, size, side_px)
             tiny = size.height * size.width <= TINY_SIDE_PX**2 and side_px <= TINY_SIDE_PX
             image = decode() if tiny else await asyncio.get_running_loop().run_in_executor(self._threads, decode)
             if image is not None:
                 return image
         try:
-            return await self._in_process(payload, side_px, ORDINARY_PIXELS, self._places)
+            return await self._in_process(payload, side_px, ORDINARY_PIXELS, patience_s, self._places)
         except ImageTooLarge:
-            return await self._in_process(payload, side_px, MAX_PIXELS, self._large, self._places)
+            return await self._in_process(payload, side_px, MAX_PIXELS, patience_s, self._large, self._places)
 
-    async def _in_process(self, payload: bytes, side_px: int, max_pixels: int, *places: asyncio.Semaphore) -> RgbImage:
+    async def _in_process(
+        self, payload: bytes, side_px: int, max_pixels: int, patience_s: float | None, *places: asyncio.Semaphore
+    ) -> RgbImage:
         held: list[asyncio.Semaphore] = []
 
         def release(job: asyncio.Task[RgbImage] | None = None) -> None:
@@ -132,9 +139,13 @@ class Decoders:
                 _ = job.cancelled() or job.exception()  # seen, also where nobody waits for it any more
 
         try:
-            for place in places:
-                await place.acquire()
-                held.append(place)
+            async with asyncio.timeout(patience_s):
+                for place in places:
+                    await place.acquire()
+                    held.append(place)
+        except TimeoutError as exc:
+            release()
+            raise Overloaded(NO_PLACE.format(patience_s)) from exc
         except BaseException:
             release()
             raise
@@ -154,9 +165,9 @@ class Decoders:
             async with asyncio.timeout(SLOWER_BY_THE_CLOCK * self._limit_s):
                 outcome, content = await process.ask(request, payload, side_px)
         except (OSError, EOFError, ValueError) as exc:  # TimeoutError is an OSError
-            slow = isinstance(exc, TimeoutError)
-            error = await self._lost(process, len(payload), slow)
-            if slow or again or process.poll() != -signal.SIGKILL:
+            slow, odd = isinstance(exc, TimeoutError), isinstance(exc, ValueError)
+            error = await self._lost(process, len(payload), slow, odd)
+            if slow or odd or again or process.poll() != -signal.SIGKILL:
                 raise error from None
             return await self._ask(payload, side_px, max_pixels, again=True)
         except BaseException:  # we are closing
@@ -169,7 +180,7 @@ class Decoders:
             self._replace()
         if outcome is Outcome.DECODED:
             return np.frombuffer(content, np.uint8).reshape(side_px, side_px, 3)
-        raise REFUSALS[outcome](content.decode())
+        raise REFUSALS[outcome](content.decode(errors="replace"))
 
     async def _taken(self) -> "_Process":
         while self._idle:
@@ -189,8 +200,8 @@ class Decoders:
             raise
         return process
 
-    async def _lost(self, process: "_Process", payload_bytes: int, slow: bool) -> ImageError:
-        """Tell what became of the process, and what the client is to know."""
+    async def _lost(self, process: "_Process", payload_bytes: int, slow: bool, odd: bool) -> ImageError:
+        """Tell what became of the process, and what the client is to know. `odd`: its answer was none."""
         status = await process.end()
         self._replace()
         if slow or status == -signal.SIGPROF:
@@ -198,6 +209,11 @@ class Decoders:
             return ImageTooCostly(
                 f"The image takes more than {self._limit_s:g} s to decode; save it anew, smaller or as a baseline JPEG."
             )
+        if odd:
+            log.error(
+                "decoder process %d said what is no answer, over an image of %d bytes", process.pid, payload_bytes
+            )
+            return UnreadableImage("The image makes its decoder fail; save it anew, as JPEG or PNG.")
         log.warning("decoder process %d ended over an image of %d bytes (%s)", process.pid, payload_bytes, _how(status))
         if status == -signal.SIGKILL:  # not by us: by the kernel, when memory ran out
             return ImageTooCostly("The image takes more memory to decode than there is; save it anew, or smaller.")
@@ -289,4 +305,4 @@ def _decode_plain(payload: bytes, size: Size, side_px: int) -> RgbImage | None:
 
 
 def _how(status: int) -> str:
-    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return signal_name(-status) if status < 0 else f"exit status {status}"

@@ -17,6 +17,8 @@ Errors of images (`service.model.errors.ImageError`) join the table as 400 and 4
 decode gets 413 like one that is too large: the remedy is the same, a smaller or simpler file; trying again is none.
 """
 
+import json
+
 from service.model.errors import ImageTooCostly, ImageTooLarge, UnreadableImage
 
 
@@ -84,5 +86,16 @@ HTTP_ERRORS: dict[type[Exception], tuple[int, str]] = {
 }
 """Exception -> HTTP status and the `code` in the body. `tests/service/test_errors.py` keeps it complete."""
 
+CONNECTION_ERRORS = {"malformed_http": 400, "head_timeout": 408, "headers_too_large": 431, "worker_died": 503}
+"""Code -> HTTP status of what ends a connection before, or without, a request of its own."""
+
 RETRY_AFTER_S = 1
-"""What `Retry-After` says with a 503: the queue turns over within a second at the loads it is bounded for."""
+"""What `Retry-After` says with a 503 or 429: places are free again after the next batch."""
+
+
+def error_body(status: int, code: str, message: str, request_id: str) -> bytes:
+    """The one JSON shape of errors (`service.schemas.ErrorResponse`)."""
+    detail: dict[str, str | int] = {"code": code, "message": message, "request_id": request_id}
+    if status in (429, 503):
+        detail["retry_after_s"] = RETRY_AFTER_S
+    return json.dumps({"error": detail}, ensure_ascii=False).encode()

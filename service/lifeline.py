@@ -6,7 +6,6 @@ worker had, so that their clients read a sentence and not a reset.
 """
 
 import ctypes
-import json
 import mmap
 import os
 import resource
@@ -16,10 +15,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
-from service.errors import RETRY_AFTER_S
+from service.errors import RETRY_AFTER_S, error_body
 
 MAX_CONNECTIONS = 8192
 """Of a worker that are held, at most; one beyond is served all the same, and reset if the worker dies."""
@@ -37,6 +36,9 @@ answered with a reset, which may overtake the answer (RFC 9112, 9.6)."""
 
 DIED = "The process that had this request died before it could answer; send the request again."
 STOPPED = "The service has stopped; send the request to another instance."
+
+Told = Callable[[str, str], None]
+"""Takes in that a client was answered with 503: the request id and the code."""
 
 _MESSAGE = struct.Struct("=?I")
 """Opened (with the connection) or closed, and its slot."""
@@ -175,14 +177,14 @@ class Held:
         (beat_s,) = _BEAT.unpack_from(self._notes, len(self._notes) - _BEAT.size)
         return time.monotonic() - beat_s if beat_s else 0.0
 
-    def answer(self) -> list[socket.socket]:
+    def answer(self, told: Told) -> list[socket.socket]:
         """Of a worker that has died: answer the requests it had. Returns: their connections, to be closed later."""
         self.read()
         lingering = []
         for slot, connection in self._connections.items():
             connection.setblocking(False)
             waits = self._notes[slot] == WAITING or (self._notes[slot] == IDLE and _has_input(connection))
-            if waits and _told(connection, "worker_died", DIED):
+            if waits and _tell(connection, "worker_died", DIED, told):
                 lingering.append(connection)
             else:
                 connection.close()
@@ -226,7 +228,7 @@ def _has_input(connection: socket.socket) -> bool:
     return False
 
 
-def refuse_waiting(listener: socket.socket) -> list[socket.socket]:
+def refuse_waiting(listener: socket.socket, told: Told) -> list[socket.socket]:
     """Answer connections that nobody will accept any more. Returns: these, to be closed later."""
     take_no_more(listener)
     listener.setblocking(False)
@@ -235,17 +237,17 @@ def refuse_waiting(listener: socket.socket) -> list[socket.socket]:
         while True:
             connection, _ = listener.accept()
             connection.setblocking(False)
-            if _told(connection, "not_ready", STOPPED):
+            if _tell(connection, "not_ready", STOPPED, told):
                 lingering.append(connection)
             else:
                 connection.close()
     return lingering
 
 
-def _told(connection: socket.socket, code: str, message: str) -> bool:
+def _tell(connection: socket.socket, code: str, message: str, told: Told) -> bool:
     """Send an answer; whether that could be done."""
     request_id = os.urandom(16).hex()
-    body = json.dumps({"error": {"code": code, "message": message, "request_id": request_id}}).encode()
+    body = error_body(503, code, message, request_id)
     head = (
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nretry-after: {RETRY_AFTER_S}\r\nx-request-id: {request_id}\r\n"
@@ -256,6 +258,7 @@ def _told(connection: socket.socket, code: str, message: str) -> bool:
         connection.shutdown(socket.SHUT_WR)
     except OSError:  # its client is gone
         return False
+    told(request_id, code)
     return True
 
 

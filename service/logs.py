@@ -67,21 +67,41 @@ class UnblockedHandler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._dropped = 0
+        self._torn = False
         self._poll: select.poll | None = None
         with suppress(OSError, ValueError, AttributeError):  # no file at all, or a system without poll
-            self._poll = select.poll()
-            self._poll.register(stream.fileno(), select.POLLOUT)
+            poll = select.poll()
+            self._fd = stream.fileno()
+            poll.register(self._fd, select.POLLOUT)
+            self._poll = poll
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line, or count it."""
-        if self._poll is not None and not self._poll.poll(0 if self._dropped else PATIENCE_MS):
-            self._dropped += 1
+        if self._poll is None:
+            super().emit(record)
             return
-        if self._dropped:
-            said = {"levelname": "WARNING", "name": __name__, "msg": f"{self._dropped} lines before this were not read"}
-            self._dropped = 0
-            super().emit(logging.makeLogRecord(said))
-        super().emit(record)
+        try:
+            line = self.format(record)
+            if self._dropped:
+                said = f"{self._dropped} lines before this were not read"
+                warning = logging.makeLogRecord({"levelname": "WARNING", "name": __name__, "msg": said})
+                line = "\n" * self._torn + f"{self.format(warning)}\n{line}"
+            if self._write(f"{line}\n".encode("utf-8", "backslashreplace")):
+                self._dropped, self._torn = 0, False
+            else:
+                self._dropped += 1
+        except Exception:  # noqa: BLE001  # as logging's own handlers do
+            self.handleError(record)
+
+    def _write(self, line: bytes) -> bool:
+        """In pieces that a pipe takes whole where it takes any (PIPE_BUF, pipe(7)); False when it takes no more."""
+        assert self._poll is not None
+        for start in range(0, len(line), select.PIPE_BUF):
+            if not self._poll.poll(0 if self._dropped else PATIENCE_MS):
+                self._torn |= start > 0
+                return False
+            os.write(self._fd, line[start : start + select.PIPE_BUF])  # no buffer: a full disk would leave lines in it
+        return True
 
 
 class _UtcFormatter(logging.Formatter):
@@ -119,7 +139,7 @@ class TextFormatter(_UtcFormatter):
 class JsonFormatter(_UtcFormatter):
     """One object a line: `time`, `level`, `logger`, `pid`, `message`, and `exception` with its trace.
 
-    A message with a method `fields` (`service.telemetry.RequestRecord`) gives these, typed, and `message` among them.
+    A message with a method `fields` (`service.record.RequestRecord`) gives these, typed, and `message` among them.
     """
 
     def __init__(self) -> None:

@@ -17,23 +17,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.errors import HTTP_ERRORS
+from service.errors import CONNECTION_ERRORS, HTTP_ERRORS
 
 if TYPE_CHECKING:
-    from service.telemetry import RequestRecord
+    from service.record import RequestRecord
 
 INVOCATIONS = "/invocations"
 OTHER = "other"
 """Whatever is not in the lists below: a client must not be able to add series."""
 
 PATHS = (INVOCATIONS, "/ping", "/metrics", "/execution-parameters", "/", "/docs", "/openapi.json", OTHER)
-STATUSES = (*sorted({200, 404, 405, 429, 431, 500, 503} | {status for status, _ in HTTP_ERRORS.values()}), 0)
+STATUSES = (
+    *sorted({200, 404, 405, 429, 500, *CONNECTION_ERRORS.values()} | {status for status, _ in HTTP_ERRORS.values()}),
+    0,
+)
 """0: any other, and requests whose client left before there was an answer."""
-REASONS = (*sorted({"client_gone", "internal_error"} | {code for _, code in HTTP_ERRORS.values()}), OTHER)
+REASONS = (
+    *sorted({"client_gone", "internal_error", *CONNECTION_ERRORS} | {code for _, code in HTTP_ERRORS.values()}),
+    OTHER,
+)
 OUTCOMES = ("answered", "refused", "failed")
 """Of an invocation: 2xx, 4xx, 5xx."""
 STATES = ("loading", "warming_up", "ready", "failing", "stuck", "stopping", "failed")
-CAUSES = ("out_of_memory", "sigkill", "sigsegv", "sigabrt", "sigbus", "other_signal", "exit_status")
+CAUSES = ("out_of_memory", "stood_still", "sigkill", "sigsegv", "sigabrt", "sigbus", "other_signal", "exit_status")
 """Of a worker's death (`service.deaths`)."""
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -76,7 +82,7 @@ def request_cell(path: str, status: int) -> int:
 
 
 def rejected_cell(reason: str) -> int:
-    """Where invocations that ended with the error code `reason` are counted."""
+    """Where invocations, and connections, that ended with the error code `reason` are counted."""
     return _REJECTED + REASONS.index(reason)
 
 
@@ -107,6 +113,11 @@ class Page:
         self.cells[self.count * CELLS + death_cell(cause)] += 1
         for cell in (PID, STATE, QUEUE_DEPTH, UNDER_WAY):
             self.cells[index * CELLS + cell] = 0
+
+    def answered_for_another(self, code: str) -> None:
+        """A client was told, with 503, why its request has no answer. For the supervisor."""
+        for cell in (request_cell(OTHER, 503), rejected_cell(code)):
+            self.cells[self.count * CELLS + cell] += 1
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,8 @@ class Metrics:
             status = status if status in STATUSES else 0
             cells[self._requests[path, status]] += 1
         if request.path != INVOCATIONS:
+            if not request.path:  # no request at all, but a connection that was refused
+                cells[self._reasons.get(request.code) or self._reasons[OTHER]] += 1
             return
         cells[self._row + BYTES_IN] += request.bytes_in
         if status != 200:

@@ -13,9 +13,10 @@ from pydantic.json_schema import models_json_schema
 
 from service import schemas
 from service.answers import COLUMNS, MAX_TOP_K, TOP_K
-from service.errors import HTTP_ERRORS
+from service.errors import CONNECTION_ERRORS, HTTP_ERRORS, RETRY_AFTER_S
 from service.media import CSV, JSON, JSON_LINES
 from service.payloads import FORM, MAX_IMAGES
+from service.runtime import MEANING
 from service.settings import Settings
 
 Json = dict[str, Any]
@@ -48,15 +49,18 @@ Formats are JPEG, PNG, WebP, BMP and GIF, of which a missing or wrong content ty
 judged by their first frame, every image by its centre square. Of the types of answers, the `Accept` header chooses."""
 
 ERRORS: dict[int, str] = {
-    400: "The body is not what its content type says, an image in it cannot be read, or an option is not allowed.",
+    400: "The body is not what its content type says, an image in it cannot be read, an option is not allowed, or what "
+    "came is not HTTP.",
     405: "The method is POST.",
     406: "The Accept header excludes every type that answers have.",
-    408: "The body came too slowly.",
+    408: "The headers or the body came too slowly.",
     413: "More bytes, more pixels or a costlier image than the service takes.",
     415: "The content type is none of those above, and the body does not show by itself to be an image.",
     429: "As 503 overloaded, if the service is set to say so: try again after `Retry-After` seconds.",
+    431: "The request line and headers are too long.",
     500: "The service failed on this request; its log says why, under the request id.",
-    503: "Not ready, or as much is under way as is allowed: try again after `Retry-After` seconds.",
+    503: "Not ready, or as much is under way as is allowed, or the process that had the request died: try again after "
+    "`Retry-After` seconds.",
     504: "The answer would have come too late; try again, or send less.",
 }
 """Status of POST /invocations -> when it comes."""
@@ -79,15 +83,16 @@ MESSAGES = {
     "unsupported_media_type": "The content type must be image/*, application/octet-stream, multipart/form-data or "
     "application/json, given: text/plain.",
     "overloaded": "256 requests are under way, as many as allowed; try again in a moment.",
-    "engine_failure": "The engine failed on this batch; the cause is in the service's log.",
+    "malformed_http": "This is not an HTTP/1.1 request; send one, without TLS.",
+    "head_timeout": "The request's head did not arrive within 10 s; send it faster.",
+    "headers_too_large": "The request line and headers may have at most 65,536 bytes; send fewer.",
+    "worker_died": "The process that had this request died before it could answer; send the request again.",
+    "engine_failure": "The model failed on this request; the cause is in the service's log.",
     "internal_error": "The service failed on this request; the cause is in its log under the request id.",
     "not_ready": "The service is not ready (state: warming_up); GET /ping tells when it is.",
     "deadline_exceeded": "The request was not answered within 55 s; try again, or send less.",
 }
 """Code -> a sentence that comes with it."""
-
-NOT_READY = ("loading", "warming_up", "failing", "stuck", "stopping", "failed")
-"""What /ping may say besides "ready": see `service.runtime.State`."""
 
 REQUEST_ID = "9f1c0a7be2d94c1f8f0e5d6b7a8c9d0e"
 ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
@@ -223,11 +228,15 @@ def _bodies(settings: Settings) -> Json:
 
 def _error(status: int, text: str) -> Json:
     found = [code for given, code in HTTP_ERRORS.values() if given == status]
+    found += [code for code, given in CONNECTION_ERRORS.items() if given == status]
     codes = {405: ["method_not_allowed"], 429: ["overloaded"], 500: [*found, "internal_error"]}.get(status, found)
-    bodies = {code: {"error": {"code": code, "message": MESSAGES[code], "request_id": REQUEST_ID}} for code in codes}
+    again = {"retry_after_s": RETRY_AFTER_S} if status in (429, 503) else {}
+    bodies = {
+        code: {"error": {"code": code, "message": MESSAGES[code], "request_id": REQUEST_ID, **again}} for code in codes
+    }
     return {
         "description": text,
-        "headers": _references("X-Request-Id", "Server-Timing", *(["Retry-After"] if status in (429, 503) else [])),
+        "headers": _references("X-Request-Id", "Server-Timing", *(["Retry-After"] if again else [])),
         "content": {
             JSON: {
                 "schema": _reference("ErrorResponse"),
@@ -238,9 +247,10 @@ def _error(status: int, text: str) -> Json:
 
 
 def _ping(operation: str) -> Json:
-    answers = {
-        "200": ("It answers.", ("ready",)),
-        "503": (f"It does not; the body says why: {', '.join(f'`{state}`' for state in NOT_READY)}.", NOT_READY),
+    why = ", ".join(f"`{state}`" for state in MEANING)
+    answers: dict[str, tuple[str, list[Json]]] = {
+        "200": ("It answers.", [{"status": "ready"}]),
+        "503": (f"It does not; the body says why: {why}.", [{"status": s, "message": m} for s, m in MEANING.items()]),
     }
     return {
         "operationId": operation,
@@ -253,11 +263,11 @@ def _ping(operation: str) -> Json:
                 "content": {
                     JSON: {
                         "schema": _reference("PingResponse"),
-                        "examples": {state: {"value": {"status": state}} for state in states},
+                        "examples": {body["status"]: {"value": body} for body in bodies},
                     }
                 },
             }
-            for status, (text, states) in answers.items()
+            for status, (text, bodies) in answers.items()
         },
     }
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, HTTPException, Request, Response
 
 from service import telemetry
-from service.errors import HTTP_ERRORS, RETRY_AFTER_S, NotReady
+from service.errors import HTTP_ERRORS, RETRY_AFTER_S, NotReady, error_body
 from service.model.images import MEDIA_TYPES
 from service.runtime import Runtime
 
@@ -67,7 +67,7 @@ def example(request: Request) -> Response:
     except NotReady as exc:
         record = telemetry.current()
         status, record.code = HTTP_ERRORS[NotReady]
-        body = telemetry.error_body(record.code, str(exc), record.request_id)
+        body = error_body(status, record.code, str(exc), record.request_id)
         return Response(body, status, {"Retry-After": str(RETRY_AFTER_S)}, media_type="application/json")
     if given is None:
         raise HTTPException(404, "The model came without an example image")

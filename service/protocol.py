@@ -5,19 +5,21 @@ body of a request that offers an upgrade (Java's HttpClient offers h2c with ever
 """
 
 import asyncio
-import json
 import logging
 import os
 from contextlib import suppress
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from service.errors import RETRY_AFTER_S, error_body
 from service.lifeline import IDLE, WAITING, WRITING, Lifeline
 from service.metrics import Metrics
-from service.telemetry import RequestRecord
+from service.record import RequestRecord, request_id_of
+from service.telemetry import REFUSAL
 
 log = logging.getLogger("service.requests")
 
@@ -43,13 +45,38 @@ Reading = Literal["nothing", "head", "body"]
 """Of which part of a message the parser has read last; trailers count as body."""
 
 
+MAX_CONNECTIONS = 4096
+"""In this process. Beyond it, those that have been idle longest are closed for new ones."""
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """What ends a connection."""
+
+    message: str
+    record: RequestRecord
+    told: bool
+    """Whether the request itself, which was being answered, tells log and counts of it."""
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's, bounded. One for each connection."""
 
-    max_connections: ClassVar[int] = 4096
-    """In this process. Beyond it, those that have been idle longest are closed for new ones."""
-    lifeline: ClassVar[Lifeline | None] = None
-    metrics: ClassVar[Metrics | None] = None
+    def __init__(
+        self,
+        *args: Any,
+        metrics: Metrics,
+        lifeline: Lifeline | None,
+        max_connections: int,
+        overload_status: int,
+        **kwargs: Any,
+    ) -> None:
+        """`metrics`, where refusals are counted; `lifeline`, where connections are reported if this is a worker."""
+        super().__init__(*args, **kwargs)
+        self.metrics = metrics
+        self.lifeline = lifeline
+        self.max_connections = max_connections
+        self.overload_status = overload_status
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""
@@ -64,10 +91,11 @@ class Protocol(HttpToolsProtocol):
         self._dry_bytes = 0
         """What was read of this message without reaching a part of its body: of its head, or of its trailers."""
         self._got_body = False
-        self._refusal: tuple[int, str, str] | None = None
+        self._refusal: _Refusal | None = None
         self._unread: tuple[int, float] | None = None  # bytes not yet taken by the client, since when
         if len(self.connections) > self.max_connections and not self._make_room():
-            self._refuse(503, "overloaded", f"{self.max_connections} connections are open; try again in a moment.")
+            sentence = f"{self.max_connections} connections are open; try again in a moment."
+            self._refuse(self.overload_status, "overloaded", sentence)
         elif self.lifeline is not None:
             self._slot = self.lifeline.opened(transport.get_extra_info("socket").fileno())
 
@@ -146,7 +174,7 @@ class Protocol(HttpToolsProtocol):
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
         elif self._refusal is not None:
-            self._write_refusal(*self._refusal)
+            self._write_refusal(self._refusal)
 
     def _tell_lifeline(self) -> None:
         """What would become of this connection if the process died now."""
@@ -212,38 +240,44 @@ class Protocol(HttpToolsProtocol):
         """Read no more, answer what is due, then this, and close."""
         if self._refusal is not None or self.transport.is_closing():
             return
-        self._refusal = status, code, message
+        record, told = RequestRecord(os.urandom(16).hex(), "", "", status, code), False
         if self._reading == "body" and self._due:  # the request that is being read gets this for its answer
             self._due -= 1
-            if self.pipeline:
-                self.pipeline.popleft()
-            elif self.cycle.response_started:
+            waiting = bool(self.pipeline)
+            cycle = self.pipeline.popleft()[0] if waiting else self.cycle
+            scope = cycle.scope
+            record = RequestRecord(request_id_of(scope["headers"]), scope["method"], scope["path"], status, code)
+            if cycle.response_started:
                 self.transport.close()
-            else:
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
+            elif not waiting:
+                scope["state"][REFUSAL], told = record, True
+                cycle.disconnected = True
+                cycle.waiting_for_100_continue = False
+                cycle.message_event.set()
+        self._refusal = _Refusal(message, record, told)
         if self._due == 0:
-            self._write_refusal(status, code, message)
+            self._write_refusal(self._refusal)
 
-    def _write_refusal(self, status: int, code: str, message: str) -> None:
+    def _write_refusal(self, refusal: _Refusal) -> None:
         if self.transport.is_closing():
             return
-        request_id = os.urandom(16).hex()
-        record = RequestRecord(request_id, "", "", status, code)
-        log.info(record)
-        if self.metrics is not None:
+        record = refusal.record
+        if not refusal.told:
+            log.info(record)
             self.metrics.record(record)
-        body = json.dumps({"error": {"code": code, "message": message, "request_id": request_id}}).encode()
+        status, request_id = record.status, record.request_id
+        body = error_body(status, record.code, refusal.message, request_id)
         headers = [
             *self.server_state.default_headers, (b"content-type", b"application/json"), (b"connection", b"close"),
             (b"content-length", b"%d" % len(body)), (b"x-request-id", request_id.encode()),
         ]  # fmt: skip
-        if status == 503:
-            headers.append((b"retry-after", b"1"))
+        if status in (429, 503):
+            headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
         lines = b"".join(b"%s: %s\r\n" % header for header in headers)
         self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
         self._since_s = self.loop.time()
         self.transport.write_eof()  # closed at once, what the client still sends would be answered by a reset
+        self.flow.resume_reading()
 
 
 class _Flow(FlowControl):
@@ -266,6 +300,10 @@ async def sweep_all(connections: set[Any], lifeline: Lifeline | None) -> None:
         await asyncio.sleep(SWEEP_S)
         now_s = loop.time()
         for connection in list(connections):
-            connection.sweep(now_s)
+            try:
+                connection.sweep(now_s)
+            except Exception:  # one connection must not end the watch over all
+                log.exception("a connection is given up")
+                connection.transport.abort()
         if lifeline is not None:
             lifeline.beat()

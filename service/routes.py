@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from service import telemetry
-from service.runtime import Runtime
+from service.runtime import MEANING, Runtime
 from service.schemas import ExecutionParameters
 
 router = APIRouter()
@@ -19,12 +19,14 @@ BATCH_BYTES = 100 * 2**20
 
 @router.api_route("/ping", methods=["GET", "POST", "HEAD"])
 async def ping(request: Request) -> JSONResponse:
-    """200 when predictions are answered, else 503; the body tells the state either way."""
+    """200 when predictions are answered, else 503; the body tells the state either way, and what it means."""
     runtime: Runtime = request.app.state.runtime
     state = runtime.state
     telemetry.current().code = state
     headers = {"Connection": "close"} if runtime.stopping else None  # the next one is to go to another instance
-    return JSONResponse({"status": state}, 200 if state == "ready" else 503, headers)
+    if state == "ready":
+        return JSONResponse({"status": state}, headers=headers)
+    return JSONResponse({"status": state, "message": MEANING[state]}, 503, headers)
 
 
 @router.get("/execution-parameters")

@@ -31,7 +31,7 @@ from service.model.errors import ArtifactError, ImageError
 from service.model.images import RgbImage
 from service.model.machine import gpus
 from service.model.resize import decode_resized
-from service.payloads import is_image, payloads_of
+from service.payloads import Payloads, is_image, payloads_of
 from service.settings import Settings
 from service.workers import Worker
 
@@ -43,11 +43,28 @@ ENGINE_THREADS = 64
 SMALL_FORM_BYTES = 64 * 2**10
 """Forms and JSON up to this size are taken apart on the event loop."""
 
+DECODER_WAIT_S = 5.0
+"""A request of one image that finds no decoder process free for so long is refused: hostile files hold them for seconds
+each. The images of one request wait for one another as long as the deadline allows."""
+
+WATCH_S = 1.0
+"""How often it is looked whether the engine has come back."""
+
 FAILING_AFTER, ENDS_AFTER = 3, 10
 """Batches in a row on which the engine may fail until /ping tells, and until the process ends for a new one to take its
 place: what a CUDA error leaves behind, no later call mends."""
 
 State = Literal["loading", "warming_up", "ready", "failing", "stuck", "stopping", "failed"]
+
+MEANING: dict[State, str] = {
+    "loading": "The model is being loaded and verified.",
+    "warming_up": "The model is loaded; its first batches run, or those of another worker.",
+    "failing": "The engine failed on its last batches, the log says why; a batch that succeeds ends this.",
+    "stuck": "The engine has not come back from a batch within the deadline of a request.",
+    "stopping": "The service was told to stop; what it has accepted is still answered.",
+    "failed": "The model cannot be served; the log says why.",
+}
+"""What /ping says of each state that is not "ready"."""
 
 
 @dataclass
@@ -98,13 +115,16 @@ class Runtime:
         threads = worker.share(settings.engine_threads) if worker else settings.engine_threads
         self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch)
         self._on_failure = on_failure
-        self.admission = Admission(settings.max_requests, settings.max_body_bytes, settings.deadline_s)
+        self.admission = Admission(
+            settings.max_requests, settings.max_body_bytes, settings.deadline_s, settings.max_queue_s
+        )
         self.stopping = False
         self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
         decoders = worker.share(settings.decode_threads) if worker else settings.decode_threads
         self._decoders = Decoders(decoders, settings.decode_limit_s)
         self._serving: tuple[Classifier, Batcher[RgbImage, Prediction]] | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._held = ExitStack()
 
     @property
@@ -162,6 +182,8 @@ class Runtime:
         self.stopping = True
         if self._starting is not None:
             await self._starting
+        if self._watching is not None:
+            self._watching.cancel()
         if self._serving is not None:
             await self._serving[1].close()
         self._engine_threads.shutdown(wait=False)
@@ -177,23 +199,25 @@ class Runtime:
         await self.admission.all_done()
         await asyncio.sleep(until_s - loop.time())
 
-    async def predict(self, body: bytes, content_type: str | None, places: Places) -> Answered:
+    async def read(self, body: bytes, content_type: str | None) -> Payloads:
+        """The images' bytes in a request's body. Raises: RequestError."""
+        if is_image(body) or len(body) <= SMALL_FORM_BYTES:
+            return payloads_of(body, content_type)
+        return await asyncio.to_thread(payloads_of, body, content_type)
+
+    async def predict(self, payloads: Payloads, places: Places) -> Answered:
         """Decode, crop and resize, then predict in batches with what else is there.
 
-        Raises: RequestError, Unavailable, ImageError.
+        Raises: Unavailable, ImageError.
         """
         classifier, batcher = self.require_ready()
-        if is_image(body) or len(body) <= SMALL_FORM_BYTES:
-            payloads = payloads_of(body, content_type)
-        else:
-            payloads = await asyncio.to_thread(payloads_of, body, content_type)
-        del body
         answered = Answered(classifier.card, payloads.several, [])
+        patience_s = None if payloads.several else DECODER_WAIT_S
 
         async def outcome(payload: bytes) -> Outcome:
             started_s = time.perf_counter()
             try:
-                image = await self._decoders.decode(payload, classifier.side_px)
+                image = await self._decoders.decode(payload, classifier.side_px, patience_s)
             except ImageError as exc:
                 return exc
             finally:
@@ -203,6 +227,7 @@ class Runtime:
             return batched.value
 
         if payloads.several:
+            places.images = len(payloads.images)
             places.take_more(min(len(payloads.images), self.settings.max_batch) - places.held)
             answered.outcomes += await _gather(outcome, payloads.images, places.held)
         else:
@@ -256,6 +281,7 @@ class Runtime:
         )
         batcher.open()
         self._serving = (classifier, batcher)
+        self._watching = loop.create_task(self._watch_engine(batcher), name="engine watch")
         self._state = "ready"
         if not self.stopping:
             self._decoders.open()  # not before: starting takes a core for a quarter of a second
@@ -270,6 +296,20 @@ class Runtime:
         if failures == ENDS_AFTER and self._on_failure is not None:
             log.error("the engine failed on %d batches in a row; this process ends, so that a new one begins", failures)
             self._on_failure()
+
+    async def _watch_engine(self, batcher: Batcher[RgbImage, Prediction]) -> None:
+        stuck = False
+        while True:
+            await asyncio.sleep(WATCH_S)
+            busy_s = batcher.busy_s()
+            if stuck != (busy_s > self.settings.deadline_s):
+                stuck = not stuck
+                if stuck:
+                    log.error(
+                        "the engine has not come back from a batch for %.0f s: /ping answers 503 until it does", busy_s
+                    )
+                else:
+                    log.info("the engine has come back")
 
     def _load(self) -> Classifier:
         started_s = time.perf_counter()

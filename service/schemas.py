@@ -67,6 +67,7 @@ class ErrorDetail(BaseModel):
     code: str = Field(examples=["unreadable_image"])
     message: str
     request_id: str
+    retry_after_s: int | None = Field(None, ge=0, description="With 429 and 503: seconds after which to try again.")
 
 
 class ErrorResponse(BaseModel):
@@ -79,3 +80,4 @@ class PingResponse(BaseModel):
     """The state of the service."""
 
     status: str = Field(examples=["ready", "loading"])
+    message: str | None = Field(None, description="With 503: the state in a sentence.")

@@ -5,13 +5,15 @@ answered, and only then is the port closed.
 import asyncio
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import uvicorn
 
 from service.lifeline import FILES_BESIDES, Lifeline, allow_files, take_no_more
-from service.protocol import Protocol, sweep_all
+from service.protocol import MAX_CONNECTIONS, Protocol, sweep_all
 from service.runtime import Runtime
+from service.settings import Settings
 
 DRAIN_S = 22.0
 """How long requests under way may take after SIGTERM; SageMaker kills 30 s after it."""
@@ -28,17 +30,25 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Any, lifeline: Lifeline | None = None) -> None:
         """`lifeline`: where connections are reported, if this process is a worker."""
+        settings: Settings = app.state.settings
+        protocol = partial(
+            Protocol,
+            metrics=app.state.metrics,
+            lifeline=lifeline,
+            max_connections=min(MAX_CONNECTIONS, allow_files() - FILES_BESIDES),
+            overload_status=settings.overload_status,
+        )
         super().__init__(
             uvicorn.Config(
-                app, http=Protocol, ws="none", log_config=None, access_log=False, server_header=False,
+                app,
+                http=protocol,  # type: ignore[arg-type]  # uvicorn does no more than call it
+                ws="none", log_config=None, access_log=False, server_header=False,
                 proxy_headers=False, timeout_graceful_shutdown=int(CLOSE_S),
             )
         )  # fmt: skip
         self._app = app
         self._sweeping: asyncio.Task[None] | None = None
-        self._lifeline = Protocol.lifeline = lifeline
-        Protocol.metrics = app.state.metrics
-        Protocol.max_connections = min(Protocol.max_connections, allow_files() - FILES_BESIDES)
+        self._lifeline = lifeline
 
     async def main_loop(self) -> None:
         """See `uvicorn.Server`."""

@@ -66,6 +66,9 @@ class Settings(BaseSettings):
     max_requests: int = Field(256, ge=1)
     """Images under way at once in a worker, from decoding to the answer; requests for which there is no place get 503
     at once."""
+    max_queue_s: float = Field(2.5, gt=0)
+    """Of these places, no more are given than are answered within this time at the rate seen of late, but 32 at least;
+    so the service is back to normal that long after an overload."""
     overload_status: Annotated[Literal[503, 429], BeforeValidator(_number)] = 503
     """The status of those answers, both with Retry-After; 429 for clients that take 503 for a broken server."""
     drain_s: float = Field(0.0, ge=0, le=20)

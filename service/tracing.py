@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from service.settings import trace_collector
 
 if TYPE_CHECKING:
-    from service.telemetry import RequestRecord
+    from service.record import RequestRecord
 
 log = logging.getLogger(__name__)
 

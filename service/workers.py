@@ -18,11 +18,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Self
 
-from service.deaths import MemoryKills, cause_of
+from service.deaths import STOOD_STILL, MemoryKills, cause_of
 from service.lifeline import (
     FILES_BESIDES,
     MAX_CONNECTIONS,
@@ -37,8 +38,10 @@ from service.lifeline import (
 )
 from service.metrics import Page
 from service.model.machine import cores, gpus
+from service.record import RequestRecord
 
 log = logging.getLogger(__name__)
+requests_log = logging.getLogger("service.requests")
 
 CORES_PER_WORKER = 8
 """For photos: an event loop takes about 0.6 ms of a core for each (224 px), their network some 20 ms."""
@@ -62,6 +65,9 @@ STOP_S = 28.0
 SILENT_S, SEEN_TWICE_S = 60.0, 5.0
 """A worker whose event loop has not gone round for so long, seen twice so far apart, is replaced. Twice, because the
 whole machine may have stood still."""
+
+OF_LATE_S = 2.0
+"""A worker that dies so long after the kernel killed a process of ours for memory was that process."""
 
 Listen = Callable[[bool], socket.socket]
 """Opens a listening socket; the argument tells whether to share the port (SO_REUSEPORT)."""
@@ -171,11 +177,14 @@ class Supervisor:
         self._page = Page(count, self._metrics_fd)
         self._connections_each = min(MAX_CONNECTIONS, (allow_files() - FILES_BESIDES) // count)
         self._memory_kills = MemoryKills()
+        self._memory_killed_s = -math.inf
+        self._looked_at_s = 0.0
         self._arguments = list(arguments)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._held: dict[int, Held] = {}
         self._start_timeout_s = start_timeout_s
         self._ready_by_s: dict[int, float] = {}
+        self._killed: set[int] = set()  # by us
         self._lingering = Lingering()
         self._talk = selectors.DefaultSelector()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
@@ -200,14 +209,14 @@ class Supervisor:
             index, returned = self._wait()
             if self._stopping:
                 status = max(status, int(returned not in (0, -signal.SIGTERM)))  # the latter before it could catch it
-                self._lingering.add(refuse_waiting(self._sockets[index]))
+                self._lingering.add(refuse_waiting(self._sockets[index], self._note_told))
                 continue
-            death = cause_of(returned, self._memory_kills.any_new())
+            death = STOOD_STILL if index in self._killed else cause_of(returned, self._memory_killed())
             how = death.how
             self._page.died(index, death.cause)
             self._deaths.append(time.monotonic())
             if not self._states.is_ready(index):
-                told = returned == 1 or self._ready_by_s[index] == math.inf  # with 1, it has said why
+                told = returned == 1 or index in self._killed  # with 1, it has said why
                 level = logging.INFO if told else logging.ERROR
                 log.log(level, "worker %d ended before it was ready (%s)", index, how)
             elif len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_S:
@@ -241,22 +250,28 @@ class Supervisor:
     def _start_process(self, index: int) -> None:
         self._states.all_were_ready()  # noted before this one is not
         self._states.forget(index)
-        ours, theirs = pair()
-        slots_fd = slots(self._connections_each)
-        worker = Worker(
-            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._states_fd, self._metrics_fd,
-            theirs.fileno(), slots_fd,
-        )  # fmt: skip
-        self._held[index] = Held(ours, slots_fd)
+        self._killed.discard(index)
+        self._silent.pop(index, None)
+        with ExitStack() as until_passed_on:
+            ours, theirs = pair()
+            until_passed_on.callback(theirs.close)
+            undo = until_passed_on.enter_context(ExitStack())
+            undo.callback(ours.close)
+            slots_fd = slots(self._connections_each)
+            until_passed_on.callback(os.close, slots_fd)
+            worker = Worker(
+                index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._states_fd,
+                self._metrics_fd, theirs.fileno(), slots_fd,
+            )  # fmt: skip
+            self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
+                [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
+                pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
+                start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
+            )
+            undo.pop_all()
+            self._held[index] = Held(ours, slots_fd)
         self._talk.register(ours, selectors.EVENT_READ, self._held[index])
-        self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
-            [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
-            pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
-            start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
-        )
         self._ready_by_s[index] = time.monotonic() + self._start_timeout_s
-        theirs.close()
-        os.close(slots_fd)
         if self._stopping:  # the signal came before the process was in the table
             self._processes[index].terminate()
 
@@ -268,32 +283,48 @@ class Supervisor:
                     del self._processes[index]
                     held = self._held.pop(index)
                     self._talk.unregister(held.socket)
-                    self._lingering.add(held.answer())
+                    self._lingering.add(held.answer(self._note_told))
                     return index, returned
             for key, _ in self._talk.select(0.05):
                 key.data.read()
             self._lingering.sweep()
             self._kill_the_stuck()
+            if time.monotonic() - self._looked_at_s > OF_LATE_S / 2:  # decoders are killed for memory too
+                self._memory_killed()
+                self._looked_at_s = time.monotonic()
+
+    def _memory_killed(self) -> bool:
+        """Whether the kernel has just killed one of our processes for memory."""
+        now_s = time.monotonic()
+        if self._memory_kills.any_new():
+            self._memory_killed_s = now_s
+        return now_s - self._memory_killed_s < OF_LATE_S
+
+    def _note_told(self, request_id: str, code: str) -> None:
+        requests_log.info(RequestRecord(request_id, "", "", 503, code))
+        self._page.answered_for_another(code)
 
     def _kill_the_stuck(self) -> None:
         """End workers that do not start or stop in time, and those whose event loop no longer goes round."""
         now_s = time.monotonic()
+        late = now_s > self._kill_at_s
+        if late:
+            self._kill_at_s = now_s + 1
         for index, process in self._processes.items():
-            if now_s > self._kill_at_s:
+            if late:
                 log.error("worker %d did not stop within %.0f s; it is killed", index, STOP_S)
                 process.kill()
-                self._kill_at_s = now_s + 1
+            elif index in self._killed:
+                process.kill()
             elif now_s > self._ready_by_s[index] and not self._states.is_ready(index):
                 log.error(
                     "worker %d was not ready within %g s and is killed; CLASSIFIER_START_TIMEOUT_S allows more.",
                     index, self._start_timeout_s,
                 )  # fmt: skip
-                process.kill()
-                self._ready_by_s[index] = math.inf
+                self._killed.add(index)
             silent_s = self._held[index].silent_s()
             if silent_s < SILENT_S:
                 self._silent.pop(index, None)
-            elif now_s - self._silent.setdefault(index, now_s) > SEEN_TWICE_S:
+            elif now_s - self._silent.setdefault(index, now_s) > SEEN_TWICE_S and index not in self._killed:
                 log.error("worker %d has not answered for %.0f s; it is killed", index, silent_s)
-                process.kill()
-                self._silent[index] = now_s
+                self._killed.add(index)

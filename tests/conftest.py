@@ -120,13 +120,17 @@ Start = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """`with start_server(model, CLASSIFIER_X="...") as server:` runs `python -m service` until the block ends."""
+    """`with start_server(model, CLASSIFIER_X="...") as server:` runs `python -m service` until the block ends.
+
+    `program`: Python to run in its place, with the same flags.
+    """
 
     @contextmanager
-    def start(model: Path, *flags: str, ready: bool = True, **env: str) -> Iterator[Server]:
+    def start(model: Path, *flags: str, ready: bool = True, program: str | None = None, **env: str) -> Iterator[Server]:
         port = free_port()
         log = tmp_path_factory.mktemp("server") / "log"
-        command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+        python = [sys.executable, *(("-m", "service") if program is None else ("-c", program))]
+        command = [*python, "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
         with log.open("w") as out:
             process = subprocess.Popen(
                 [*command, *flags], cwd=ROOT, env=environment(**env), stdout=out, stderr=out, text=True

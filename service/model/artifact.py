@@ -81,7 +81,9 @@ class Artifact:
     def _opened(self, role: Role) -> Iterator[BufferedReader]:
         entry, path = self.manifest.files[role], self.path(role)
         try:
-            status = path.stat()
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):  # it may lead anywhere, and elsewhere tomorrow
+                raise ArtifactError(f"{path} is a link; copy the file itself into the artifact.")
             if not stat.S_ISREG(status.st_mode):  # a pipe or a device: reading it may never end
                 raise ArtifactError(f"{path} is no plain file; copy the artifact again.")
             if status.st_size != entry.bytes:
@@ -137,6 +139,8 @@ def open_artifact(folder: Path) -> Artifact:
     home = _find_home(folder)
     path = home / MANIFEST
     try:
+        if path.is_symlink():
+            raise ArtifactError(f"{path} is a link; copy the file itself into the artifact.")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ArtifactError(f"{path} is larger than {MAX_MANIFEST_BYTES:,} bytes: it is no manifest of ours.")
         content = path.read_bytes()

@@ -13,7 +13,16 @@ from io import BytesIO
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,  # noqa: F401  # these by name, or Pillow loads all it has when it meets the first WebP
+    ExifTags,
+    GifImagePlugin,  # noqa: F401
+    Image,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401
+)
 
 from service.model.errors import ImageTooLarge, UnreadableImage
 from service.model.jpeg import Size, plain_size
@@ -83,14 +92,18 @@ def decode_in_place(
 
 def decode_plain_jpeg(payload: bytes, size: Size, enough_px: int | None, max_pixels: int) -> RgbImage | None:
     """The JPEG of which `jpeg.plain_size` told `size`; None where it is Pillow's: to be scaled, too large, damaged."""
-    scaled = enough_px is not None and min(size) >= 2 * enough_px
-    if scaled or not 0 < size.height * size.width <= max_pixels:
+    if is_scaled(size, enough_px) or not 0 < size.height * size.width <= max_pixels:
         return None
     try:
         image: RgbImage = simplejpeg.decode_jpeg(payload, "RGB", fastdct=False, fastupsample=False, strict=True)
     except ValueError:  # damaged, or only unusual
         return None
     return image
+
+
+def is_scaled(size: Size, enough_px: int | None) -> bool:
+    """Whether a JPEG of this size is scaled while it is decoded, which is Pillow's to do."""
+    return enough_px is not None and min(size) >= 2 * enough_px
 
 
 def _decode_any(payload: bytes, enough_px: int | None, max_pixels: int) -> Image.Image:

@@ -32,7 +32,6 @@ from tests.bench.processes import Server
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(tempfile.gettempdir()) / "resnet34-bench"
-MAX_REQUESTS = 64
 SAMPLE_S = 2.0
 
 
@@ -67,7 +66,7 @@ def started(model: Path, port: int, log: Path, engine: str) -> Server:
     """The service with its defaults but the number of places, which the overload is to find taken."""
     command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     settings = {
-        "CLASSIFIER_MAX_REQUESTS": str(MAX_REQUESTS), "CLASSIFIER_EXIT_WITH_PARENT": "false",
+        "CLASSIFIER_EXIT_WITH_PARENT": "false",
         "CLASSIFIER_ENGINE": engine,
     }  # fmt: skip
     return Server(command, settings, f"http://127.0.0.1:{port}/ping", log, Path.cwd()).start(120)
@@ -149,7 +148,7 @@ def table(result: dict[str, Any]) -> str:
     over, long = result["overload"], result["soak"]
     return f"""# The service under overload and over time
 
-{result["hardware"]}; side {result["side_px"]} px, {result["engine"]}, {MAX_REQUESTS} places, the generator on the same cores; one run.
+{result["hardware"]}; side {result["side_px"]} px, {result["engine"]}, places by default, the generator on the same cores; one run.
 Written by `python -m tests.bench.endurance`.
 
 | At 5 times the capacity | |

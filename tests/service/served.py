@@ -28,6 +28,13 @@ def png(grey: int = 7) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg(grey: int = 7) -> bytes:
+    """Plain and tiny: decoded on the event loop, without a process that must start first."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (grey, grey, grey)).save(buffer, "JPEG", quality=100)
+    return buffer.getvalue()
+
+
 def form(*files: bytes, boundary: str = "xYz") -> tuple[bytes, str]:
     parts = [
         f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="{i}.png"\r\n\r\n'.encode()
@@ -72,12 +79,19 @@ class Served:
 
 
 @contextmanager
-def serve(engine: FakeEngine, ready: bool = True, **settings: Any) -> Iterator[Served]:
+def serve(
+    engine: FakeEngine, ready: bool = True, on_failure: Callable[[], None] | None = None, **settings: Any
+) -> Iterator[Served]:
     card = ModelCard("fake", "1", tuple(f"grey {k}" for k in range(engine.num_classes)))
-    app = create_app(Settings(**settings), Classifier(card, 32, engine))
+    app = create_app(Settings(**settings), Classifier(card, 32, engine), on_failure)
     server = Server(app)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+
+        def run() -> None:
+            with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, as in the service
+                runner.run(server.serve(sockets=[listener]))
+
+        thread = threading.Thread(target=run)
         thread.start()
         try:
             served = Served(listener.getsockname()[1], app)
@@ -88,6 +102,7 @@ def serve(engine: FakeEngine, ready: bool = True, **settings: Any) -> Iterator[S
         finally:
             server.should_exit = True
             thread.join(60)
+            assert not thread.is_alive()
 
 
 def assert_error(reply: Reply, status: int, code: str) -> str:

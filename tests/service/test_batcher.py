@@ -153,9 +153,12 @@ def test_a_failing_or_miscounting_engine_reaches_every_item_of_its_batch_and_onl
         engine = Engine(failure)
         run_batch = engine if failure else (lambda items: engine(items)[:-1])
         batcher = await opened(run_batch, max_batch=3)
+        first = submit(batcher, 0)
+        await engine.until_entered()  # so that the next three are together
         items = submit(batcher, 1, 2, 3)
         engine.gate.set()
         results = await asyncio.gather(*items, return_exceptions=True)
+        await asyncio.gather(*first, return_exceptions=True)
         assert [type(result) for result in results] == [EngineFailure] * 3
         assert "out of memory" not in str(results[0])
         engine.failure = None

@@ -261,6 +261,20 @@ def test_a_decoder_that_died_while_idle_costs_nobody_anything() -> None:
     run(main)
 
 
+def test_an_image_that_waits_too_long_for_a_process_is_refused() -> None:
+    async def main() -> None:
+        async with opened() as decoders:
+            await decoders.decode(FILES["png"], 32)
+            busy = asyncio.create_task(decoders.decode(slow(), 32))
+            await until(lambda: decoders._jobs)
+            with pytest.raises(Overloaded, match="busy with others for 0"):
+                await decoders.decode(FILES["png"], 32, patience_s=0.05)
+            assert (await busy).shape == (32, 32, 3)
+            assert (await decoders.decode(FILES["png"], 32, patience_s=60)).shape == (32, 32, 3)
+
+    run(main)
+
+
 def test_where_no_process_can_be_started_the_client_is_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         decoders = Decoders(1, 60)

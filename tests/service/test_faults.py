@@ -5,12 +5,13 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import psutil
 import pytest
 from PIL import Image
 
-from service.admission import Admission
+from service.admission import LEAST_PLACES, Admission
 from service.engines.fake import FakeEngine
-from service.errors import DeadlineExceeded, NotReady
+from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.model.artifact import open_artifact
-from service.runtime import FAILING_AFTER
-from tests.service.served import assert_error, png, serve
+from service.runtime import ENDS_AFTER, FAILING_AFTER
+from tests.service.served import assert_error, jpeg, png, serve
 
 
 def until(condition: Any, limit_s: float = 60) -> None:
@@ -57,14 +58,13 @@ def connections_of(pid: int) -> int:
 
 def test_sigterm_turns_ping_red_answers_what_was_accepted_and_ends_with_0(artifact: Path, start_server: Any) -> None:
     body = open_artifact(artifact).read("example")
-    with start_server(artifact, CLASSIFIER_MAX_WAIT_MS="3000") as server, ThreadPoolExecutor(8) as clients:
+    with start_server(artifact, CLASSIFIER_MAX_WAIT_MS="10000") as server, ThreadPoolExecutor(8) as clients:
         accepted = [clients.submit(server.ask, "POST", "/invocations", body) for _ in range(4)]
         until(lambda: connections_of(worker_of(server)) >= 4)
         time.sleep(0.3)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        ping = server.ask("GET", "/ping")
-        assert (ping.status, ping.json) == (503, {"status": "stopping"})
+        until(lambda: server.ask("GET", "/ping").status == 503)
+        assert server.ask("GET", "/ping").json["status"] == "stopping"
         late = server.ask("POST", "/invocations", body)  # nothing is lost, even what comes after
         assert late.status == 200
         assert late.headers["connection"] == "close"
@@ -101,7 +101,7 @@ def test_sigterm_under_load_loses_no_request(artifact: Path, start_server: Any) 
 
 def test_drain_s_keeps_answering_for_that_long_while_ping_is_red(artifact: Path, start_server: Any) -> None:
     body = open_artifact(artifact).read("example")
-    with start_server(artifact, CLASSIFIER_DRAIN_S="2") as server:
+    with start_server(artifact, CLASSIFIER_DRAIN_S="8") as server:
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.ask("GET", "/ping").status == 503)
         assert server.ask("POST", "/invocations", body).status == 200
@@ -128,6 +128,51 @@ def test_a_stop_shortens_the_deadlines_of_what_is_under_way() -> None:
         with pytest.raises(DeadlineExceeded):
             async with slow.deadline():
                 await asyncio.sleep(60)
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_at_the_moment_of_a_deadline_leaves_both_as_they_are() -> None:
+    async def scenario() -> None:
+        admission = Admission(1, 1, deadline_s=0.05)
+
+        async def request() -> None:
+            async with admission.deadline():
+                await asyncio.sleep(60)
+
+        loop = asyncio.get_running_loop()
+        waits = asyncio.create_task(request())
+        await asyncio.sleep(0)
+        loop.call_later(0.05, admission.stop_within, 10)
+        time.sleep(0.2)  # both timers fire in the same round of the loop
+        with pytest.raises(DeadlineExceeded):
+            await waits
+
+    asyncio.run(scenario())
+
+
+def test_no_more_are_let_in_than_are_answered_in_time_at_the_rate_seen_of_late() -> None:
+    async def scenario() -> None:
+        admission = Admission(256, 1, deadline_s=60, max_queue_s=2)
+
+        async def answer(took_s: float) -> None:
+            with admission.place():
+                await asyncio.sleep(took_s)
+
+        assert admission.allowed == 256
+        for _ in range(60):
+            await answer(0.02)  # 50 a second
+        assert 32 <= admission.allowed <= 100
+        with ExitStack() as stack:
+            for _ in range(admission.allowed):
+                stack.enter_context(admission.place())
+            with pytest.raises(Overloaded, match="one more would wait for longer than 2 s"), admission.place():
+                pass
+        for _ in range(60):
+            await answer(0)
+        assert admission.allowed == 256
+        await answer(3)  # one that is slow by itself
+        assert admission.allowed == LEAST_PLACES
 
     asyncio.run(scenario())
 
@@ -160,6 +205,9 @@ def test_requests_of_a_killed_worker_get_a_sentence_and_the_next_ones_an_answer(
         for client in clients:
             client.close()
         until(lambda: "worker 0 died (signal SIGKILL" in server.log.read_text())
+        assert server.log.read_text().count("status=503 code=worker_died") == 3
+        refused = r'classifier_rejected_requests_total\{reason="worker_died"\} 3\.0'
+        until(lambda: re.search(refused, server.ask("GET", "/metrics").body.decode()) is not None)
         assert server.ask("GET", "/ping").status == 200  # waits for the new one, which then answers
         assert worker_of(server) != before
         assert server.process.poll() is None
@@ -188,20 +236,38 @@ def test_an_engine_that_keeps_failing_turns_ping_red_until_it_succeeds() -> None
         for _ in range(FAILING_AFTER):
             assert served.ask("GET", "/ping").status == 200
             assert_error(served.ask("POST", "/invocations", png()), 500, "engine_failure")
-        assert served.ask("GET", "/ping").json == {"status": "failing"}
+        assert served.ask("GET", "/ping").json["status"] == "failing"
         engine.failure = None
         assert served.ask("POST", "/invocations", png()).status == 200
         assert served.ask("GET", "/ping").status == 200
 
 
-def test_an_engine_that_does_not_come_back_turns_ping_red_and_requests_get_504() -> None:
+def test_an_engine_that_does_not_come_back_turns_ping_red_and_requests_get_504(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
     engine = FakeEngine(256)
-    with serve(engine, deadline_s=0.3) as served:
-        engine.delay_s = 2
-        assert_error(served.ask("POST", "/invocations", png()), 504, "deadline_exceeded")
-        served.until(lambda: served.ask("GET", "/ping").json == {"status": "stuck"})
+    with serve(engine, deadline_s=1, max_batch=1) as served:
+        before = len(engine.batch_sizes)
+        engine.delay_s = 5
+        assert_error(served.ask("POST", "/invocations", jpeg()), 504, "deadline_exceeded")
+        served.until(lambda: served.ask("GET", "/ping").json["status"] == "stuck")
+        assert_error(served.ask("POST", "/invocations", jpeg()), 504, "deadline_exceeded")  # in the queue
         engine.delay_s = 0
         served.until(lambda: served.ask("GET", "/ping").status == 200)
+        assert len(engine.batch_sizes) == before + 1  # what waited in the queue never was the engine's
+        served.until(lambda: "the engine has come back" in caplog.text)
+    assert "the engine has not come back from a batch for " in caplog.text
+
+
+def test_an_engine_that_fails_ten_times_in_a_row_ends_its_process() -> None:
+    engine, failed = FakeEngine(256), threading.Event()
+    with serve(engine, on_failure=failed.set) as served:
+        engine.failure = RuntimeError("broken")
+        for _ in range(ENDS_AFTER):
+            assert not failed.is_set()
+            assert_error(served.ask("POST", "/invocations", jpeg()), 500, "engine_failure")
+        assert failed.is_set()
 
 
 def test_an_engine_error_reaches_every_request_of_its_batch() -> None:

@@ -50,13 +50,16 @@ def test_only_who_has_no_part_of_an_answer_is_told(both: Pair, note: int, unread
     both.worker.note(slot, note)
     client.sendall(unread)
     served.close()  # the worker dies
-    lingering = both.held.answer()
-    assert len(lingering) == told
+    noted: list[tuple[str, str]] = []
+    lingering = both.held.answer(lambda *what: noted.append(what))
+    assert len(lingering) == len(noted) == told
     if told:
         received = b"".join([client.recv(65536)])
         head, _, body = received.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 ")
-        assert json.loads(body)["error"]["code"] == "worker_died"
+        error = json.loads(body)["error"]
+        assert (error["code"], error["retry_after_s"]) == ("worker_died", 1)
+        assert noted == [(error["request_id"], "worker_died")]
     for connection in lingering:
         connection.close()
     client.close()
@@ -93,7 +96,7 @@ def test_connections_that_nobody_accepts_any_more_are_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         clients = [socket.create_connection(listener.getsockname(), timeout=10) for _ in range(3)]
         lingering = Lingering()
-        lingering.add(refuse_waiting(listener))
+        lingering.add(refuse_waiting(listener, lambda *what: None))
         assert len(lingering) == 3
         for client in clients:
             client.sendall(b"GET /ping HTTP/1.1\r\n\r\n")

@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from service.logs import JsonFormatter, shown
+from service.logs import JsonFormatter, UnblockedHandler, shown
 from service.model.artifact import open_artifact
-from service.telemetry import RequestRecord
+from service.record import RequestRecord
 from tests.conftest import Server, environment, free_port
 
 ROOT = Path(__file__).parent.parent.parent
@@ -212,6 +214,25 @@ def test_a_failing_or_changed_probe_is_one_line_and_one_that_succeeds_none(artif
     assert codes[-1] == "ready"
     assert len(codes) == len(set(codes)) > 1
     assert set(codes) <= {"loading", "warming_up", "ready"}
+
+
+def test_a_long_line_that_nobody_reads_is_dropped_though_a_piece_of_it_would_fit() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"." * select.PIPE_BUF)
+        os.set_blocking(writer, True)
+        os.read(reader, select.PIPE_BUF)  # one piece has room
+        handler = UnblockedHandler(stream)
+        for message in ("x" * 20_000, "short"):
+            handler.emit(logging.makeLogRecord({"msg": message}))
+        while select.select([reader], [], [], 0)[0]:
+            os.read(reader, 65536)
+        handler.emit(logging.makeLogRecord({"msg": "the next"}))
+        assert os.read(reader, 65536) == b"\n2 lines before this were not read\nthe next\n"
+    os.close(reader)
 
 
 def test_a_log_that_nobody_reads_holds_up_no_request(artifact: Path) -> None:

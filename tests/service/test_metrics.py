@@ -23,8 +23,8 @@ from service.errors import HTTP_ERRORS
 from service.exposition import Exposition
 from service.metrics import Gauges, Metrics, Page
 from service.model.artifact import open_artifact
+from service.record import RequestRecord
 from service.runtime import State
-from service.telemetry import RequestRecord
 
 ROOT = Path(__file__).parent.parent.parent
 

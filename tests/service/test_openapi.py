@@ -11,15 +11,17 @@ from typing import Any, get_args
 import jsonschema_rs
 import pytest
 
-from service.errors import HTTP_ERRORS
-from service.openapi import ATTRIBUTES, ERRORS, MESSAGES, NOT_READY, PICTURE, document
+from service.errors import CONNECTION_ERRORS, HTTP_ERRORS
+from service.metrics import STATES
+from service.openapi import ATTRIBUTES, ERRORS, MESSAGES, PICTURE, document
 from service.reference import reference
-from service.runtime import State
+from service.runtime import MEANING, State
 from service.settings import Settings
 
 Json = dict[str, Any]
 
 WITH, WITHOUT = document(Settings()), document(Settings(page=False))
+ROOT = Path(__file__).parent.parent.parent
 INVOCATIONS = WITH["paths"]["/invocations"]["post"]
 EXAMPLES = [
     (media_type, name, example)
@@ -131,11 +133,18 @@ def test_every_error_is_documented_with_its_status_and_a_sentence() -> None:
         if int(status) >= 400
     }
     assert set(HTTP_ERRORS.values()) <= stated
+    assert {(status, code) for code, status in CONNECTION_ERRORS.items()} <= stated
     assert {code for _, code in stated} == set(MESSAGES)
 
 
+def test_the_codes_of_the_readme_are_those_of_the_document() -> None:
+    table = re.search(r"\| Status \| Codes \|\n\|---\|---\|\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())
+    assert table is not None
+    assert set(re.findall(r"`(\w+)`", table[1])) - {"not_found"} == set(MESSAGES)
+
+
 def test_the_states_are_those_of_the_runtime() -> None:
-    assert {*NOT_READY, "ready"} == set(get_args(State))
+    assert {*MEANING, "ready"} == set(get_args(State)) == set(STATES)
 
 
 def long(text: str) -> str:

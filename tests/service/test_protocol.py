@@ -10,9 +10,8 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from service import protocol
+from service import protocol, server
 from service.engines.fake import FakeEngine
-from service.protocol import Protocol
 from tests.service.served import Served, assert_error, png, serve
 
 
@@ -67,6 +66,28 @@ def test_what_is_no_http_gets_the_one_shape_of_errors(service: Served, sent: byt
     with connect(service) as client:
         client.sendall(sent)
         assert refusal(until_closed(client)) == (400, "malformed_http")
+
+
+@pytest.mark.parametrize("head", ["", "Expect: 100-continue\r\n"])
+def test_a_body_that_is_no_http_is_told_and_counted_once_as_what_it_is(
+    head: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with serve(FakeEngine(256)) as served, connect(served) as client:
+        start = (
+            f"POST /invocations HTTP/1.1\r\nHost: x\r\nX-Request-Id: mine\r\n{head}Transfer-Encoding: chunked\r\n\r\n"
+        )
+        client.sendall(start.encode() + b"20000\r\n" + b"y" * 0x20000 + b"\r\nzz\r\n")
+        client.sendall(b"y" * 300_000)  # is read and thrown away
+        received = until_closed(client).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+        assert refusal(received) == (400, "malformed_http")
+        assert b'"request_id": "mine"' in received
+        counts = served.ask("GET", "/metrics").body.decode()
+    assert re.findall(r'classifier_requests_total\{path="/invocations",status="(\d+)"\} 1\.0', counts) == ["400"]
+    assert 'classifier_rejected_requests_total{reason="malformed_http"} 1.0' in counts
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "service.requests"]
+    assert "request_id=mine method=POST path=/invocations status=400 code=malformed_http" in line
+    assert "Traceback" not in caplog.text
 
 
 def test_a_head_without_end_is_refused(service: Served) -> None:
@@ -200,8 +221,8 @@ def test_hundreds_of_idle_connections_hurt_nobody(service: Served) -> None:
 
 
 def test_beyond_the_bound_of_connections_the_longest_idle_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 100)
     with serve(FakeEngine(256)) as served, ExitStack() as stack:
-        monkeypatch.setattr(Protocol, "max_connections", 100)
         idle = []
         for _ in range(100):
             idle.append(stack.enter_context(closing(connect(served))))
@@ -213,17 +234,18 @@ def test_beyond_the_bound_of_connections_the_longest_idle_makes_room(monkeypatch
         assert b'"grey 8"' in answer(idle[-1])
 
 
-def test_beyond_the_bound_of_busy_connections_new_ones_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", [503, 429])
+def test_beyond_the_bound_of_busy_connections_new_ones_are_told(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine(256)
-    with serve(engine) as served, ExitStack() as stack:
-        monkeypatch.setattr(Protocol, "max_connections", 10)
-        engine.delay_s = 1
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 10)
+    with serve(engine, overload_status=status) as served, ExitStack() as stack:
+        engine.delay_s = 3
         busy = [stack.enter_context(closing(connect(served))) for _ in range(10)]
         for client in busy:
             client.sendall(request(png(1)))
         served.until(lambda: served.app.state.runtime.admission.under_way == 10)
         with connect(served) as late:
-            assert refusal(until_closed(late)) == (503, "overloaded")
+            assert refusal(until_closed(late)) == (status, "overloaded")
         assert all(b'"grey 1"' in answer(client) for client in busy)
 
 

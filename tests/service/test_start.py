@@ -125,11 +125,19 @@ def test_code_that_lies_beside_the_model_is_not_executed(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("name", ["weights", "example", "manifest"])
+def test_a_link_in_place_of_a_file(model: Path, tmp_path: Path, name: str) -> None:
+    path = model / "manifest.json" if name == "manifest" else open_artifact(model).path(name)
+    path.rename(tmp_path / path.name)
+    path.symlink_to(tmp_path / path.name)
+    assert f"{path} is a link; copy the file itself into the artifact." in refusal(model)
+
+
 def test_a_link_to_nowhere_in_place_of_a_file(model: Path) -> None:
     path = open_artifact(model).path("weights")
     path.unlink()
     path.symlink_to("/nowhere")
-    assert "is missing" in refusal(model)
+    assert f"{path} is a link" in refusal(model)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Several workers on one port, as real processes: ready together, replaced when they die, stopped together."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -150,10 +151,51 @@ def written(folder: Path, side_px: int) -> None:
 
 def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Path, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_WORKERS="2") as server:
-        os.kill(workers_of(server)[1], signal.SIGSTOP)
+        for pid in workers_of(server).values():
+            os.kill(pid, signal.SIGSTOP)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 1
-        assert "worker 1 did not stop within 28 s; it is killed" in server.log.read_text()
+        killed = [line.split()[0] for line in server.log.read_text().splitlines() if "did not stop within 28 s" in line]
+        assert len(killed) == 2
+        assert killed[0][:19] == killed[1][:19] or int(killed[1][17:19]) - int(killed[0][17:19]) == 1  # in one go
+
+
+def test_a_worker_that_stands_still_is_replaced(artifact: Path, start_server: Any) -> None:
+    """With the limits of a minute made short: the process runs our code with other constants."""
+    program = "from service import workers, __main__ as m; workers.SILENT_S = 2; workers.SEEN_TWICE_S = 0.5"
+    with start_server(artifact, program=f"{program}; raise SystemExit(m.main())") as server:
+        was = workers_of(server)[0]
+        time.sleep(1.5)  # its loop has gone round by now
+        os.kill(was, signal.SIGSTOP)
+        until(lambda: server.log.read_text().count("ready: http://") == 2)
+        log = server.log.read_text()
+    assert re.search(r"worker 0 has not answered for \d+ s; it is killed", log)
+    assert "worker 0 died (signal SIGKILL, from the supervisor: it did not answer any more)" in log
+
+
+def test_workers_that_die_again_and_again_end_the_service(artifact: Path, start_server: Any) -> None:
+    with start_server(artifact) as server:
+        for death in range(workers.MAX_DEATHS):
+            until(lambda death=death: server.log.read_text().count("ready: http://") == death + 1)
+            os.kill(workers_of(server)[0], signal.SIGSEGV)
+        assert server.process.wait(60) == 1
+        assert "5 workers died within " in server.log.read_text()
+        assert "giving up" in server.log.read_text()
+
+
+def test_a_start_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def listen(shared: bool) -> socket.socket:
+        return socket.create_server(("127.0.0.1", 0), reuse_port=shared)
+
+    supervisor = workers.Supervisor(1, listen, [], 60)
+    files = psutil.Process().num_fds()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(OSError, match="nowhere"):
+        supervisor._start_process(0)
+    assert psutil.Process().num_fds() == files
+    assert not supervisor._talk.get_map()
+    supervisor._sockets[0].close()
+    supervisor._talk.close()
 
 
 def test_a_replacement_starts_though_the_supervisor_holds_many_connections(artifact: Path, start_server: Any) -> None:
