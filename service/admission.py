@@ -55,10 +55,10 @@ class Admission:
     def require_room(self) -> None:
         """Raises: Overloaded, when a body need not be read because there is no place for it."""
         if self.under_way >= self._max_requests:
-            raise Overloaded(f"{self.under_way} requests are under way, as many as allowed; try again in a moment.")
+            raise Overloaded(f"{self.under_way} images are under way, as many as allowed; try again in a moment.")
         if self.under_way >= self.allowed:
             raise Overloaded(
-                f"{self.under_way} requests are under way, and one more would wait for longer than "
+                f"{self.under_way} images are under way, and one more would wait for longer than "
                 f"{self._max_queue_s:g} s; try again in a moment."
             )
 

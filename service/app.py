@@ -1,6 +1,6 @@
 """Puts the service together: settings and runtime in, an ASGI app out. Importing this starts nothing.
 
-FastAPI routes, documents and answers everything but POST /invocations, which goes straight to `service.invocations`:
+FastAPI routes and answers everything but POST /invocations, which goes straight to `service.invocations`:
 FastAPI's way to a route costs more processor time than a small picture's decoding.
 """
 

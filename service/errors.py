@@ -6,7 +6,7 @@
     │   ├── NotAcceptable        406  Accept excludes every type that answers have
     │   ├── BodyTimeout          408  the body came too slowly
     │   ├── PayloadTooLarge      413  more bytes than the limit
-    │   └── UnsupportedMediaType 415  neither an image nor a form nor JSON
+    │   └── UnsupportedMediaType 415  neither an image nor a form nor JSON; or compressed
     └── Unavailable              ours; trying again helps, but for EngineFailure
         ├── EngineFailure        500  the engine raised or answered wrongly
         ├── NotReady             503  loading, warming up, failed, stopped
@@ -47,7 +47,7 @@ class PayloadTooLarge(RequestError):
 
 
 class UnsupportedMediaType(RequestError):
-    """The content type is neither an image nor a form nor JSON."""
+    """The content type is neither an image nor a form nor JSON, or the body is compressed."""
 
 
 class Unavailable(ServiceError):

@@ -115,7 +115,8 @@ class Exposition(Collector):
         )
         yield GaugeMetricFamily(
             "classifier_requests_under_way",
-            "Invocations accepted and not yet answered; at CLASSIFIER_MAX_REQUESTS per worker, more are refused.",
+            "Images that hold places, from decoding to the answer; at CLASSIFIER_MAX_REQUESTS per worker, or before "
+            "where answers are slow, more are refused.",
             value=sum(self._column(metrics.UNDER_WAY)),
         )
         gauges = self._metrics.gauges

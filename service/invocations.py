@@ -1,6 +1,6 @@
 """POST /invocations, from the ASGI messages of one request to those of its answer.
 
-An ASGI app of its own and no FastAPI route: on small pictures, most of a request's time would be FastAPI's. `routes`
+An ASGI app of its own and no FastAPI route: on small pictures, most of a request's time would be FastAPI's. `openapi`
 documents it, `app` leads the requests here.
 """
 

@@ -82,7 +82,7 @@ MESSAGES = {
     "image_too_costly": "The image takes more than 5 s to decode; save it anew, smaller or as a baseline JPEG.",
     "unsupported_media_type": "The content type must be image/*, application/octet-stream, multipart/form-data or "
     "application/json, given: text/plain.",
-    "overloaded": "256 requests are under way, as many as allowed; try again in a moment.",
+    "overloaded": "256 images are under way, as many as allowed; try again in a moment.",
     "malformed_http": "This is not an HTTP/1.1 request; send one, without TLS.",
     "head_timeout": "The request's head did not arrive within 10 s; send it faster.",
     "headers_too_large": "The request line and headers may have at most 65,536 bytes; send fewer.",

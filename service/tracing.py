@@ -80,6 +80,7 @@ class Tracing:
             )  # fmt: skip
             return None
         try:
+            host = _host(collector)
             resource = Resource.create()
             if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):  # the SDK's default
                 resource = resource.merge(Resource({"service.name": SERVICE_NAME}))
@@ -94,7 +95,7 @@ class Tracing:
         self._api, self._extract = trace, propagate.extract
         self._tracer = provider.get_tracer("service")
         self.on = True
-        log.info("traces go to %s as service %s", _host(collector), resource.attributes["service.name"])
+        log.info("traces go to %s as service %s", host, resource.attributes["service.name"])
         return provider
 
     def _record(self, request: "RequestRecord", headers: Headers) -> str | None:

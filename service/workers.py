@@ -37,7 +37,7 @@ from service.lifeline import (
     slots,
 )
 from service.metrics import Page
-from service.model.machine import cores, gpus
+from service.model.machine import cores, gpus, memory_bytes
 from service.record import RequestRecord
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ SMALL_SIDE_PX = 64
 Seen at 32 px, int8, 2 cores of an EPYC, 32 clients, two rounds: two processes answered 1,642 and 1,338 requests a
 second, one 1,253 and 750.
 """
+
+WORKER_BYTES = 768 * 2**20
+"""Memory for each of several: a worker takes 250 to 450 MiB (tests/bench/RESULTS.md), and a large image as much."""
 
 MAX_WORKERS = 16
 """Unless more are asked for: each has a model in memory, and the threads are shared among them."""
@@ -79,8 +82,8 @@ def choose_count(model: Path) -> int:
         return 1
     if gpus():
         return gpus()
-    side_px = _side_px(model)
-    return min(MAX_WORKERS, cores() if side_px <= SMALL_SIDE_PX else -(-cores() // CORES_PER_WORKER))
+    busy = cores() if _side_px(model) <= SMALL_SIDE_PX else -(-cores() // CORES_PER_WORKER)
+    return max(1, min(MAX_WORKERS, busy, memory_bytes() // WORKER_BYTES))
 
 
 def _side_px(model: Path) -> int:

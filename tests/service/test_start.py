@@ -10,14 +10,19 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from service.engines.base import Logits
+from service.engines.fake import FakeEngine
 from service.model.artifact import open_artifact
+from service.model.preprocess import PixelBatch
 from tests.conftest import environment, free_port
+from tests.service.served import serve
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +107,29 @@ def test_a_pickle_in_place_of_the_weights_is_not_loaded(model: Path, tmp_path: P
     replace_weights(model, pickle.dumps(Touch(tmp_path / "executed")))
     assert "weights.other is not a safetensors file" in refusal(model)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_native_library_that_is_missing(model: Path, tmp_path: Path) -> None:
+    package = tmp_path / "broken" / "openvino"
+    package.mkdir(parents=True)
+    missing = "libtbb.so.12: cannot open shared object file: No such file or directory"
+    (package / "__init__.py").write_text(f"raise ImportError({missing!r})")
+    said = refusal(model, PYTHONPATH=str(package.parent), CLASSIFIER_ENGINE="openvino-fp32")
+    assert "libtbb.so.12" in said
+
+
+@pytest.mark.parametrize("words", ["std::bad_alloc", "failed to map segment from shared object"])
+def test_a_model_for_which_there_is_not_enough_memory(words: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Starved(FakeEngine):
+        def infer(self, batch: PixelBatch) -> Logits:
+            raise RuntimeError(words)
+
+    failed = threading.Event()
+    with serve(Starved(2), ready=False, on_failure=failed.set) as served:
+        served.until(failed.is_set)
+        reply = served.ask("GET", "/ping")
+        assert (reply.status, reply.json["status"]) == (503, "failed")
+    assert f"There is not enough memory for it ({words}); give the process more" in caplog.text
 
 
 def test_a_start_that_does_not_end(model: Path) -> None:

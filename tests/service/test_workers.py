@@ -125,16 +125,24 @@ def test_threads_are_shared_out_and_none_is_left_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("side_px", "cores", "gpus", "expected"),
-    [(32, 2, 0, 2), (64, 24, 0, 16), (65, 8, 0, 1), (224, 9, 0, 2), (32, 8, 4, 4), (None, 16, 0, 2)],
-)
-def test_workers_follow_from_the_side_the_cores_and_the_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side_px: int | None, cores: int, gpus: int, expected: int
+    ("side_px", "cores", "gpus", "gib", "expected"),
+    [(32, 2, 0, 64, 2), (64, 24, 0, 64, 16), (65, 8, 0, 64, 1), (224, 9, 0, 64, 2), (32, 8, 4, 64, 4),
+     (None, 16, 0, 64, 2), (32, 16, 0, 4, 5), (32, 4, 0, 0.5, 1)],
+)  # fmt: skip
+def test_workers_follow_from_the_side_the_cores_the_gpus_and_the_memory(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    side_px: int | None,
+    cores: int,
+    gpus: int,
+    gib: float,
+    expected: int,
 ) -> None:
     if side_px is not None:
         written(tmp_path / "model", side_px)
     monkeypatch.setattr(workers, "cores", lambda: cores)
     monkeypatch.setattr(workers, "gpus", lambda: gpus)
+    monkeypatch.setattr(workers, "memory_bytes", lambda: int(gib * 2**30))
     assert workers.choose_count(tmp_path / "model") == expected
 
 
