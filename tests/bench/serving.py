@@ -4,12 +4,13 @@
 
 Measures, per side, our service with each engine, each peer (tests/bench/peers/) with eager torch as its documentation
 shows and with the very int8 file that our engine runs, the in-process limit of each engine (decode and forward, no
-HTTP), and an empty route on the same HTTP server; where there is a GPU, its engine too, and the peers' torch on it. In
-each round every subject has its turn, in an order shuffled by a fixed seed, so that all meet the same neighbours: a
-server is started, warmed up, asked by a closed-loop client at each concurrency (tests/bench/load.py, on the same cores),
-its memory read, and stopped. Before the rounds each peer is tried with one worker and with one per core, and keeps what answers more. Figures are medians over rounds;
-bars are ratios of medians with the lowest and the highest ratio of a single round. A peer that cannot be installed or
-started is reported as skipped; a failure of our own service fails the run.
+HTTP), and an empty route on the same HTTP server; where there is a GPU, its engine too, and the peers' torch on it.
+In each round every subject has its turn, in an order shuffled by a fixed seed, so that all meet the same neighbours:
+a server is started, warmed up, asked by a closed-loop client at each concurrency (tests/bench/load.py, on the same
+cores), its memory read, and stopped. Before the rounds each peer is tried with one worker and with one per core, and
+keeps what answers more. Figures are medians over rounds; bars are ratios of medians with the lowest and the highest
+ratio of a single round. A peer that cannot be installed or started is reported as skipped; a failure of our own
+service fails the run.
 
 Everything is saved after each subject, in tests/bench/results/serving.json; RESULTS.md and the plot follow from it,
 again with `--report-only`. Environments, models and logs of the servers lie in `--cache`.
