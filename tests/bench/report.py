@@ -151,7 +151,8 @@ def page(data: dict[str, Any], tables: dict[int, dict[str, Figures]], folder: st
         f"[serving.json]({folder}/serving.json).", "",
         f"Closed-loop client on the same cores, keep-alive, {data['seconds']:g} s at each concurrency after "
         f"{data['warmup_s']:g} s of warm-up; {done} of {data['rounds']} rounds, subjects in shuffled turns "
-        f"(seed {data['seed']}). Figures are medians over rounds; n is the sum of answers.",
+        f"(seed {data['seed']}). Figures are medians over rounds; n is the sum of answers. What binds where a bar is "
+        f"missed, and what was tried: [serving-limits.md]({folder}/serving-limits.md).",
         "", f"![Throughput]({folder}/serving.png)",
     ]  # fmt: skip
     for side_px, found in tables.items():

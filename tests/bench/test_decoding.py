@@ -50,5 +50,5 @@ def test_the_bench_writes_times_differences_and_classes(
     assert all(float(row[3]) > 0 for row in table["rows"])
     assert np.all(np.diff([float(row[3]) for row in table["rows"]]) >= 0)
     assert "32 px: 3 of 3 files are large enough" in table["notes"][1]
-    assert "of 6 crops get the class" in table["notes"][2]
+    assert "of 6 crops, scaled" in table["notes"][2]
     assert "| 32 | the service's | its own |" in (tmp_path / "decoding.md").read_text()

@@ -16,6 +16,7 @@ from service.model.images import decode
 from tests.bench import inputs, limit, pauses, report, serving, subjects
 from tests.bench.peers.catalogue import MODELS, PEERS, base64_row, form
 from tests.bench.processes import NotStarted, Server
+from tests.bench.table import RESULTS
 
 CONCURRENCY = [1, 32]
 
@@ -192,6 +193,8 @@ def test_the_page_names_the_commit_and_what_a_gpu_loses_to_its_graph(tmp_path: P
     report.write({**run_data(records), "commit": "abc1234"}, tmp_path / "results")
     page = (tmp_path / "RESULTS.md").read_text()
     assert "2026-11-22, commit abc1234, 2 cores." in page
+    assert "(results/serving-limits.md)" in page
+    assert (RESULTS / "serving-limits.md").is_file()
     assert "| openvino-int8: batches of 32 decoded already / the bare CUDA graph | one round | 0.90 |" in page
 
 
