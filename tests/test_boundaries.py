@@ -6,7 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from service.engines.openvino import has_bf16
+from service.model.artifact import open_artifact
+from service.model.machine import gpus
+from tests.conftest import Start
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,11 +106,34 @@ print(asyncio.run(answer(Path(sys.argv[1]))), "torch" in sys.modules)
 """
 
 
-@pytest.mark.parametrize(("engine", "needs_torch"), [("openvino-fp32", False), ("torch", True)])
-def test_a_service_on_the_processor_answers_without_torch(artifact: Path, engine: str, needs_torch: bool) -> None:
-    command = [sys.executable, "-c", CLASSIFY_ALL_THE_WAY, str(artifact), engine]
+def skip_what_this_machine_lacks(engine: str) -> None:
+    if engine == "auto" and gpus():
+        pytest.skip("There is a GPU, on which torch runs.")
+    if engine == "openvino-bf16" and not has_bf16():
+        pytest.skip("This processor does not compute in bfloat16.")
+
+
+@pytest.mark.parametrize("engine", ["auto", "openvino-fp32", "openvino-bf16", "openvino-int8", "torch"])
+def test_a_service_on_the_processor_answers_without_torch(int8_artifact: Path, engine: str) -> None:
+    skip_what_this_machine_lacks(engine)
+    command = [sys.executable, "-c", CLASSIFY_ALL_THE_WAY, str(int8_artifact), engine]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == f"200 {needs_torch}"
+    assert result.stdout.splitlines()[-1] == f"200 {engine == 'torch'}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Only Linux has /proc.")
+@pytest.mark.parametrize("engine", ["auto", "openvino-int8", "torch"])
+def test_no_process_of_the_service_maps_torch(int8_artifact: Path, start_server: Start, engine: str) -> None:
+    skip_what_this_machine_lacks(engine)
+    with start_server(int8_artifact, CLASSIFIER_ENGINE=engine) as server:
+        example = open_artifact(int8_artifact).read("example")
+        assert server.ask("POST", "/invocations", example).status == 200
+        processes = [psutil.Process(server.process.pid)]
+        processes += processes[0].children(recursive=True)
+        libraries = {mapped.path for process in processes for mapped in process.memory_maps()}
+    assert len(processes) >= 2  # the supervisor and a worker; a decoder may come later
+    assert any("openvino" in path for path in libraries) == (engine != "torch")
+    assert any("libtorch" in path for path in libraries) == (engine == "torch")
 
 
 def test_openvino_is_imported_without_its_telemetry() -> None:

@@ -2,8 +2,9 @@
 
     python -m tests.bench.limit --engine openvino-int8 --model FOLDER --cache FOLDER --seconds 6
 
-Several ways to keep all cores busy are tried and the best one named; what a service adds to it is its own cost. Prints
-JSON: throughput, way, p50_ms of a single image on all cores (decode included), n.
+Several ways to keep all cores, or the GPU, busy are tried and the best one named; what a service adds to it is its own
+cost. Prints JSON: throughput, way, p50_ms of a single image (decode included), n; of a GPU also `forward`: images per
+second of batches that are decoded already, by the engine and by its captured graph alone, replayed without a copy.
 """
 
 import argparse
@@ -20,13 +21,20 @@ from typing import Any
 import numpy as np
 
 from service.model.images import decode
-from service.model.machine import cores
+from service.model.machine import cores, gpus
 from service.model.preprocess import crop_resize
 from tests.bench.inputs import payloads
 
 ENGINES = ("torch", "openvino-fp32", "openvino-bf16", "openvino-int8")
+GPU_ENGINES = ("torch-cuda",)
+GPU_BATCH = 32
 WARMUP_S = 1.0
 Infer = Callable[[np.ndarray], np.ndarray]
+
+
+def engines() -> tuple[str, ...]:
+    """What can be measured on this machine."""
+    return (*GPU_ENGINES, *ENGINES) if gpus() else ENGINES
 
 
 def top_five(logits: np.ndarray) -> list[list[tuple[int, float]]]:
@@ -162,11 +170,46 @@ def openvino_ways(
     return infer, ways()
 
 
+def cuda_ways(engine: Any) -> tuple[Infer, Iterator[tuple[str, Callable[[Images], Callable[[], int]], int]]]:
+    """How to run the engine of our service for GPUs: batches are decoded on the cores while it computes."""
+
+    def ways() -> Iterator[tuple[str, Callable[[Images], Callable[[], int]], int]]:
+        for size in (8, GPU_BATCH):
+            yield f"batches of {size}", lambda images, size=size: synchronous(engine.infer, images, size), size
+
+    return engine.infer, ways()
+
+
+def cuda_forward(engine: Any, side_px: int, seconds: float) -> dict[str, float]:
+    """Images per second of one batch again and again: `infer` with its copies, and the bare graph's replays."""
+    import torch
+
+    batch = np.zeros((GPU_BATCH, side_px, side_px, 3), np.uint8)
+    captured = engine._graphs[GPU_BATCH]  # the graph alone is what the engine keeps to itself
+
+    def replay() -> int:
+        with torch.cuda.stream(captured._stream):
+            captured._graph.replay()
+        captured._stream.synchronize()
+        return GPU_BATCH
+
+    return {"infer": rate(lambda: len(engine.infer(batch)), seconds)[0], "bare_graph": rate(replay, seconds)[0]}
+
+
 def measure(engine: str, model: Path, cache: Path, seconds: float) -> dict[str, Any]:
     """The engine's limit; see the module."""
     side_px = json.loads((model / "facts.json").read_text())["side"]
     bodies, _ = payloads(side_px, cache)
-    infer, ways = torch_ways(model) if engine == "torch" else openvino_ways(engine, model)
+    forward = {}
+    if engine in GPU_ENGINES:
+        from service.engines.cuda import CudaEngine
+        from service.model.artifact import open_artifact
+
+        cuda = CudaEngine(open_artifact(model / "artifact"), 0, GPU_BATCH)
+        forward = {"forward": cuda_forward(cuda, side_px, seconds)}
+        infer, ways = cuda_ways(cuda)
+    else:
+        infer, ways = torch_ways(model) if engine == "torch" else openvino_ways(engine, model)
 
     times_ms: list[float] = []
     until_s = time.perf_counter() + WARMUP_S + seconds
@@ -185,12 +228,13 @@ def measure(engine: str, model: Path, cache: Path, seconds: float) -> dict[str, 
         images.close()
     way, (throughput, n) = max(rates.items(), key=lambda entry: entry[1][0])
     all_ways = {name: value for name, (value, _) in rates.items()}
-    return {"throughput": throughput, "way": way, "n": n, "p50_ms": statistics.median(times_ms), "ways": all_ways}
+    p50_ms = statistics.median(times_ms)
+    return {"throughput": throughput, "way": way, "n": n, "p50_ms": p50_ms, "ways": all_ways, **forward}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=ENGINES, required=True)
+    parser.add_argument("--engine", choices=engines(), required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=6)

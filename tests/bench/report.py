@@ -103,6 +103,10 @@ def bars(found: dict[str, Figures], concurrency: Sequence[int]) -> list[Bar]:
         if limit is not None:
             way = str(limit.record["way"])
             lines.append((f"{engine} / in process, same engine", way, _ratio(ours, limit, "throughput", high)))
+            forward = limit.record.get("forward")
+            if forward:  # of a GPU
+                ratio = f"{forward['infer'] / forward['bare_graph']:.2f}"
+                lines.append((f"{engine}: batches of 32 decoded already / the bare CUDA graph", "one round", ratio))
             lines.append(
                 (
                     f"{engine}: p50 at {min(concurrency)} minus in process",
@@ -143,11 +147,12 @@ def page(data: dict[str, Any], tables: dict[int, dict[str, Figures]], folder: st
     """The Markdown page."""
     done = max((record["round"] for record in data["records"]), default=0)
     lines = [
-        "# Serving", "", f"{data['date']}, {data['machine']}. Written by `make bench`; raw rounds: "
+        "# Serving", "", f"{data['date']}, {_commit(data)}, {data['machine']}. Written by `make bench`; raw rounds: "
         f"[serving.json]({folder}/serving.json).", "",
         f"Closed-loop client on the same cores, keep-alive, {data['seconds']:g} s at each concurrency after "
         f"{data['warmup_s']:g} s of warm-up; {done} of {data['rounds']} rounds, subjects in shuffled turns "
-        f"(seed {data['seed']}). Figures are medians over rounds; n is the sum of answers.",
+        f"(seed {data['seed']}). Figures are medians over rounds; n is the sum of answers. What binds where a bar is "
+        f"missed, and what was tried: [serving-limits.md]({folder}/serving-limits.md).",
         "", f"![Throughput]({folder}/serving.png)",
     ]  # fmt: skip
     for side_px, found in tables.items():
@@ -157,6 +162,10 @@ def page(data: dict[str, Any], tables: dict[int, dict[str, Figures]], folder: st
         tried = data.get("workers_tried", {}).get(str(side_px), {})
         lines += ["", *_workers(tried), *_missing(data["records"], side_px)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _commit(data: dict[str, Any]) -> str:
+    return f"commit {data['commit']}" if data.get("commit") else "commit not recorded"
 
 
 def _bars_table(lines: list[Bar], high: int) -> list[str]:

@@ -4,12 +4,13 @@
 
 Measures, per side, our service with each engine, each peer (tests/bench/peers/) with eager torch as its documentation
 shows and with the very int8 file that our engine runs, the in-process limit of each engine (decode and forward, no
-HTTP), and an empty route on the same HTTP server. In each round every subject has its turn, in an order shuffled by a
-fixed seed, so that all meet the same neighbours: a server is started, warmed up, asked by a closed-loop client at each
-concurrency (tests/bench/load.py, on the same cores), its memory read, and stopped. Before the rounds each peer is
-tried with one worker and with one per core, and keeps what answers more. Figures are medians over rounds;
-bars are ratios of medians with the lowest and the highest ratio of a single round. A peer that cannot be installed or
-started is reported as skipped; a failure of our own service fails the run.
+HTTP), and an empty route on the same HTTP server; where there is a GPU, its engine too, and the peers' torch on it.
+In each round every subject has its turn, in an order shuffled by a fixed seed, so that all meet the same neighbours:
+a server is started, warmed up, asked by a closed-loop client at each concurrency (tests/bench/load.py, on the same
+cores), its memory read, and stopped. Before the rounds each peer is tried with one worker and with one per core, and
+keeps what answers more. Figures are medians over rounds; bars are ratios of medians with the lowest and the highest
+ratio of a single round. A peer that cannot be installed or started is reported as skipped; a failure of our own
+service fails the run.
 
 Everything is saved after each subject, in tests/bench/results/serving.json; RESULTS.md and the plot follow from it,
 again with `--report-only`. Environments, models and logs of the servers lie in `--cache`.
@@ -29,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from service.model.machine import cores
-from tests.bench import report
+from tests.bench import limit, report
 from tests.bench.inputs import payloads
-from tests.bench.limit import ENGINES
 from tests.bench.peers.catalogue import MODELS, PEERS
 from tests.bench.subjects import WARMUP_S, Setting, Subject, engines, measure, models, subjects
-from tests.bench.table import RESULTS, machine
+from tests.bench.table import RESULTS, commit, machine
 
 log = logging.getLogger("bench")
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen, tried[str(side_px)] = tune(options.peers, setting, options.workers, known)
         every[side_px] = subjects(options.peers, options.engines, chosen)
     facts = {
-        "date": str(date.today()), "machine": machine(), "inputs": inputs, "sides": options.sides,
+        "date": str(date.today()), "commit": commit(), "machine": machine(), "inputs": inputs, "sides": options.sides,
         "concurrency": options.concurrency, "seconds": options.seconds, "warmup_s": WARMUP_S,
         "rounds": options.rounds, "seed": SEED, "engines_of_service": list(engines()), "workers_tried": tried,
         "versions": {name: PEERS[name].version for name in options.peers},
@@ -173,13 +173,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
         return chosen
 
+    known = list(limit.engines())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", type=numbers, default=[32, 224])
     parser.add_argument("--concurrency", type=numbers, default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=6.0, help="of load at each concurrency, after 2 s of warm-up")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", type=lambda text: words(list(PEERS), text), default=list(PEERS))
-    parser.add_argument("--engines", type=lambda text: words(ENGINES, text), default=list(ENGINES))
+    parser.add_argument("--engines", type=lambda text: words(known, text), default=known)
     parser.add_argument(
         "--tried", type=lambda path: json.loads(Path(path).read_text())["workers_tried"], default={}, metavar="JSON",
         help="serving.json of an earlier run, whose trials of workers hold",

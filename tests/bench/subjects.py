@@ -20,10 +20,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from service.model.artifact import open_artifact
+from service.model.errors import ArtifactError
 from service.model.machine import cores
+from service.model.manifest import FORMAT_VERSION
 from service.settings import names
-from tests.bench import load
-from tests.bench.limit import ENGINES
+from tests.bench import limit, load
 from tests.bench.pauses import Disturbed, undisturbed
 from tests.bench.peers.catalogue import MODELS, PEERS, Site, Skipped, raw
 from tests.bench.pictures import ROOT
@@ -82,7 +84,7 @@ class Plan:
 
 def engines() -> tuple[str, ...]:
     """The engines our service can be set to; torch alone before there was a setting."""
-    return ENGINES if "CLASSIFIER_ENGINE" in names() else ("torch",)
+    return limit.engines() if "CLASSIFIER_ENGINE" in names() else ("torch",)
 
 
 def subjects(peers: Sequence[str], chosen: Sequence[str], workers: Mapping[tuple[str, str], int]) -> list[Subject]:
@@ -212,10 +214,20 @@ def free_ports(count: int = 5) -> int:
     raise OSError("no free ports between 20000 and 32000")
 
 
+def _is_of_today(artifact: Path) -> bool:
+    try:
+        return open_artifact(artifact).manifest.format_version == FORMAT_VERSION
+    except ArtifactError:
+        return False
+
+
 def models(side_px: int, cache: Path) -> Path:
-    """The folder of the side's models, made in a process of its own unless it is there. Raises: CalledProcessError."""
+    """The folder of the side's models, made in a process of its own unless it is there. Raises: CalledProcessError.
+
+    What an older version of ours made, whose artifact is of another format, is made again.
+    """
     folder = cache / "models" / f"side{side_px}"
-    if not (folder / "facts.json").is_file():
+    if not (folder / "facts.json").is_file() or not _is_of_today(folder / "artifact"):
         shutil.rmtree(folder, ignore_errors=True)
         flags = ["--side", str(side_px), "--output", str(folder), "--cache", str(cache)]
         subprocess.run([sys.executable, "-m", "tests.bench.models", *flags], cwd=ROOT, check=True)

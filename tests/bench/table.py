@@ -2,6 +2,7 @@
 
 import json
 import platform
+import subprocess
 from collections.abc import Sequence
 from datetime import date
 from importlib import metadata
@@ -29,14 +30,35 @@ def machine() -> str:
     return f"{cores()} cores of {processor} ({', '.join(known)}), {gpu}, Python {platform.python_version()}, {packages}"
 
 
-def save(name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str]) -> None:
-    """Write results/NAME.md and NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    lines = [f"# {title}", "", f"{date.today()}, {machine()}", "", "| " + " | ".join(header) + " |"]
-    lines.append("|" + "---|" * len(header))
+def commit() -> str:
+    """The commit that is measured, with a word where files differ from it; "" where git or its folder is missing."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=7", "--dirty= with changes", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+def save(
+    name: str,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    notes: Sequence[str],
+    folder: Path | None = None,
+) -> None:
+    """Write NAME.md and NAME.json into `folder`, results/ if none is given."""
+    folder = folder or RESULTS
+    folder.mkdir(exist_ok=True)
+    measured = f"{date.today()}, commit {commit() or 'unknown'}, {machine()}"
+    lines = [f"# {title}", "", measured, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     lines += ["", *[f"- {note}" for note in notes], ""]
-    (RESULTS / f"{name}.md").write_text("\n".join(lines))
-    facts: dict[str, Any] = {"title": title, "date": str(date.today()), "machine": machine()}
+    (folder / f"{name}.md").write_text("\n".join(lines))
+    facts: dict[str, Any] = {"title": title, "date": str(date.today()), "commit": commit(), "machine": machine()}
     content = {**facts, "header": list(header), "rows": [list(row) for row in rows], "notes": list(notes)}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from service.model.images import decode
-from tests.bench import inputs, pauses, report, serving, subjects
+from tests.bench import inputs, limit, pauses, report, serving, subjects
 from tests.bench.peers.catalogue import MODELS, PEERS, base64_row, form
 from tests.bench.processes import NotStarted, Server
+from tests.bench.table import RESULTS
 
 CONCURRENCY = [1, 32]
 
@@ -161,6 +163,55 @@ def test_every_peer_has_both_models_and_pinned_requirements() -> None:
         assert all("==" in line for line in lines), peer.name
         assert peer.version in "".join(lines)
         assert {"torch==2.13.0", "torchvision==0.28.0"} <= set(lines)
+
+
+def test_models_of_an_older_format_are_made_again(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models" / "side32"
+    made: list[list[str]] = []
+
+    def make(command: list[str], **_: Any) -> None:
+        made.append(command)
+        shutil.copytree(artifact, folder / "artifact")
+        (folder / "facts.json").write_text("{}")
+
+    monkeypatch.setattr(subjects.subprocess, "run", make)
+    assert subjects.models(32, tmp_path) == subjects.models(32, tmp_path) == folder
+    assert len(made) == 1
+    monkeypatch.setattr(subjects, "FORMAT_VERSION", subjects.FORMAT_VERSION + 1)
+    subjects.models(32, tmp_path)
+    (folder / "artifact" / "manifest.json").write_text('{"format_version": 1}')
+    subjects.models(32, tmp_path)
+    assert len(made) == 3
+
+
+def test_the_page_names_the_commit_and_what_a_gpu_loses_to_its_graph(tmp_path: Path) -> None:
+    forward = {"forward": {"infer": 9000.0, "bare_graph": 10000.0}}
+    records = [one | forward if one["kind"] == "limit" else one for one in rounds()]
+    (tmp_path / "results").mkdir()
+    report.write({**run_data(records), "commit": "abc1234"}, tmp_path / "results")
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "2026-11-22, commit abc1234, 2 cores." in page
+    assert "(results/serving-limits.md)" in page
+    assert (RESULTS / "serving-limits.md").is_file()
+    assert "| openvino-int8: batches of 32 decoded already / the bare CUDA graph | one round | 0.90 |" in page
+
+
+@pytest.mark.parametrize(("gpus", "measured"), [(0, False), (2, True)])
+def test_the_engine_for_gpus_is_measured_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], gpus: int, measured: bool
+) -> None:
+    monkeypatch.setattr(limit, "gpus", lambda: gpus)
+    chosen = serving.parse([]).engines
+    assert ("torch-cuda" in chosen) == measured
+    names = [subject.name for subject in subjects.subjects([], chosen, {})]
+    assert ("in process, torch-cuda" in names) == ("this service, torch-cuda" in names) == measured
+    assert "this service, openvino-int8" in names
+    if not measured:
+        with pytest.raises(SystemExit):
+            serving.parse(["--engines", "torch-cuda"])
+        assert "unknown: torch-cuda; known are torch, openvino-fp32" in capsys.readouterr().err
 
 
 def test_requests_carry_the_file() -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from service.engines.openvino import has_bf16
 from service.model.architecture import Architecture
 from service.model.errors import ArtifactError
 from service.model.network import Network
-from service.model.openvino_graph import build, core
+from service.model.openvino_graph import bfloat16, build, core
 from service.model.preprocess import Preprocessing
 
 
@@ -45,6 +46,29 @@ def test_the_logits_are_the_networks(network: Network, n: int, side_px: int) -> 
         expected = network(batch).numpy()
     logits = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(batch.numpy())[0]
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
+    values = np.random.default_rng(3).standard_normal((100, 100), np.float32) * 10.0 ** np.arange(-50, 50, dtype=float)
+    values = np.clip(values, -3e38, 3e38).astype(np.float32)
+    values[0, :4] = [1 + 2**-8, 1 + 3 * 2**-8, 0, -0.0]  # two ties: one goes down, one up
+    expected = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(bfloat16(values), expected)
+
+
+def test_weights_held_in_bfloat16_are_the_same_to_who_computes_in_it(network: Network) -> None:
+    weights, preprocessing = weights_of(network), Preprocessing(side_px=40)
+    models = [build(network.architecture, preprocessing, weights, bf16=bf16) for bf16 in (False, True)]
+    whole, half = (
+        sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
+        for model in models
+    )  # fmt: skip
+    assert half < 0.51 * whole
+    batch = np.random.default_rng(4).integers(0, 256, (3, 40, 40, 3), np.uint8)
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if has_bf16() else "f32"}
+    expected, found = (core().compile_model(model, "CPU", hint)(batch)[0] for model in models)
+    tolerance = 0 if has_bf16() else 5e-2 * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
 def test_input_and_output_are_named_and_typed(network: Network) -> None:

@@ -1,5 +1,6 @@
 """Several workers on one port, as real processes: ready together, replaced when they die, stopped together."""
 
+import asyncio
 import os
 import re
 import resource
@@ -18,9 +19,13 @@ import psutil
 import pytest
 
 from service import workers
+from service.engines.base import EngineUnavailable
+from service.lifeline import shared
 from service.model.architecture import Architecture
 from service.model.artifact import SelfCheck, open_artifact, write_artifact
 from service.model.preprocess import Preprocessing
+from service.runtime import Runtime
+from service.settings import Settings
 from service.workers import Worker
 
 
@@ -144,6 +149,31 @@ def test_workers_follow_from_the_side_the_cores_the_gpus_and_the_memory(
     monkeypatch.setattr(workers, "gpus", lambda: gpus)
     monkeypatch.setattr(workers, "memory_bytes", lambda: int(gib * 2**30))
     assert workers.choose_count(tmp_path / "model") == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "expected"), [(4, 4, [0, 1, 2, 3]), (2, 5, [0, 1, 0, 1, 0]), (0, 2, [0, 0])]
+)
+def test_each_worker_runs_on_a_gpu_of_its_own(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int, expected: list[int]
+) -> None:
+    def require(device: int) -> None:
+        asked.append(device)
+        raise EngineUnavailable("This machine has none.")
+
+    async def start(index: int) -> None:
+        worker = Worker(index, workers, 1, 0, shared(workers + 1), 0, 0, 0)
+        runtime = Runtime(Settings(model=artifact, engine="torch-cuda"), worker=worker)
+        await runtime.open()
+        await runtime.close()
+        os.close(worker.states_fd)
+
+    asked: list[int] = []
+    monkeypatch.setattr("service.runtime.gpus", lambda: gpus)
+    monkeypatch.setattr("service.engines.cuda.require_gpu", require)  # where the engine first names its GPU
+    for index in range(workers):
+        asyncio.run(start(index))
+    assert asked == expected
 
 
 def written(folder: Path, side_px: int) -> None:

@@ -16,13 +16,13 @@ from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
 from service.model.machine import gpus
 
-ON_CPU: tuple[EngineName, ...] = ("torch", "openvino-fp32", "openvino-bf16")
+ON_CPU: tuple[EngineName, ...] = ("torch", "openvino-fp32", "openvino-bf16", "openvino-int8")
 Make = Callable[[EngineName], Engine]
 
 
 @pytest.fixture(scope="module")
-def model(artifact: Path) -> Artifact:
-    return open_artifact(artifact)
+def model(int8_artifact: Path) -> Artifact:
+    return open_artifact(int8_artifact)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_images_need_not_lie_in_one_piece(engine: Make, name: EngineName) -> Non
     np.testing.assert_array_equal(engine(name).infer(wide[:, :, ::2]), engine(name).infer(wide[:, :, ::2].copy()))
 
 
-@pytest.mark.parametrize("name", ["openvino-fp32", "openvino-bf16"])
+@pytest.mark.parametrize("name", ["openvino-fp32", "openvino-bf16", "openvino-int8"])
 def test_lanes_do_not_mix_their_batches_up(engine: Make, name: EngineName) -> None:
     made = engine(name)
     assert made.lanes == 2
@@ -75,9 +75,9 @@ def test_lanes_do_not_mix_their_batches_up(engine: Make, name: EngineName) -> No
     np.testing.assert_array_equal(np.concatenate(found), expected)
 
 
-def test_an_int8_engine_needs_an_int8_network(model: Artifact) -> None:
+def test_an_int8_engine_needs_an_int8_network(artifact: Path) -> None:
     with pytest.raises(ArtifactError, match=r"has no int8 network; 'python -m training.quantize' adds one"):
-        create(model, "openvino-int8", Layout(threads=1))
+        create(open_artifact(artifact), "openvino-int8", Layout(threads=1))
 
 
 def test_a_gpu_that_is_not_there_is_told_in_a_sentence(model: Artifact) -> None:

@@ -1,7 +1,8 @@
 """What every peer's server calls: the same two models, written as a user of the peer's documentation would.
 
 Runs in the peers' environments, so it imports nothing of ours. `TorchClassifier` is torchvision's resnet34 in float32
-with torchvision's transforms; `OpenVinoClassifier` the int8 file that our service's engine has, too, with Pillow.
+with torchvision's transforms, on the GPU where torch finds one; `OpenVinoClassifier` the int8 file that our service's
+engine has, too, with Pillow.
 """
 
 import io
@@ -41,7 +42,8 @@ class TorchClassifier:
             )
         )
         self.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
-        self.model.eval()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.eval().to(self.device)
         self.transform = transforms.Compose(
             [
                 transforms.Resize(facts["side"]),
@@ -59,7 +61,7 @@ class TorchClassifier:
 
     def predict(self, inputs):
         with self.torch.inference_mode():
-            probs = self.model(self.torch.stack(list(inputs))).softmax(dim=1)
+            probs = self.model(self.torch.stack(list(inputs)).to(self.device)).softmax(dim=1)
             top = probs.topk(5)
         return [
             [{"label": self.classes[i], "probability": p} for i, p in zip(indices, values, strict=True)]
