@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -30,6 +32,15 @@ def bring(here: Account, project: Project, wanted: dict[str, Any], hosting: Host
     return deployment.bring(here.aws, project, before, wanted, hosting or Hosting(), POLL_S)
 
 
+@contextmanager
+def being_updated(here: Account, project: Project, wanted: dict[str, Any]) -> Iterator[list[BaseException]]:
+    """The block runs while `bring` waits for an update, whose containers do not come up by themselves."""
+    here.containers.ready.clear()
+    with meanwhile(lambda: bring(here, project, wanted)) as raised:
+        until(lambda: here.status(project) == "Updating", "the update")
+        yield raised
+
+
 def live(here: Account, name: str) -> tuple[Project, dict[str, Any]]:
     """An endpoint in service, and its configuration."""
     project = Project(name, BUCKET)
@@ -41,9 +52,7 @@ def live(here: Account, name: str) -> tuple[Project, dict[str, Any]]:
 def test_what_an_endpoint_is_being_updated_to_stays_when_the_waiting_fails(here: Account) -> None:
     project, _ = live(here, "waits")
     wanted = endpoint.config_request(project, here.model(project, SAYS="new"), Hosting())
-    here.containers.ready.clear()
-    with meanwhile(lambda: bring(here, project, wanted)) as raised:
-        until(lambda: here.records.endpoints["waits"].endpoint_status == "Updating", "the update")
+    with being_updated(here, project, wanted) as raised:
         here.order(operation="DescribeEndpoint", **DENIED)
     assert isinstance(raised[0], AwsError), raised
     here.containers.ready.set()
@@ -100,9 +109,7 @@ def test_an_endpoint_that_is_broken_is_said_to_be_and_left_as_it_is(here: Accoun
 def test_a_deployment_whose_way_back_failed_keeps_both_configurations(here: Account) -> None:
     project, old = live(here, "halfway")
     wanted = endpoint.config_request(project, here.model(project, SAYS="new"), Hosting())
-    here.containers.ready.clear()
-    with meanwhile(lambda: bring(here, project, wanted)) as raised:
-        until(lambda: here.records.endpoints["halfway"].endpoint_status == "Updating", "the update")
+    with being_updated(here, project, wanted) as raised:
         here.records.endpoints["halfway"].endpoint_status = "UpdateRollbackFailed"
     assert "UpdateRollbackFailed" in str(raised[0])
     assert configs(here, project) == {old["EndpointConfigName"], wanted["EndpointConfigName"]}
@@ -177,10 +184,8 @@ def test_an_update_shows_the_new_instances_lines_and_not_the_old_ones(
     logs, group = here.client("logs"), {"logGroupName": f"{ENDPOINTS}/talks"}
     old = logs.describe_log_streams(**group)["logStreams"][0]["logStreamName"]
     until(lambda: bool(logs.get_log_events(**group, logStreamName=old)["events"]), "its line")
-    here.containers.ready.clear()
     sick = endpoint.config_request(project, here.model(project, SICK="yes", SAYS="new"), Hosting())
-    with meanwhile(lambda: bring(here, project, sick)) as raised:
-        until(lambda: here.records.endpoints["talks"].endpoint_status == "Updating", "the update")
+    with being_updated(here, project, sick) as raised:
         now_ms = int(time.time() * 1000)
         requests = [{"timestamp": now_ms + n, "message": "a request of the old"} for n in range(20)]
         logs.put_log_events(**group, logStreamName=old, logEvents=requests)

@@ -165,5 +165,5 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         name = registry.create_model(aws, project, container, role, "batchmodel")
     place, keys = batch.upload(aws, project, good)
     wanted = batch.request(project, name, place, options.instance, options.instances)
-    job = batch.wait_for(aws, TRANSFORM_JOBS.start(aws, project, wanted), options.poll_seconds)
+    job = batch.wait_for(aws, TRANSFORM_JOBS.start(aws, project, wanted, options.poll_seconds), options.poll_seconds)
     results.report(results.write([*batch.outcomes(aws, job, keys), *bad], options.output, kind), options.output)

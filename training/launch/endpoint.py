@@ -286,7 +286,7 @@ def _settled(
     begun_s = found["CreationTime" if found["EndpointStatus"] == "Creating" else "LastModifiedTime"].timestamp()
     since_ms = int(1000 * (begun_s if changing else begun_s - BEFORE_S))
     tail = LogTail(aws, f"{ENDPOINTS}/{project.endpoint}", "", since_ms, new_streams=changing)
-    settled = wait_while_changing(aws, project.endpoint, poll_s, tail)
+    settled = wait_while_changing(aws, project.endpoint, poll_s, tail if changing else None)
     if settled["EndpointStatus"] == "InService" and config in (None, settled["EndpointConfigName"]):
         return settled
     raise _failed(aws, project, settled, tail.last_lines(), poll_s)
