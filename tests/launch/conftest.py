@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import in_process
 from tests.rehearsal import pictures
 from tests.rehearsal.start import Rehearsal, rehearsal
 
@@ -41,3 +42,10 @@ def data(drawn: tuple[Path, Path]) -> Path:
 @pytest.fixture(scope="session")
 def asked(drawn: tuple[Path, Path]) -> Path:
     return drawn[1]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[in_process.Account]:
+    """The account in this process, empty but for what other tests left under other names."""
+    with in_process.account(tmp_path / "cloud", monkeypatch.setenv) as found:
+        yield found

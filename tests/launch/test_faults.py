@@ -196,23 +196,46 @@ def test_a_container_error_arrives_in_its_own_words(cloud: Rehearsal, artifact: 
     said(cloud, "delete", "--project", "words", "--yes", "--data", status=0)
 
 
-def test_delete_leaves_what_others_made_under_the_same_name(cloud: Rehearsal) -> None:
+def test_neither_deploy_nor_delete_touches_what_others_made_under_the_same_name(
+    cloud: Rehearsal, artifact: Path
+) -> None:  # fmt: skip
     client = cloud.client("sagemaker")
-    client.create_model(
-        ModelName="theirs", ExecutionRoleArn="arn:aws:iam::123456789012:role/r", PrimaryContainer={"Image": IMAGE}
-    )
-    client.create_endpoint_config(
-        EndpointConfigName="theirs", ProductionVariants=[
-            {"VariantName": "v", "ModelName": "theirs", "InstanceType": "ml.m5.large", "InitialInstanceCount": 1}
-        ],
-    )  # fmt: skip
-    client.create_endpoint(EndpointName="theirs", EndpointConfigName="theirs")
-    while client.describe_endpoint(EndpointName="theirs")["EndpointStatus"] == "Creating":
-        time.sleep(0.2)
-    said(cloud, "delete", "--project", "theirs", "--yes", status=0)
-    assert client.describe_endpoint(EndpointName="theirs")["EndpointName"] == "theirs"
-    for kind, name in (("endpoint", "EndpointName"), ("endpoint_config", "EndpointConfigName"), ("model", "ModelName")):
-        getattr(client, f"delete_{kind}")(**{name: "theirs"})
+    made: list[tuple[str, str]] = []
+    try:
+        client.create_model(
+            ModelName="theirs", ExecutionRoleArn="arn:aws:iam::123456789012:role/r", PrimaryContainer={"Image": IMAGE}
+        )
+        made.append(("model", "ModelName"))
+        client.create_endpoint_config(
+            EndpointConfigName="theirs", ProductionVariants=[
+                {"VariantName": "v", "ModelName": "theirs", "InstanceType": "ml.m5.large", "InitialInstanceCount": 1}
+            ],
+        )  # fmt: skip
+        made.append(("endpoint_config", "EndpointConfigName"))
+        client.create_endpoint(EndpointName="theirs", EndpointConfigName="theirs")
+        made.append(("endpoint", "EndpointName"))
+        deadline_s = time.monotonic() + 120
+        while client.describe_endpoint(EndpointName="theirs")["EndpointStatus"] == "Creating":
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+        assert "has nothing to remove" in said(cloud, "delete", "--project", "theirs", "--yes", status=0)
+        stderr = said(cloud, *deploy(artifact, "theirs"), status=1)
+        assert "Endpoint theirs was not made by these commands" in stderr.splitlines()[-1]
+        assert client.describe_endpoint(EndpointName="theirs")["EndpointConfigName"] == "theirs"
+        assert left(cloud, "theirs").get("model package groups") is None  # refused before anything was made
+    finally:
+        for kind, name in reversed(made):
+            getattr(client, f"delete_{kind}")(**{name: "theirs"})
+
+
+def test_a_dry_run_of_deploy_and_batch_says_what_would_be_and_makes_nothing(
+    cloud: Rehearsal, artifact: Path, asked: Path
+) -> None:  # fmt: skip
+    stderr = said(cloud, *deploy(artifact, "planned", "--max", "3"), "--dry-run", status=0)
+    assert '"EndpointConfigName": "planned-config-' in stderr and "would register it" in stderr
+    batch = ("batch", "--project", "planned", "--model", artifact, "--image", IMAGE, asked, "--dry-run")
+    assert "would classify 5 images" in said(cloud, *batch, status=0)
+    assert left(cloud, "planned") == {}
 
 
 def test_no_region_no_credentials_and_no_network_are_sentences(tmp_path: Path) -> None:

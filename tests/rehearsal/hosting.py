@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moto.core.utils import utcnow
+
 from tests.rehearsal.logs import Stream
 from training.launch.names import split_uri
 
@@ -89,7 +91,7 @@ class Hosting:
             raise Refusal("ValidationException", f"Could not find endpoint {name} or configuration {config}.")
         if endpoint.endpoint_status != "InService":
             raise Refusal("ValidationException", f"Cannot update in-progress endpoint {endpoint.arn}.")
-        endpoint.endpoint_status = "Updating"
+        endpoint.endpoint_status, endpoint.last_modified_time = "Updating", utcnow()
         self._thread(self._bring_up, name, config, False)
         return {"EndpointArn": endpoint.arn}
 

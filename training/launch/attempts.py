@@ -1,15 +1,34 @@
 """Jobs by name, and attempts of the same request: `BASE-1`, `BASE-2`, ... in the order they were made."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from training.launch import data
+from training.launch.errors import AwsError
 from training.launch.names import Project
 from training.launch.session import Aws
+from training.launch.wait import POLL_S, wait
 
 log = logging.getLogger("training")
 
 Summary = dict[str, Any]
+RUNNING = ("InProgress", "Stopping")
+"""A job that is being stopped still writes, for 120 s at most."""
+
+
+def _model(_: Aws, job: Summary) -> str | None:
+    return (job.get("ModelArtifacts") or {}).get("S3ModelArtifacts")
+
+
+def _best_model(aws: Aws, job: Summary) -> str | None:
+    best = job.get("BestTrainingJob")
+    return _model(aws, TRAINING_JOBS.describe(aws, best["TrainingJobName"])) if best else None
+
+
+def _answers(_: Aws, job: Summary) -> str | None:
+    return (job.get("TransformOutput") or {}).get("S3OutputPath")
 
 
 @dataclass(frozen=True)
@@ -24,37 +43,86 @@ class Jobs:
     """What stands for the kind in the names of jobs, after the project."""
     what: str
     """The same in sentences."""
+    output: Callable[[Aws, Summary], str | None]
+    """The s3:// address, or its beginning, of what a job of this description has written."""
 
-    def start(self, aws: Aws, project: Project, wanted: dict[str, Any]) -> str:
-        """The name of the job for this request: one that runs or has ended well is taken, else the next attempt made.
+    def start(self, aws: Aws, project: Project, wanted: dict[str, Any], poll_s: float = POLL_S) -> str:
+        """The name of the job for this request: one that runs, or ended well and has its output, is taken, else the
+        next attempt made. One that is being stopped is waited for: two would write to the same checkpoints.
 
-        `wanted`: the arguments of its Create operation but for the name. Raises: AwsError.
+        `wanted`: the arguments of its Create operation but for the name. Raises: AwsError; StoppedWaiting.
         """
         base = project.of(self.part, {name: value for name, value in wanted.items() if name != "Tags"})
-        name, status = f"{self.field}Name", f"{self.field}Status"
-        attempts = sorted(self.listed(aws, base), key=lambda each: int(each[name].rsplit("-", 1)[1]))
-        if attempts and attempts[-1][status] in ("InProgress", "Completed"):
-            taken = str(attempts[-1][name])
-            log.info("%s %s for this very request is there: %s", self.what, taken, attempts[-1][status])
-            return taken
-        fresh = f"{base}-{len(attempts) + 1}"
-        getattr(aws.client("sagemaker"), f"create_{self.operation}")(**{name: fresh}, **wanted)
+        attempts = {
+            int(name.rsplit("-", 1)[1]): state
+            for name, state in self.states(aws, project).items()
+            if name.startswith(f"{base}-")
+        }
+        last = max(attempts, default=0)
+        if last:
+            name, state = f"{base}-{last}", attempts[last]
+            if state == "Stopping":
+                state = self.wait_until_over(aws, name, poll_s)
+            if state == "InProgress" or (state == "Completed" and self.has_output(aws, name)):
+                log.info("%s %s for this very request is there: %s", self.what, name, state)
+                return name
+            if state == "Completed":
+                log.info("%s %s ended well, but what it wrote is no longer in S3: it is made again", self.what, name)
+        fresh = f"{base}-{last + 1}"
+        getattr(aws.client("sagemaker"), f"create_{self.operation}")(**{f"{self.field}Name": fresh}, **wanted)
         log.info("%s %s is started", self.what, fresh)
         return fresh
 
-    def listed(self, aws: Aws, prefix: str) -> list[Summary]:
-        """Summaries, all pages, of the jobs whose name begins so. Raises: AwsError."""
+    def listed(self, aws: Aws, project: Project) -> list[Summary]:
+        """Summaries, all pages, of the project's jobs of this kind. Raises: AwsError."""
         call = getattr(aws.client("sagemaker"), f"list_{self.operation}s")
-        given: dict[str, Any] = {"NameContains": prefix}
+        given: dict[str, Any] = {"NameContains": f"{project.name}-{self.part}-"}
         found: list[Summary] = []
         while True:
             page = call(**given)
-            found += [each for each in page[f"{self.field}Summaries"] if each[f"{self.field}Name"].startswith(prefix)]
+            found += [
+                each for each in page[f"{self.field}Summaries"] if project.owns(self.part, each[f"{self.field}Name"])
+            ]
             if not page.get("NextToken"):
                 return found
             given["NextToken"] = page["NextToken"]
 
+    def states(self, aws: Aws, project: Project) -> dict[str, str]:
+        """The state of each of the project's jobs of this kind, by name. Raises: AwsError."""
+        return {each[f"{self.field}Name"]: each[f"{self.field}Status"] for each in self.listed(aws, project)}
 
-TRAINING_JOBS = Jobs("TrainingJob", "training_job", "train", "job")
-TUNING_JOBS = Jobs("HyperParameterTuningJob", "hyper_parameter_tuning_job", "t", "tuning job")
-TRANSFORM_JOBS = Jobs("TransformJob", "transform_job", "batch", "job")
+    def describe(self, aws: Aws, name: str) -> dict[str, Any]:
+        """What AWS knows of the job. Raises: AwsError."""
+        return dict(getattr(aws.client("sagemaker"), f"describe_{self.operation}")(**{f"{self.field}Name": name}))
+
+    def has_output(self, aws: Aws, name: str) -> bool:
+        """Whether what the job wrote is in S3 still: `delete --data` removes it. Raises: AwsError."""
+        place = self.output(aws, self.describe(aws, name))
+        try:
+            return place is not None and any(True for _ in data.listed(aws, place))
+        except AwsError as exc:
+            if exc.is_missing:  # the bucket
+                return False
+            raise
+
+    def stop(self, aws: Aws, name: str) -> None:
+        """Ask for the job's end, which takes up to two minutes; one that has ended is no error. Raises: AwsError."""
+        try:
+            getattr(aws.client("sagemaker"), f"stop_{self.operation}")(**{f"{self.field}Name": name})
+        except AwsError:
+            if self.describe(aws, name)[f"{self.field}Status"] == "InProgress":
+                raise
+
+    def wait_until_over(self, aws: Aws, name: str, poll_s: float = POLL_S) -> str:
+        """Returns: the state the job ended in. Raises: AwsError; StoppedWaiting."""
+        status = f"{self.field}Status"
+        job = wait(
+            lambda: self.describe(aws, name), lambda job: str(job[status]), lambda job: job[status] not in RUNNING,
+            f"{self.what} {name}", None, poll_s,
+        )  # fmt: skip
+        return str(job[status])
+
+
+TRAINING_JOBS = Jobs("TrainingJob", "training_job", "train", "job", _model)
+TUNING_JOBS = Jobs("HyperParameterTuningJob", "hyper_parameter_tuning_job", "t", "tuning job", _best_model)
+TRANSFORM_JOBS = Jobs("TransformJob", "transform_job", "batch", "job", _answers)

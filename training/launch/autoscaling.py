@@ -18,6 +18,10 @@ CONCURRENT = 16.0
 BACKLOG = 5.0
 """Waiting requests per instance of an asynchronous endpoint."""
 SCALE_OUT_S, SCALE_IN_S = 60, 300
+POLICY_FIELDS = (
+    "PolicyName", "PolicyType", "TargetTrackingScalingPolicyConfiguration", "StepScalingPolicyConfiguration",
+)  # fmt: skip
+"""What PutScalingPolicy takes of what DescribeScalingPolicies tells."""
 
 
 def resource(project: Project) -> str:
@@ -65,27 +69,32 @@ def apply(aws: Aws, project: Project, hosting: Hosting) -> None:
         )  # fmt: skip
     if hosting.kind == "async" and hosting.min_count == 0:
         _wake(aws, project)
-        wanted |= {f"{project.name}-wake": {}}
+        wanted |= {wake(project): {}}
     for policy in found(aws, project)[1]:
         if policy["PolicyName"] not in wanted:
-            client.delete_scaling_policy(**place, PolicyName=policy["PolicyName"])
+            _delete_policy(aws, project, policy["PolicyName"])
     log.info(
         "endpoint %s scales from %d to %d instances (%s)",
         project.endpoint, hosting.min_count, hosting.max_count, ", ".join(wanted),
     )  # fmt: skip
 
 
+def wake(project: Project) -> str:
+    """The name of the policy that adds the first instance, and of the alarm that calls it."""
+    return f"{project.name}-wake"
+
+
 def _wake(aws: Aws, project: Project) -> None:
     """From 0 instances there is no backlog per instance to track: an alarm adds the first."""
     made = aws.client("application-autoscaling").put_scaling_policy(
-        **_place(project), PolicyName=f"{project.name}-wake", PolicyType="StepScaling",
+        **_place(project), PolicyName=wake(project), PolicyType="StepScaling",
         StepScalingPolicyConfiguration={
             "AdjustmentType": "ChangeInCapacity", "MetricAggregationType": "Average", "Cooldown": SCALE_IN_S,
             "StepAdjustments": [{"MetricIntervalLowerBound": 0.0, "ScalingAdjustment": 1}],
         },
     )  # fmt: skip
     aws.client("cloudwatch").put_metric_alarm(
-        AlarmName=f"{project.name}-wake", Namespace="AWS/SageMaker", MetricName="HasBacklogWithoutCapacity",
+        AlarmName=wake(project), Namespace="AWS/SageMaker", MetricName="HasBacklogWithoutCapacity",
         Dimensions=[{"Name": "EndpointName", "Value": project.endpoint}], Statistic="Average", Period=60,
         EvaluationPeriods=1, Threshold=1.0, ComparisonOperator="GreaterThanOrEqualToThreshold",
         TreatMissingData="missing", AlarmActions=[made["PolicyARN"]], Tags=project.tags,
@@ -104,11 +113,30 @@ def found(aws: Aws, project: Project) -> tuple[dict[str, Any] | None, list[dict[
 def remove(aws: Aws, project: Project) -> None:
     """No more scaling; where there was none, nothing happens. Raises: AwsError."""
     target, listed = found(aws, project)
-    client = aws.client("application-autoscaling")
     for policy in listed:
-        client.delete_scaling_policy(**_place(project), PolicyName=policy["PolicyName"])
+        _delete_policy(aws, project, policy["PolicyName"])
     if target:
-        client.deregister_scalable_target(**_place(project))
+        aws.client("application-autoscaling").deregister_scalable_target(**_place(project))
+
+
+def restore(aws: Aws, project: Project, target: dict[str, Any] | None, listed: list[dict[str, Any]]) -> None:
+    """Put back what `found` told before it was removed. The endpoint must be in service. Raises: AwsError."""
+    if target is None:
+        return
+    client, place = aws.client("application-autoscaling"), _place(project)
+    client.register_scalable_target(**place, MinCapacity=target["MinCapacity"], MaxCapacity=target["MaxCapacity"])
+    for policy in listed:
+        if policy["PolicyName"] == wake(project):
+            _wake(aws, project)  # with its alarm, which must name the new policy
+            continue
+        given = {name: policy[name] for name in POLICY_FIELDS if policy.get(name)}
+        client.put_scaling_policy(**place, **given)
+
+
+def _delete_policy(aws: Aws, project: Project, name: str) -> None:
+    if name == wake(project):
+        aws.client("cloudwatch").delete_alarms(AlarmNames=[name])  # ours; those of target tracking go by themselves
+    aws.client("application-autoscaling").delete_scaling_policy(**_place(project), PolicyName=name)
 
 
 def _place(project: Project) -> dict[str, str]:

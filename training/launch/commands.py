@@ -98,7 +98,7 @@ def run_delete(options: Options, _: Sequence[str]) -> None:
         raise LaunchError("Nothing was removed.")
     inventory.remove(aws, found, options.poll_seconds)
     left = inventory.things(aws, project, with_data=options.with_data, with_role=options.with_role)
-    still = [thing for thing in left if thing.remove is not None and thing.kind not in ("training job", "tuning job")]
+    still = [thing for thing in left if thing.remove is not None]
     if still:
         raise LaunchError(f"Still there, repeat the command in a minute:\n{_things(still)}")
     log.info("nothing is left%s", "" if options.with_data else f", but data and models in {project.uri()} (--data)")

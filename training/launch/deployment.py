@@ -8,7 +8,7 @@ from training.errors import ConfigError
 from training.launch import amis, autoscaling, batch, cost, data, endpoint, images, registry, results, roles, smoke
 from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
-from training.launch.errors import LaunchError
+from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
 from training.launch.opening import Options, as_json, opened
 from training.launch.session import Aws
@@ -37,24 +37,19 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             log.info("would register it and bring endpoint %s to: %s", project.endpoint, as_json([wanted]))
             return
         role = roles.find_role(aws, project, options.role)
+        before = endpoint.find_ours(aws, project)
         data.ensure_bucket(aws, project)
-        name, pending = hosted(aws, project, model, image, options, role)
-        if pending:
-            log.info("registered; approve it in the registry, or repeat the command without --approval, to deploy it")
-            return
+        name = hosted(aws, project, model, image, options, role)
         shadow = None
-        if options.shadow:
+        if name and options.shadow:
             with registry.located(aws, project, options.shadow) as second:
-                shadow, _pending = hosted(aws, project, second, image, options, role)
-        wanted = endpoint.config_request(project, name, hosting, shadow)
-        before = endpoint.find(aws, project.endpoint)
-        if before is not None and endpoint.changes_machines(aws, before, wanted):
-            autoscaling.remove(aws, project)  # AWS updates no variant to other machines while it scales
-        try:
-            action = endpoint.create_or_update(aws, project, wanted, hosting, options.poll_seconds)
-        except LaunchError:
-            undo(aws, wanted, name, before)
-            raise
+                shadow = hosted(aws, project, second, image, options, role)
+        if name is None or (options.shadow and shadow is None):
+            log.info("not deployed: approve it in the registry and repeat the command, or leave --approval out of it")
+            return
+        action = bring(
+            aws, project, before, endpoint.config_request(project, name, hosting, shadow), hosting, options.poll_seconds
+        )  # fmt: skip
         log.info("endpoint %s is %s", project.endpoint, action)
         autoscaling.apply(aws, project, hosting)
         smoke.compare(target_of(aws, project, options.kind == "async"), model.folder, paths)
@@ -66,35 +61,67 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
 
 def hosted(
     aws: Aws, project: Project, model: registry.Located, image: images.Image, options: Options, role: str
-) -> tuple[str, bool]:
-    """The Model for the archive, uploaded and registered; and whether it waits for approval instead."""
+) -> str | None:
+    """The Model for the archive, uploaded and registered; None where it waits for approval. Raises: LaunchError."""
     registry.upload(aws, project, model)
-    package = registry.register(aws, project, model, image.uri, options.approval)
-    if options.approval != "Approved":
-        return "", True
+    package, approval = registry.register(aws, project, model, image.uri, options.approval)
+    if approval != "Approved":
+        return None
     container: dict[str, Any] = {"ModelPackageName": package}
     if environment(options):
         container["Environment"] = environment(options)
-    return registry.create_model(aws, project, container, role)[0], False
+    return registry.create_model(aws, project, container, role)
 
 
-def undo(aws: Aws, wanted: Mapping[str, Any], model: str, before: Mapping[str, Any] | None) -> None:
-    """Remove the configuration and model of a deployment that failed, unless the endpoint had them before."""
-    name = wanted["EndpointConfigName"]
-    if before is not None and before["EndpointConfigName"] == name:
-        return
-    client = aws.client("sagemaker")
-    used = {v["ModelName"] for v in wanted["ProductionVariants"] + wanted.get("ShadowProductionVariants", [])}
-    kept: set[str] = set()
-    if before is not None and before["EndpointStatus"] == "InService":
-        old = client.describe_endpoint_config(EndpointConfigName=before["EndpointConfigName"])
-        kept = {v["ModelName"] for v in old["ProductionVariants"] + old.get("ShadowProductionVariants", [])}
+def bring(
+    aws: Aws,
+    project: Project,
+    before: Mapping[str, Any] | None,
+    wanted: Mapping[str, Any],
+    hosting: endpoint.Hosting,
+    poll_s: float,
+) -> str:
+    """`endpoint.create_or_update`; where it fails, what was made for it is removed, and autoscaling is put back.
+
+    `before`: the endpoint as it was. Raises: LaunchError, StoppedWaiting.
+    """
+    scaled = None
     try:
-        client.delete_endpoint_config(EndpointConfigName=name)
-        for each in used - kept:
-            client.delete_model(ModelName=each)
-    except LaunchError as exc:  # the failure itself is what must be told
-        log.warning("could not be removed: %s; `delete` does it later", exc)
+        if before is not None and endpoint.changes_machines(aws, before, wanted):
+            scaled = autoscaling.found(aws, project)
+            autoscaling.remove(aws, project)  # AWS updates no variant to other machines while it scales
+        return endpoint.create_or_update(aws, project, wanted, hosting, poll_s)
+    except LaunchError:
+        try:
+            now = endpoint.find(aws, project.endpoint)
+            if scaled and now and now["EndpointStatus"] == "InService":
+                autoscaling.restore(aws, project, *scaled)
+            elif scaled and scaled[0]:
+                log.warning("endpoint %s does not scale now; the next `deploy` changes that", project.endpoint)
+            undo(aws, now, wanted)
+        except LaunchError as exc:  # the failure itself is what must be told
+            log.warning("cleaning up after it failed: %s; `status` shows what is there", exc)
+        raise
+
+
+def undo(aws: Aws, now: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:
+    """Remove the configuration and models of a deployment that failed, unless the endpoint, which is as `now` says, has
+    them or may come to have them. Raises: AwsError.
+    """
+    if now and now["EndpointStatus"] not in ("InService", "Failed"):
+        return  # on its way to them, or somewhere between the old and the new: AWS needs both
+    client, name, live = aws.client("sagemaker"), wanted["EndpointConfigName"], now and now["EndpointConfigName"]
+    if live == name:
+        return
+    kept = endpoint.models_of(client.describe_endpoint_config(EndpointConfigName=live)) if live else set()
+    removals = [(client.delete_endpoint_config, {"EndpointConfigName": name})]
+    removals += [(client.delete_model, {"ModelName": each}) for each in sorted(endpoint.models_of(wanted) - kept)]
+    for call, given in removals:
+        try:
+            call(**given)
+        except AwsError as exc:
+            if not exc.is_missing:
+                raise
 
 
 def environment(options: Options) -> dict[str, str]:
@@ -135,8 +162,8 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         container: dict[str, Any] = {"Image": image, "ModelDataUrl": registry.upload(aws, project, model)}
         if environment(options):
             container["Environment"] = environment(options)
-        name, _new = registry.create_model(aws, project, container, role, "batchmodel")
+        name = registry.create_model(aws, project, container, role, "batchmodel")
     place, keys = batch.upload(aws, project, good)
     wanted = batch.request(project, name, place, options.instance, options.instances)
-    job = batch.wait_for(aws, TRANSFORM_JOBS.start(aws, project, wanted), options.poll_seconds)
+    job = batch.wait_for(aws, TRANSFORM_JOBS.start(aws, project, wanted, options.poll_seconds), options.poll_seconds)
     results.report(results.write([*batch.outcomes(aws, job, keys), *bad], options.output, kind), options.output)

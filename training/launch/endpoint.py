@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from training.errors import ConfigError
-from training.launch import cost
+from training.launch import cost, ownership
 from training.launch.amis import ami_for, has_gpu
 from training.launch.errors import AwsError, JobFailed, LaunchError, failure_advice
 from training.launch.logs import ENDPOINTS, LogTail
@@ -29,6 +29,11 @@ STARTUP_S = 600
 """The container's own start is seconds; pulling a CUDA image of gigabytes is not counted, loading from disk is."""
 ALARM_PERIOD_S = 60
 LATENCY_S = 10.0
+CHANGING = ("Creating", "Updating", "SystemUpdating", "RollingBack")
+"""What AWS is at work on, and refuses to update or delete meanwhile. Besides: InService, Failed (never came up),
+Deleting, OutOfService and UpdateRollbackFailed (nothing but deleting helps)."""
+BEFORE_S = 900
+"""How far back the log of an endpoint that is broken already is read."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +121,15 @@ def _variant(name: str, model: str, hosting: Hosting) -> dict[str, Any]:
     return variant
 
 
-def ensure_config(aws: Aws, wanted: Mapping[str, Any]) -> bool:
-    """Make the configuration unless it is there; returns whether it is new. Raises: AwsError."""
+def ensure_config(aws: Aws, wanted: Mapping[str, Any]) -> None:
+    """Make the configuration unless it is there. Raises: AwsError."""
     client, name = aws.client("sagemaker"), wanted["EndpointConfigName"]
     try:
         client.describe_endpoint_config(EndpointConfigName=name)
-        return False
     except AwsError as exc:
-        if not exc.is_missing and exc.code != "ValidationException":
+        if not exc.is_missing:
             raise
-    client.create_endpoint_config(**wanted)
-    return True
+        client.create_endpoint_config(**wanted)
 
 
 def find(aws: Aws, name: str) -> dict[str, Any] | None:
@@ -134,17 +137,38 @@ def find(aws: Aws, name: str) -> dict[str, Any] | None:
     try:
         return dict(aws.client("sagemaker").describe_endpoint(EndpointName=name))
     except AwsError as exc:
-        if exc.is_missing or exc.code == "ValidationException":
+        if exc.is_missing:
             return None
         raise
 
 
+def find_ours(aws: Aws, project: Project) -> dict[str, Any] | None:
+    """The project's endpoint; None where there is none. Raises: LaunchError where others made it; AwsError."""
+    found = find(aws, project.endpoint)
+    if found:
+        ownership.require(aws, project, found["EndpointArn"], f"Endpoint {project.endpoint}")
+    return found
+
+
+def models_of(config: Mapping[str, Any]) -> set[str]:
+    """The Models that a configuration's variants host."""
+    return {v["ModelName"] for v in [*config["ProductionVariants"], *(config.get("ShadowProductionVariants") or ())]}
+
+
 def changes_machines(aws: Aws, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether the endpoint is to run on another instance type, or as another kind, than it does. Raises: AwsError."""
+    """Whether the endpoint is to run on another instance type, or as another kind, than it does. Raises: AwsError.
+
+    Yes where its configuration was deleted, so that nobody knows.
+    """
     name = before["EndpointConfigName"]
     if name == wanted["EndpointConfigName"]:
         return False
-    old = aws.client("sagemaker").describe_endpoint_config(EndpointConfigName=name)
+    try:
+        old = aws.client("sagemaker").describe_endpoint_config(EndpointConfigName=name)
+    except AwsError as exc:
+        if exc.is_missing:
+            return True
+        raise
 
     def machines(config: Mapping[str, Any]) -> tuple[object, ...]:
         variant = config["ProductionVariants"][0]
@@ -192,25 +216,24 @@ def create_or_update(
     """Bring the endpoint to the configuration and wait until it is in service. Safe to repeat at any point.
 
     Returns: "created", "updated" or "unchanged". Raises: JobFailed, after removing an endpoint that could not be
-    created, or when AWS went back to the old configuration, which then still answers; StoppedWaiting; AwsError.
+    created, or when AWS went back to the old configuration, which then still answers, or could not; LaunchError where
+    others made the endpoint; StoppedWaiting; AwsError.
     """
     client, name, config = aws.client("sagemaker"), project.endpoint, wanted["EndpointConfigName"]
-    found = find(aws, name)
+    found = find_ours(aws, project)
     if found and found["EndpointStatus"] == "Failed":
         log.info("endpoint %s failed earlier (%s); it is made anew", name, found.get("FailureReason", "no reason"))
         client.delete_endpoint(EndpointName=name)
-        _gone(aws, name, poll_s)
+        wait_until_gone(aws, name, poll_s)
         found = None
     elif found and found["EndpointStatus"] == "Deleting":
-        _gone(aws, name, poll_s)
+        wait_until_gone(aws, name, poll_s)
         found = None
-    elif found and found["EndpointStatus"] not in ("InService",):
+    elif found and found["EndpointStatus"] != "InService":
         log.info("endpoint %s is %s already", name, found["EndpointStatus"])
-        found = _settled(aws, name, poll_s)
-        if found["EndpointStatus"] == "InService" and found["EndpointConfigName"] == config:
+        found = _settled(aws, project, found, poll_s)
+        if found["EndpointConfigName"] == config:
             return "updated"
-        if found["EndpointStatus"] == "Failed":
-            raise _failed(aws, project, found)
     ensure_config(aws, wanted)
     if found is None:
         client.create_endpoint(EndpointName=name, EndpointConfigName=config, Tags=project.tags)
@@ -228,23 +251,22 @@ def create_or_update(
             **given,
         )  # fmt: skip
         action = "updated"
-    settled = _settled(aws, name, poll_s)
-    if settled["EndpointStatus"] != "InService" or settled["EndpointConfigName"] != config:
-        raise _failed(aws, project, settled)
+    _settled(aws, project, dict(client.describe_endpoint(EndpointName=name)), poll_s, config)
     return action
 
 
-def _settled(aws: Aws, name: str, poll_s: float) -> dict[str, Any]:
-    tail = LogTail(aws, f"{ENDPOINTS}/{name}")
+def wait_while_changing(aws: Aws, name: str, poll_s: float = POLL_S, tail: LogTail | None = None) -> dict[str, Any]:
+    """Until AWS is not at work on the endpoint. Returns: its description, of status Deleted where it is gone."""
     return wait(
-        lambda: dict(aws.client("sagemaker").describe_endpoint(EndpointName=name)),
+        lambda: find(aws, name) or {"EndpointStatus": "Deleted"},
         lambda endpoint: str(endpoint["EndpointStatus"]),
-        lambda endpoint: endpoint["EndpointStatus"] in ("InService", "Failed", "OutOfService", "UpdateRollbackFailed"),
+        lambda endpoint: endpoint["EndpointStatus"] not in CHANGING,
         f"endpoint {name}", tail, poll_s,
     )  # fmt: skip
 
 
-def _gone(aws: Aws, name: str, poll_s: float) -> None:
+def wait_until_gone(aws: Aws, name: str, poll_s: float = POLL_S) -> None:
+    """Until an endpoint that is being deleted is. Raises: AwsError; StoppedWaiting."""
     wait(
         lambda: find(aws, name) or {"EndpointStatus": "Deleted"},
         lambda endpoint: str(endpoint["EndpointStatus"]),
@@ -253,17 +275,45 @@ def _gone(aws: Aws, name: str, poll_s: float) -> None:
     )  # fmt: skip
 
 
-def _failed(aws: Aws, project: Project, endpoint: Mapping[str, Any]) -> LaunchError:
+def _settled(
+    aws: Aws, project: Project, found: Mapping[str, Any], poll_s: float, config: str | None = None
+) -> dict[str, Any]:
+    """Wait for what AWS does with the endpoint, which `found` describes as it began, with its new instances' log.
+
+    Returns: the description of one that is in service, with `config` if that is given. Raises: JobFailed.
+    """
+    changing = found["EndpointStatus"] in CHANGING
+    begun_s = found["CreationTime" if found["EndpointStatus"] == "Creating" else "LastModifiedTime"].timestamp()
+    since_ms = int(1000 * (begun_s if changing else begun_s - BEFORE_S))
+    tail = LogTail(aws, f"{ENDPOINTS}/{project.endpoint}", "", since_ms, new_streams=changing)
+    settled = wait_while_changing(aws, project.endpoint, poll_s, tail if changing else None)
+    if settled["EndpointStatus"] == "InService" and config in (None, settled["EndpointConfigName"]):
+        return settled
+    raise _failed(aws, project, settled, tail.last_lines(), poll_s)
+
+
+def _failed(
+    aws: Aws, project: Project, endpoint: Mapping[str, Any], lines: list[str], poll_s: float
+) -> LaunchError:  # fmt: skip
     """What to raise for an endpoint that is not as wanted; removes one that never was in service."""
-    reason = str(endpoint.get("FailureReason", ""))
-    lines = LogTail(aws, f"{ENDPOINTS}/{project.endpoint}").last_lines()
-    advice = failure_advice(reason)
-    if endpoint["EndpointStatus"] == "InService":
-        return JobFailed(
-            f"The update of endpoint {project.endpoint}", reason or "AWS went back to the old configuration", lines,
-            f"{advice} The model that was there before still answers.".strip(),
-        )  # fmt: skip
-    if endpoint["EndpointStatus"] == "Failed":
-        aws.client("sagemaker").delete_endpoint(EndpointName=project.endpoint)
-        advice = f"{advice} The endpoint is removed, so that it costs nothing; nothing else runs.".strip()
-    return JobFailed(f"Endpoint {project.endpoint}", reason, lines, advice)
+    name, status, reason = project.endpoint, endpoint["EndpointStatus"], str(endpoint.get("FailureReason", ""))
+    what, advice = f"Endpoint {name}", failure_advice(reason)
+    if status == "InService":
+        what, reason = f"The update of endpoint {name}", reason or "AWS went back to the old configuration"
+        also = "The model that was there before still answers."
+    elif status == "Failed":
+        try:
+            aws.client("sagemaker").delete_endpoint(EndpointName=name)
+            wait_until_gone(aws, name, poll_s)
+            also = "The endpoint is removed, so that it costs nothing; nothing else runs."
+        except AwsError as exc:  # the failure itself is what must be told
+            also = f"The endpoint could not be removed ({exc}); `delete` does it."
+    elif status in ("Deleting", "Deleted"):
+        reason, also = reason or f"it is {status}", "Someone else removes it; the same command makes it anew."
+    else:
+        reason = reason or f"it is {status}"
+        also = (
+            f"It is {status}, and costs what it costs; nothing but removing helps: `python -m training.launch delete "
+            f"--project {project.name}`, then deploy again."
+        )
+    return JobFailed(what, reason, lines, f"{advice} {also}".strip())

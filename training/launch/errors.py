@@ -51,7 +51,8 @@ class AwsError(LaunchError):
     def is_missing(self) -> bool:
         """Whether it says that what was asked for does not exist. SageMaker says so as a ValidationException."""
         return self.code in MISSING or (
-            self.code == "ValidationException" and bool(re.search(r"(?i)could not find|does not exist", self.text))
+            self.code == "ValidationException"
+            and bool(re.search(r"(?i)could not find|does not exist|not found", self.text))
         )
 
     @property

@@ -4,14 +4,14 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from training.launch import autoscaling, data, endpoint, registry, roles
-from training.launch.attempts import TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
+from training.launch import autoscaling, data, endpoint, ownership, registry, roles
+from training.launch.attempts import RUNNING, TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
 from training.launch.errors import AwsError
-from training.launch.names import MAKER, MAKER_TAG, PROJECT_TAG, Project
+from training.launch.logs import ENDPOINTS
+from training.launch.names import Project
 from training.launch.session import Aws
-from training.launch.wait import POLL_S, wait
+from training.launch.wait import POLL_S
 
 log = logging.getLogger("training")
 
@@ -23,18 +23,36 @@ class Thing:
     kind: str
     name: str
     state: str
-    remove: Callable[[], object] | None
-    """None where nothing is left to do: a job that has ended costs nothing and stays in AWS's records."""
+    remove: Callable[[float], object] | None
+    """Given how often to ask AWS, in seconds, where it takes a while. None where nothing is left to do: a job that has
+    ended costs nothing and stays in AWS's records."""
+    until_over: Callable[[float], object] | None = None
+    """Of a job, which goes on after it was told to stop: waits for its end."""
+    needed_by_jobs: bool = False
+    """A job that is being stopped still writes to it, or acts by it."""
 
 
 def things(aws: Aws, project: Project, *, with_data: bool = False, with_role: bool = False) -> list[Thing]:
-    """All that carries the project's name and, where AWS lists it, our tag; in the order to remove it.
+    """All that is the project's, in the order to remove it.
+
+    Jobs, configurations and models are known by names that end in a digest; what is called like the project and nothing
+    more (endpoint, model package group, alarms, role) by our tags; an endpoint's log group and autoscaling, which have
+    none of their own, by the endpoint's. In S3 the project's prefix.
 
     `with_data`: the project's objects in S3 too (data, models, outputs, checkpoints). Raises: AwsError.
     """
-    found = [*_endpoint(aws, project), *_running(aws, project), *_hosting(aws, project), *_packages(aws, project)]
-    found += _alarms(aws, project)
-    found += _logs(aws, project)
+    there = endpoint.find(aws, project.endpoint)
+    ours = there is not None and ownership.is_ours(aws, project, there["EndpointArn"])
+    found = [*_jobs(aws, project)]
+    if ours or there is None:
+        found += _scaling(aws, project)
+    if ours and there:
+        found.append(
+            Thing("endpoint", project.endpoint, there["EndpointStatus"], partial(_delete_endpoint, aws, project))
+        )  # fmt: skip
+    found += [*_hosting(aws, project), *_packages(aws, project), *_alarms(aws, project)]
+    if ours or there is None:
+        found += _logs(aws, project)
     if with_data:
         found += _objects(aws, project)
     if with_role:
@@ -42,80 +60,57 @@ def things(aws: Aws, project: Project, *, with_data: bool = False, with_role: bo
     return found
 
 
-def remove(aws: Aws, found: list[Thing], poll_s: float = POLL_S) -> int:
-    """Remove each; what is gone already is no error. Returns: how many were removed. Raises: AwsError."""
-    count = 0
+def remove(aws: Aws, found: list[Thing], poll_s: float = POLL_S) -> None:
+    """Remove each; what is gone already is no error. Jobs have ended when it returns.
+
+    Raises: AwsError; StoppedWaiting.
+    """
+    stopping = [thing.until_over for thing in found if thing.until_over]
     for thing in found:
         if thing.remove is None:
             continue
+        while thing.needed_by_jobs and stopping:
+            stopping.pop(0)(poll_s)
         try:
-            thing.remove()
+            thing.remove(poll_s)
         except AwsError as exc:
             if not exc.is_missing:
                 raise
-        count += 1
-        log.info("removed %s %s", thing.kind, thing.name)
-    return count
+        log.info("%s %s %s", "stopped" if thing.until_over else "removed", thing.kind, thing.name)
+    for until_over in stopping:
+        until_over(poll_s)
 
 
-def _endpoint(aws: Aws, project: Project) -> Iterator[Thing]:
+def _at_once(call: Callable[..., object], *arguments: object, **named: object) -> Callable[[float], object]:
+    """Something to do that nobody waits for."""
+    return lambda _poll_s: call(*arguments, **named)
+
+
+def _jobs(aws: Aws, project: Project) -> Iterator[Thing]:
+    for kind, jobs in (
+        ("tuning job", TUNING_JOBS), ("training job", TRAINING_JOBS), ("batch transform", TRANSFORM_JOBS)
+    ):  # fmt: skip
+        for name, state in jobs.states(aws, project).items():
+            if state in RUNNING:
+                yield Thing(
+                    kind, name, state, _at_once(jobs.stop, aws, name), partial(jobs.wait_until_over, aws, name)
+                )  # fmt: skip
+            else:
+                yield Thing(kind, name, state, None)
+
+
+def _scaling(aws: Aws, project: Project) -> Iterator[Thing]:
     target, policies = autoscaling.found(aws, project)
     if target or policies:
         bounds = f"{target['MinCapacity']} to {target['MaxCapacity']} instances" if target else "policies only"
-        yield Thing("autoscaling", autoscaling.resource(project), bounds, lambda: autoscaling.remove(aws, project))
-    there = endpoint.find(aws, project.endpoint)
-    if there and _ours(aws, project, there["EndpointArn"]):
-        yield Thing("endpoint", project.endpoint, there["EndpointStatus"], lambda: _delete_endpoint(aws, project))
+        yield Thing("autoscaling", autoscaling.resource(project), bounds, _at_once(autoscaling.remove, aws, project))
 
 
-def _delete_endpoint(aws: Aws, project: Project, poll_s: float = 2.0) -> None:
-    client = aws.client("sagemaker")
-    there = endpoint.find(aws, project.endpoint)
-    if there and there["EndpointStatus"] in ("Creating", "Updating", "SystemUpdating", "RollingBack"):
-        wait(  # AWS refuses to delete before that is over
-            lambda: endpoint.find(aws, project.endpoint) or {"EndpointStatus": "Deleted"},
-            lambda found: str(found["EndpointStatus"]),
-            lambda found: found["EndpointStatus"] in ("InService", "Failed", "Deleted"),
-            f"endpoint {project.endpoint}",
-            None,
-            poll_s,
-        )
-    client.delete_endpoint(EndpointName=project.endpoint)
-    wait(
-        lambda: endpoint.find(aws, project.endpoint) or {"EndpointStatus": "Deleted"},
-        lambda found: str(found["EndpointStatus"]),
-        lambda found: found["EndpointStatus"] == "Deleted",
-        f"endpoint {project.endpoint}",
-        None,
-        poll_s,
-    )
-
-
-def _running(aws: Aws, project: Project) -> Iterator[Thing]:
-    client = aws.client("sagemaker")
-    for job in TUNING_JOBS.listed(aws, f"{project.name}-t-"):
-        name, state = job["HyperParameterTuningJobName"], job["HyperParameterTuningJobStatus"]
-        yield Thing(
-            "tuning job",
-            name,
-            state,
-            _stop(state, partial(client.stop_hyper_parameter_tuning_job, HyperParameterTuningJobName=name)),
-        )
-    for job in TRAINING_JOBS.listed(aws, f"{project.name}-"):
-        name, state = job["TrainingJobName"], job["TrainingJobStatus"]
-        if job["TrainingJobName"].startswith(f"{project.name}-train-"):
-            yield Thing(
-                "training job", name, state, _stop(state, partial(client.stop_training_job, TrainingJobName=name))
-            )
-    for job in TRANSFORM_JOBS.listed(aws, f"{project.name}-batch-"):
-        name, state = job["TransformJobName"], job["TransformJobStatus"]
-        yield Thing(
-            "batch transform", name, state, _stop(state, partial(client.stop_transform_job, TransformJobName=name))
-        )
-
-
-def _stop(state: str, stop: Callable[[], object]) -> Callable[[], object] | None:
-    return stop if state == "InProgress" else None
+def _delete_endpoint(aws: Aws, project: Project, poll_s: float) -> None:
+    name = project.endpoint
+    if endpoint.wait_while_changing(aws, name, poll_s)["EndpointStatus"] not in ("Deleting", "Deleted"):
+        aws.client("sagemaker").delete_endpoint(EndpointName=name)  # refused while it is changing
+    endpoint.wait_until_gone(aws, name, poll_s)
 
 
 def _hosting(aws: Aws, project: Project) -> Iterator[Thing]:
@@ -123,32 +118,27 @@ def _hosting(aws: Aws, project: Project) -> Iterator[Thing]:
     for page in client.get_paginator("list_endpoint_configs").paginate(NameContains=f"{project.name}-config-"):
         for each in page["EndpointConfigs"]:
             name = each["EndpointConfigName"]
-            if name.startswith(f"{project.name}-config-"):
-                yield Thing(
-                    "endpoint configuration", name, "", partial(client.delete_endpoint_config, EndpointConfigName=name)
-                )
+            if project.owns("config", name):
+                gone = _at_once(client.delete_endpoint_config, EndpointConfigName=name)
+                yield Thing("endpoint configuration", name, "", gone)
     for page in client.get_paginator("list_models").paginate(NameContains=f"{project.name}-"):
         for each in page["Models"]:
             name = each["ModelName"]
-            if name.startswith((f"{project.name}-model-", f"{project.name}-batchmodel-")):
-                yield Thing("model", name, "", partial(client.delete_model, ModelName=name))
+            if project.owns("model", name) or project.owns("batchmodel", name):
+                yield Thing("model", name, "", _at_once(client.delete_model, ModelName=name))
 
 
 def _packages(aws: Aws, project: Project) -> Iterator[Thing]:
-    client, group = aws.client("sagemaker"), project.package_group
-    for arn in registry.packages(aws, group):
-        yield Thing(
-            "model package", arn.split("/", 1)[1], "", partial(client.delete_model_package, ModelPackageName=arn)
-        )
-    try:
-        client.describe_model_package_group(ModelPackageGroupName=group)
-    except AwsError as exc:
-        if not exc.is_missing and exc.code != "ValidationException":
-            raise
+    client, group = aws.client("sagemaker"), registry.find_group(aws, project)
+    if group is None or not ownership.is_ours(aws, project, group["ModelPackageGroupArn"]):
         return
+    for arn in registry.packages(aws, project.package_group):
+        version = arn.split("/", 1)[1]
+        yield Thing("model package", version, "", _at_once(client.delete_model_package, ModelPackageName=arn))
+    name = project.package_group
     yield Thing(
-        "model package group", group, "", lambda: client.delete_model_package_group(ModelPackageGroupName=group)
-    )
+        "model package group", name, "", _at_once(client.delete_model_package_group, ModelPackageGroupName=name)
+    )  # fmt: skip
 
 
 def _alarms(aws: Aws, project: Project) -> Iterator[Thing]:
@@ -156,15 +146,16 @@ def _alarms(aws: Aws, project: Project) -> Iterator[Thing]:
     names = [f"{project.name}-{name}" for name in ("5xx", "latency", "wake")]
     for alarm in client.describe_alarms(AlarmNames=names)["MetricAlarms"]:
         name = alarm["AlarmName"]
-        yield Thing("alarm", name, alarm["StateValue"], partial(client.delete_alarms, AlarmNames=[name]))
+        if ownership.has_tags(project, client.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]):
+            yield Thing("alarm", name, alarm["StateValue"], _at_once(client.delete_alarms, AlarmNames=[name]))
 
 
 def _logs(aws: Aws, project: Project) -> Iterator[Thing]:
-    group = f"/aws/sagemaker/Endpoints/{project.endpoint}"
+    group = f"{ENDPOINTS}/{project.endpoint}"
     client = aws.client("logs")
     found = client.describe_log_groups(logGroupNamePrefix=group)["logGroups"]
     if any(each["logGroupName"] == group for each in found):
-        yield Thing("log group", group, "", lambda: client.delete_log_group(logGroupName=group))
+        yield Thing("log group", group, "", _at_once(client.delete_log_group, logGroupName=group))
 
 
 def _objects(aws: Aws, project: Project) -> Iterator[Thing]:
@@ -179,7 +170,8 @@ def _objects(aws: Aws, project: Project) -> Iterator[Thing]:
             "objects in S3",
             f"{project.uri()}/",
             f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB",
-            lambda: delete_objects(aws, project),
+            _at_once(delete_objects, aws, project),
+            needed_by_jobs=True,
         )
 
 
@@ -194,17 +186,10 @@ def delete_objects(aws: Aws, project: Project) -> None:
 def _role(aws: Aws, project: Project) -> Iterator[Thing]:
     name = roles.role_name(project)
     try:
-        aws.client("iam").get_role(RoleName=name)
+        role = aws.client("iam").get_role(RoleName=name)["Role"]
     except AwsError as exc:
         if not exc.is_missing:
             raise
         return
-    yield Thing("role", name, "", lambda: roles.delete_role(aws, project))
-
-
-def _ours(aws: Aws, project: Project, arn: str) -> bool:
-    """Whether we made it: an endpoint that happens to be called like the project is left alone."""
-    tags: dict[str, Any] = {
-        tag["Key"]: tag["Value"] for tag in aws.client("sagemaker").list_tags(ResourceArn=arn)["Tags"]
-    }
-    return tags.get(PROJECT_TAG) == project.name and tags.get(MAKER_TAG) == MAKER
+    if ownership.has_tags(project, role.get("Tags", ())):
+        yield Thing("role", name, "", _at_once(roles.delete_role, aws, project), needed_by_jobs=True)

@@ -1,6 +1,7 @@
 """The log of what AWS runs for us: CloudWatch's lines as they come, and the last ones when something failed."""
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from training.launch.errors import AwsError
@@ -17,24 +18,33 @@ PROBE = "path=/ping"
 
 
 class LogTail:
-    """Follows the streams of a group whose names begin with `prefix`. A log that cannot be read is no error."""
+    """Follows the streams of a group whose names begin with `prefix`. A log that cannot be read is no error.
 
-    def __init__(self, aws: Aws, group: str, prefix: str = "") -> None:
+    `since_ms`: lines from then on (milliseconds since 1970, AWS's clock); with `new_streams` only of streams that began
+    then or later: those of an update's new instances, without what the old ones go on to say.
+    """
+
+    def __init__(
+        self, aws: Aws, group: str, prefix: str = "", since_ms: int | None = None, *, new_streams: bool = False
+    ) -> None:
         self._logs: Any = aws.client("logs")
         self._group, self._prefix = group, prefix
+        self._since_ms, self._new_streams = since_ms, new_streams
         self._tokens: dict[str, str] = {}
         self._last: deque[str] = deque(maxlen=LAST_LINES)
         self.problem: str | None = None
         """Why the log could not be read, last time."""
 
     def new_lines(self) -> list[str]:
-        """What came since the last call, stream after stream."""
-        try:
-            lines = [line for stream in self._streams() for line in self._read(stream)]
-        except AwsError as exc:
-            self.problem = None if exc.is_missing else str(exc)  # the group appears with the first line
-            return []
+        """What came since the last call, in the order it was written."""
+        events: list[tuple[int, str]] = []
         self.problem = None
+        try:
+            for stream in self._streams():
+                events.extend(self._read(stream))
+        except AwsError as exc:  # what was read until then is kept
+            self.problem = None if exc.is_missing else str(exc)  # the group appears with the first line
+        lines = [line for _, line in sorted(events, key=lambda event: event[0])]
         self._last.extend(lines)
         return lines
 
@@ -48,23 +58,26 @@ class LogTail:
     def _streams(self) -> list[str]:
         found: list[str] = []
         given: dict[str, str] = {"logStreamNamePrefix": self._prefix} if self._prefix else {}
+        first_ms = self._since_ms or 0 if self._new_streams else 0
         while True:
             page = self._logs.describe_log_streams(logGroupName=self._group, **given)
-            found += [stream["logStreamName"] for stream in page["logStreams"]]
+            found += [s["logStreamName"] for s in page["logStreams"] if s.get("creationTime", first_ms) >= first_ms]
             if not page.get("nextToken"):
                 return found
             given["nextToken"] = page["nextToken"]
 
-    def _read(self, stream: str) -> list[str]:
-        lines: list[str] = []
+    def _read(self, stream: str) -> Iterator[tuple[int, str]]:
+        """Time and text of the stream's new lines."""
+        start = {} if self._since_ms is None else {"startTime": self._since_ms}
         while True:
             given = {"nextToken": self._tokens[stream]} if stream in self._tokens else {}
             page = self._logs.get_log_events(
-                logGroupName=self._group, logStreamName=stream, startFromHead=True, **given
+                logGroupName=self._group, logStreamName=stream, startFromHead=True, **start, **given
             )
-            lines += [line for event in page["events"] if PROBE not in (line := event["message"].rstrip())]
+            for event in page["events"]:
+                if PROBE not in event["message"]:
+                    yield event["timestamp"], event["message"].rstrip()
             token = page["nextForwardToken"]
-            if token == self._tokens.get(stream) or not page["events"]:  # the same token again: nothing new
-                self._tokens[stream] = token
-                return lines
+            if token == self._tokens.get(stream):  # only that is the end: pages on the way may be empty
+                return
             self._tokens[stream] = token

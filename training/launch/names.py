@@ -54,6 +54,13 @@ class Project:
         """`PROJECT-kind-digest`, of a thing that follows from `content`."""
         return f"{self.name}-{kind}-{digest(content)}"
 
+    def owns(self, kind: str, name: str) -> bool:
+        """Whether `name` is one that `of` gives for this kind, with an attempt's number behind it or without.
+
+        The whole name is looked at: what project `a-train` has begins with `a-train-` as well.
+        """
+        return re.fullmatch(rf"{re.escape(self.name)}-{kind}-[0-9a-f]{{8}}(-\d+)?", name) is not None
+
     def key(self, *parts: str) -> str:
         """A key in S3 below the project's prefix."""
         return "/".join((self.name, *parts))

@@ -16,11 +16,11 @@ from service.model.errors import ArtifactError
 from service.model.images import MEDIA_TYPES
 from service.model.manifest import Manifest
 from training.errors import ConfigError
-from training.launch import data
+from training.launch import data, ownership
 from training.launch.attempts import TRAINING_JOBS
 from training.launch.errors import AwsError, LaunchError
 from training.launch.jobs import describe, pack
-from training.launch.names import Project, digest
+from training.launch.names import Project
 from training.launch.session import Aws
 
 log = logging.getLogger("training")
@@ -42,7 +42,12 @@ class Located:
 
     def place(self, project: Project) -> str:
         """Where the archive is, or will be."""
-        return self.uri or project.uri("models", f"{self.manifest.version}-{self.sha256[:8]}", ARCHIVE)
+        return self.uri or project.uri("models", self.entry, ARCHIVE)
+
+    @property
+    def entry(self) -> str:
+        """The model's own folder below the project's models."""
+        return f"{self.manifest.version}-{self.sha256[:8]}"
 
 
 @contextmanager
@@ -81,21 +86,19 @@ def located(aws: Aws, project: Project, given: str | None) -> Iterator[Located]:
 def archive_of_job(aws: Aws, project: Project, name: str | None) -> str:
     """The s3:// address of what a training job made. Raises: ConfigError, LaunchError, AwsError."""
     if name is None:
-        done = [
-            job
-            for job in TRAINING_JOBS.listed(aws, f"{project.name}-train-")
-            if job["TrainingJobStatus"] == "Completed"
-        ]
-        if not done:
+        listed = sorted(TRAINING_JOBS.listed(aws, project), key=lambda job: job["CreationTime"], reverse=True)
+        done = (job["TrainingJobName"] for job in listed if job["TrainingJobStatus"] == "Completed")
+        name = next((each for each in done if TRAINING_JOBS.has_output(aws, each)), None)
+        if name is None:
             raise LaunchError(
-                f"Project {project.name} has no training job that ended well; give --model FOLDER, or train first."
+                f"Project {project.name} has no training job that ended well and whose model is in S3 still; give "
+                "--model FOLDER, or train first."
             )
-        name = max(done, key=lambda job: job["CreationTime"])["TrainingJobName"]
         log.info("model: of the newest job, %s", name)
     try:
         job = describe(aws, name)
     except AwsError as exc:
-        if exc.is_missing or exc.code == "ValidationException":
+        if exc.is_missing:
             raise ConfigError(
                 f"--model {name}: there is no such folder, no such file, and no training job of this name."
             ) from exc
@@ -113,14 +116,29 @@ def upload(aws: Aws, project: Project, model: Located) -> str:
     return model.place(project)
 
 
-def register(aws: Aws, project: Project, model: Located, image: str, approval: Approval) -> str:
-    """The ARN of the registry's version for this archive and image; made unless it is there. Raises: AwsError."""
-    client, group = aws.client("sagemaker"), project.package_group
+def find_group(aws: Aws, project: Project) -> dict[str, Any] | None:
+    """The project's group, as DescribeModelPackageGroup tells it; None where there is none. Raises: AwsError."""
     try:
-        client.describe_model_package_group(ModelPackageGroupName=group)
+        return dict(
+            aws.client("sagemaker").describe_model_package_group(ModelPackageGroupName=project.package_group)
+        )  # fmt: skip
     except AwsError as exc:
-        if not exc.is_missing and exc.code != "ValidationException":
-            raise
+        if exc.is_missing:
+            return None
+        raise
+
+
+def register(aws: Aws, project: Project, model: Located, image: str, approval: Approval) -> tuple[str, str]:
+    """The registry's version for this archive and image: its ARN and approval status; made unless it is there.
+
+    `approval`: of a new version; "Approved" approves one that waits for it, too. Raises: LaunchError where it was
+    rejected, or others made the group; AwsError.
+    """
+    client, group = aws.client("sagemaker"), project.package_group
+    there = find_group(aws, project)
+    if there:
+        ownership.require(aws, project, there["ModelPackageGroupArn"], f"Model package group {group}")
+    else:
         client.create_model_package_group(
             ModelPackageGroupName=group, ModelPackageGroupDescription=f"Models of {project.name}", Tags=project.tags
         )
@@ -128,16 +146,23 @@ def register(aws: Aws, project: Project, model: Located, image: str, approval: A
     for arn in packages(aws, group):
         described = client.describe_model_package(ModelPackageName=arn)
         if facts.items() <= described.get("CustomerMetadataProperties", {}).items():
-            if described["ModelApprovalStatus"] != approval and approval == "Approved":
+            status = str(described["ModelApprovalStatus"])
+            if status == "Rejected":
+                said = described.get("ApprovalDescription")
+                raise LaunchError(
+                    f"The registry has this model as {arn.split('/', 1)[1]}, and it was rejected there"
+                    f"{f' ({said})' if said else ''}. Deploy another one, or have it approved in the registry."
+                )
+            if status != approval == "Approved":
                 client.update_model_package(ModelPackageArn=arn, ModelApprovalStatus=approval)
-            log.info("the registry has this model: %s", arn)
-            return arn
-    place = model.place(project)
+                status = approval
+            log.info("the registry has this model: %s (%s)", arn, status)
+            return arn, status
     made = client.create_model_package(
         ModelPackageGroupName=group,
         ModelPackageDescription=f"{model.manifest.name} {model.manifest.version}",
         InferenceSpecification={
-            "Containers": [{"Image": image, "ModelDataUrl": place}],
+            "Containers": [{"Image": image, "ModelDataUrl": model.place(project)}],
             "SupportedContentTypes": sorted({*MEDIA_TYPES.values(), "application/x-image", "application/json"}),
             "SupportedResponseMIMETypes": ["application/json", "application/jsonlines", "text/csv"],
         },
@@ -146,7 +171,7 @@ def register(aws: Aws, project: Project, model: Located, image: str, approval: A
         CustomerMetadataProperties={**facts, **_figures(model.manifest)},
     )
     log.info("registered %s (%s)", made["ModelPackageArn"], approval)
-    return str(made["ModelPackageArn"])
+    return str(made["ModelPackageArn"]), approval
 
 
 def packages(aws: Aws, group: str) -> list[str]:
@@ -156,7 +181,7 @@ def packages(aws: Aws, group: str) -> list[str]:
         try:
             page = client.list_model_packages(**given)
         except AwsError as exc:
-            if exc.is_missing or exc.code == "ValidationException":
+            if exc.is_missing:
                 return []
             raise
         found += [package["ModelPackageArn"] for package in page["ModelPackageSummaryList"]]
@@ -165,21 +190,16 @@ def packages(aws: Aws, group: str) -> list[str]:
         given["NextToken"] = page["NextToken"]
 
 
-def create_model(
-    aws: Aws, project: Project, container: Mapping[str, Any], role: str, kind: str = "model"
-) -> tuple[str, bool]:
-    """A Model of one container: its name, and whether it is new. Raises: AwsError."""
+def create_model(aws: Aws, project: Project, container: Mapping[str, Any], role: str, kind: str = "model") -> str:
+    """The name of a Model of one container, made unless it is there. Raises: AwsError."""
     client, name = aws.client("sagemaker"), project.of(kind, [container, role])
     try:
         client.describe_model(ModelName=name)
-        return name, False
     except AwsError as exc:
-        if not exc.is_missing and exc.code != "ValidationException":
+        if not exc.is_missing:
             raise
-    client.create_model(
-        ModelName=name, Containers=[dict(container)], ExecutionRoleArn=role, Tags=project.tags
-    )  # fmt: skip
-    return name, True
+        client.create_model(ModelName=name, Containers=[dict(container)], ExecutionRoleArn=role, Tags=project.tags)
+    return name
 
 
 def _require_artifact(folder: Path) -> None:
@@ -194,7 +214,7 @@ def _figures(manifest: Manifest) -> dict[str, str]:
 
 
 def _statistics(aws: Aws, project: Project, model: Located) -> dict[str, str]:
-    """The figures as the registry shows them, beside the archive in S3."""
+    """The figures as the registry shows them, written to S3: beside the archive where that was uploaded by us."""
     found = model.manifest.metrics.get("validation") or {}
     metrics = {
         name: {"value": found[name], "standard_deviation": "NaN"}
@@ -202,6 +222,6 @@ def _statistics(aws: Aws, project: Project, model: Located) -> dict[str, str]:
         if isinstance(found.get(name), int | float)
     }
     body = json.dumps({"multiclass_classification_metrics": metrics}, indent=1).encode()
-    key = project.key("models", f"{model.manifest.version}-{digest(model.sha256)}", "statistics.json")
+    key = project.key("models", model.entry, "statistics.json")
     aws.client("s3").put_object(Bucket=project.bucket, Key=key, Body=body)
     return {"ContentType": "application/json", "S3Uri": f"s3://{project.bucket}/{key}"}

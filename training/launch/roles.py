@@ -30,7 +30,7 @@ CALLER_ACTIONS = (
     "iam:PassRole", "iam:GetRole", "s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject",
     "s3:CreateBucket", "s3:PutBucketPublicAccessBlock", "logs:DescribeLogStreams", "logs:GetLogEvents",
     "logs:DescribeLogGroups", "logs:DeleteLogGroup", "cloudwatch:TagResource",
-    "cloudwatch:PutMetricAlarm", "cloudwatch:DescribeAlarms",
+    "cloudwatch:PutMetricAlarm", "cloudwatch:DescribeAlarms", "cloudwatch:ListTagsForResource",
     "cloudwatch:DeleteAlarms", "application-autoscaling:RegisterScalableTarget",
     "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DeregisterScalableTarget",
     "application-autoscaling:PutScalingPolicy", "application-autoscaling:DescribeScalingPolicies",

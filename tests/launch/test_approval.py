@@ -1,0 +1,83 @@
+"""The registry's word counts: a version that was rejected, that waits, that someone approved."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.in_process import Account
+from tests.rehearsal.start import IMAGE
+from training.launch import data, deployment, registry
+from training.launch.errors import LaunchError
+from training.launch.images import Image
+from training.launch.names import Project
+from training.launch.opening import Options
+
+
+def hosted(here: Account, project: Project, artifact: Path, approval: str) -> str | None:
+    data.ensure_bucket(here.aws, project)
+    options = Options(approval=approval, env=[])
+    with registry.located(here.aws, project, str(artifact)) as model:
+        return deployment.hosted(
+            here.aws, project, model, Image(IMAGE, None), options, "arn:aws:iam::123456789012:role/r"
+        )
+
+
+def records(here: Account, project: Project) -> list[Any]:
+    """The versions in moto's records: its UpdateModelPackage forgets the metadata, which AWS keeps."""
+    every = here.records.model_packages.values()
+    return [record for record in every if record.model_package_group_name == project.package_group]
+
+
+def versions(here: Account, project: Project) -> list[str]:
+    return [record.model_approval_status for record in records(here, project)]
+
+
+def decide(here: Account, project: Project, status: str) -> None:
+    (version,) = records(here, project)
+    version.model_approval_status = status
+
+
+def test_a_version_waits_until_someone_approves_it_and_then_the_same_command_goes_on(
+    here: Account, artifact: Path
+) -> None:  # fmt: skip
+    project = Project("asks", "asks")
+    for _ in range(2):
+        assert hosted(here, project, artifact, "PendingManualApproval") is None
+    decide(here, project, "Approved")
+    name = hosted(here, project, artifact, "PendingManualApproval")
+    assert name and project.owns("model", name)
+    assert versions(here, project) == ["Approved"]
+
+
+def test_to_deploy_without_asking_approves_what_waits(here: Account, artifact: Path) -> None:
+    project = Project("waited", "waited")
+    assert hosted(here, project, artifact, "PendingManualApproval") is None
+    assert hosted(here, project, artifact, "Approved")
+    assert versions(here, project) == ["Approved"]
+
+
+@pytest.mark.parametrize("approval", ["Approved", "PendingManualApproval"])
+def test_what_was_rejected_is_not_deployed(here: Account, artifact: Path, approval: str) -> None:
+    project = Project(f"no-{approval[:2].lower()}", "rejected")
+    assert hosted(here, project, artifact, "PendingManualApproval") is None
+    decide(here, project, "Rejected")
+    with pytest.raises(LaunchError, match=r"as no-../1, and it was rejected there.* or have it approved"):
+        hosted(here, project, artifact, approval)
+    assert versions(here, project) == ["Rejected"]
+
+
+def test_the_figures_lie_beside_the_archive(here: Account, artifact: Path) -> None:
+    project = Project("figures", "figures")
+    assert hosted(here, project, artifact, "Approved")
+    keys = [key for key, _ in data.listed(here.aws, project.uri("models") + "/")]
+    folder = keys[0].rsplit("/", 1)[0]
+    assert keys == [f"{folder}/model.tar.gz", f"{folder}/statistics.json"]
+    # One that is in S3 already stays where it is; its figures go to the project's models.
+    with registry.located(here.aws, project, f"s3://figures/{keys[0]}") as model:
+        other = Project("others-figures", "figures")
+        registry.register(here.aws, other, model, IMAGE, "Approved")
+        assert model.place(other) == f"s3://figures/{keys[0]}"
+    assert [key for key, _ in data.listed(here.aws, other.uri("models") + "/")] == [
+        f"others-figures/models/{folder.rsplit('/', 1)[1]}/statistics.json"
+    ]
