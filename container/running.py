@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -186,8 +187,6 @@ def _address(name: str, port: int, network: str | None) -> tuple[str, int]:
 
 def _logs(name: str) -> str:
     """Both streams; docker writes each to its own."""
-    import subprocess
-
     result = subprocess.run(  # noqa: S603
         ["docker", "logs", name],  # noqa: S607
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=60, check=False,
