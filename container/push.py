@@ -38,11 +38,11 @@ from container.content import content_hash
 from container.ecr import PUSH_ACTIONS, Ecr, Repository, policy
 from container.engine import ContainerError, docker, require_engine
 from container.registry import Pushed, look
+from container.rules import CUDA_LABEL
 
 log = logging.getLogger("container")
 
 OUTPUT = ROOT / "artifacts" / "image.json"
-CUDA_LABEL = "com.amazonaws.sagemaker.inference.cuda.verified_versions"
 USER = "AWS"
 """The user that ECR's tokens are for."""
 

@@ -21,7 +21,8 @@ def unpack(package: str, folder: Path, suite: str | None = None) -> Path:
             (folder / "sources.list").write_text(SOURCES.format(suite=suite))
             for option in (
                 f"Dir::Etc::SourceList={folder}/sources.list", "Dir::Etc::SourceParts=-",
-                f"Dir::State::Lists={folder}/lists", f"Dir::Cache={folder}", "APT::Sandbox::User=root", "Acquire::Languages=none",
+                f"Dir::State::Lists={folder}/lists", f"Dir::Cache={folder}", "APT::Sandbox::User=root",
+                "Acquire::Languages=none",
             ):  # fmt: skip
                 apt += ["--option", option]
             subprocess.run([*apt, "update"], check=True, capture_output=True, timeout=240)
