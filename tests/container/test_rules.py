@@ -66,7 +66,7 @@ def test_custom_attributes_come_back_unchanged_or_not_at_all(status: int, header
     ("status", "kind", "body", "holds", "said"),
     [
         (404, "text/html", "<p>no", True, "404"),
-        (200, "text/plain; version=0.0.4", '# HELP a b\na_total{path="/x y",s="200"} 1\nup 1 1700\n', True, "2 samples"),
+        (200, "text/plain; version=0.0.4", '# HELP a\na_total{path="/x y",s="200"} 1\nup 1 1700\n', True, "2 samples"),
         (200, "application/openmetrics-text", 'a_bucket{le="+Inf"} 3 # {trace="1"} 0.5\n# EOF\n', True, "1 samples"),
         (200, "text/plain", "", False, "0 samples"),
         (200, "text/plain", "all is well\n", False, "no sample: 'all is well'"),
