@@ -1,8 +1,9 @@
 # Everything runs from here; `make` alone prints the targets.
 # MODEL, DATA, HOST, PORT and URL are yours to set: make serve MODEL=model.tar.gz PORT=9000
-# And of the images TARGET (serve, serve-cpu, train), IMAGE and BASE_IMAGE: make image TARGET=train
+# And of the images TARGET (serve, serve-cpu, train), IMAGE and BASE_IMAGE: make image TARGET=train. FRESH=1 builds them
+# without any layer from before, and so with the security upgrades of today.
 
-# (Only there: HOST and the like mean other things in many environments.)
+# (Only there, but for BASE_IMAGE: HOST and the like mean other things in many environments.)
 MODEL = artifacts/model
 DATA = data
 HOST = 127.0.0.1
@@ -10,7 +11,8 @@ PORT = 8080
 URL = http://127.0.0.1:$(PORT)
 TARGET = serve
 IMAGE = resnet34-sagemaker:$(TARGET)
-BASE_IMAGE =
+BASE_IMAGE ?=
+FRESH =
 PUSH_ARGS =
 PYTEST_ARGS =
 BENCH_ARGS =
@@ -42,7 +44,7 @@ evaluate: $(UV) ## send DATA's validation images to URL and compare the accuracy
 
 image: $(UV) ## build the image TARGET: serve (CUDA), serve-cpu or train
 	$(UV) sync --frozen --inexact
-	@exec $(PYTHON) -m container.build --target "$(TARGET)" --tag "$(IMAGE)" --base-image "$(BASE_IMAGE)"
+	@exec $(PYTHON) -m container.build --target "$(TARGET)" --tag "$(IMAGE)" --base-image "$(BASE_IMAGE)" $(if $(FRESH),--fresh)
 
 image-cpu: ## build the image for processors, without torch: a tenth of the size
 	@$(MAKE) --no-print-directory image TARGET=serve-cpu

@@ -1,6 +1,6 @@
 """`python -m container.build`: builds one of the images, in the form that SageMaker takes.
 
-    python -m container.build [--target serve|serve-cpu|train] [--tag NAME] [--base-image IMAGE]
+    python -m container.build [--target serve|serve-cpu|train] [--tag NAME] [--base-image IMAGE] [--fresh]
 
 SageMaker takes one image for linux/amd64 in Docker's own media types. BuildKit's attestations would make an OCI index
 of it, which CreateModel refuses, so they are turned off (https://github.com/moby/buildkit/issues/5480).
@@ -36,10 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=os.environ.get("BASE_IMAGE", ""),
         help="build on this image instead of the pinned one (default: $BASE_IMAGE)",
     )
+    parser.add_argument(
+        "--fresh", action="store_true", help="every layer anew, on the newest base of that name: with today's upgrades"
+    )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        tag = build(given.target, given.tag or f"{NAME}:{given.target}", given.base_image)
+        tag = build(given.target, given.tag or f"{NAME}:{given.target}", given.base_image, given.fresh)
         size = int(docker("image", "inspect", "--format", "{{.Size}}", tag))
     except ContainerError as exc:
         log.error("%s", exc)
@@ -48,13 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(target: str, tag: str, base_image: str = "") -> str:
-    """Build `target` as `tag`. Returns: the tag. Raises: ContainerError."""
+def build(target: str, tag: str, base_image: str = "", fresh: bool = False) -> str:
+    """Build `target` as `tag`, all of it anew if `fresh`. Returns: the tag. Raises: ContainerError."""
     require_engine()
     labels = {"SOURCE": source(), "VERSION": version(), "REVISION": revision()}
     command = ["build", "--file", str(ROOT / "container" / "Dockerfile"), "--target", target, "--platform", PLATFORM]
     for name, value in {**labels, "BASE_IMAGE": base_image}.items():
         command += ["--build-arg", f"{name}={value}"]
+    if fresh:
+        command += ["--no-cache"] if base_image else ["--no-cache", "--pull"]  # a base of one's own may be nowhere else
     command += [*media_types(tag), str(ROOT)]
     docker(*command, env={"BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}, show=True)
     return tag

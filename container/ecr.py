@@ -33,14 +33,10 @@ LIFECYCLE = {
             },
             "action": {"type": "expire"},
         },
-        {
-            "rulePriority": 2,
-            "description": "By number, not by age: an endpoint pulls its image again whenever it scales out",
-            "selection": {"tagStatus": "any", "countType": "imageCountMoreThan", "countNumber": 100},
-            "action": {"type": "expire"},
-        },
     ]
 }  # fmt: skip
+"""What has a tag stays until somebody deletes it: ECR cannot know which images endpoints use, and one that scales out
+pulls its image again, however old and however many were pushed since."""
 
 _UNKNOWN_KEY = {"InvalidClientTokenId", "UnrecognizedClientException", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}

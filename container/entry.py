@@ -19,6 +19,8 @@ from pathlib import Path
 from container.drivers import Fit, driver_version, fit, torch_cuda
 
 COMMANDS = {"serve": "service", "train": "training"}
+OUTPUT = Path("/opt/ml/output")
+"""Where SageMaker looks for what became of a training job; not there otherwise."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,9 +93,8 @@ def _refuse(sentence: str) -> int:
 
 def _write_failure(sentence: str) -> None:
     """Tell SageMaker why the training failed (`training.environment.write_failure` is not imported yet)."""
-    output = Path("/opt/ml/output")
-    if output.is_dir():
-        (output / "failure").write_text(sentence[:1024])
+    if OUTPUT.is_dir():
+        (OUTPUT / "failure").write_text(sentence[:1024])
 
 
 if __name__ == "__main__":

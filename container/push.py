@@ -2,9 +2,10 @@
 
     python -m container.push [--target serve] [--image NAME] [--repository NAME] [--region R] [--profile P]
 
-The tag is the version, the target and the image's own hash, so that the same content has the same tag and another
-content never the same one (the repository's tags are immutable). What is there already is not sent again; either way
-its manifest is read back and checked.
+The tag is the version, the target and a hash of the image's content (container/content.py), so that the same content
+has the same tag, whenever and from whichever commit it was built, and another content never the same one (the
+repository's tags are immutable). What is there already is not sent again; either way its manifest is read back and
+checked.
 
 Written to artifacts/image.json (`--output`), for deployment to read; one entry for each target, the others stay:
 
@@ -33,14 +34,15 @@ from pathlib import Path
 from typing import Any
 
 from container.build import NAME, PLATFORM, ROOT, TARGETS
+from container.content import content_hash
 from container.ecr import PUSH_ACTIONS, Ecr, Repository, policy
 from container.engine import ContainerError, docker, require_engine
 from container.registry import Pushed, look
+from container.rules import CUDA_LABEL
 
 log = logging.getLogger("container")
 
 OUTPUT = ROOT / "artifacts" / "image.json"
-CUDA_LABEL = "com.amazonaws.sagemaker.inference.cuda.verified_versions"
 USER = "AWS"
 """The user that ECR's tokens are for."""
 
@@ -82,8 +84,9 @@ def push(
     log.info("account %s, region %s, as %s", ecr.account, ecr.region, ecr.arn)
     repository = ecr.repository(repository_name)
     labels = inspected["Config"].get("Labels") or {}
-    tag = content_tag(labels.get("org.opencontainers.image.version", ""), target, inspected["Id"])
     password = ecr.password()
+    log.info("reading %s for its tag", image)
+    tag = content_tag(labels.get("org.opencontainers.image.version", ""), target, content_hash(image))
     pushed = look(repository.registry, repository.name, tag, USER, password)
     if pushed is None:
         _send(image, repository, tag, password)
@@ -116,9 +119,9 @@ def inspect(image: str, target: str) -> dict[str, Any]:
     return found
 
 
-def content_tag(version: str, target: str, image_id: str) -> str:
-    """`0.1.0-serve-3f2a9c41d7e0`: the id is the hash of the image's configuration, which names its layers' hashes."""
-    return "-".join(part for part in (version, target, image_id.removeprefix("sha256:")[:12]) if part)
+def content_tag(version: str, target: str, content: str) -> str:
+    """`0.1.0-serve-3f2a9c41d7e0`, with the first of `content_hash`."""
+    return "-".join(part for part in (version, target, content[:12]) if part)
 
 
 def entry_of(repository: Repository, tag: str, pushed: Pushed, labels: dict[str, str]) -> dict[str, Any]:

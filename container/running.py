@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +29,8 @@ class Answer:
     status: int
     body: bytes
     seconds: float
+    headers: dict[str, str]
+    """By their names in lower case."""
 
 
 class Running:
@@ -43,7 +46,8 @@ class Running:
         try:
             connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
             response = connection.getresponse()
-            return Answer(response.status, response.read(), time.monotonic() - started_s)
+            given = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, response.read(), time.monotonic() - started_s, given)
         finally:
             connection.close()
 
@@ -151,6 +155,7 @@ class Load:
     def __init__(self, container: Running, body: bytes, content_type: str, clients: int) -> None:
         self._stop = threading.Event()
         self.statuses: list[int] = []
+        self.slowest_s = 0.0
         self._threads = [
             threading.Thread(target=self._client, args=(container, body, content_type), daemon=True)
             for _ in range(clients)
@@ -169,7 +174,9 @@ class Load:
     def _client(self, container: Running, body: bytes, content_type: str) -> None:
         while not self._stop.is_set():
             try:
-                self.statuses.append(container.ask("POST", "/invocations", body, Content_Type=content_type).status)
+                answer = container.ask("POST", "/invocations", body, Content_Type=content_type)
+                self.statuses.append(answer.status)
+                self.slowest_s = max(self.slowest_s, answer.seconds)
             except (OSError, http.client.HTTPException):
                 self.statuses.append(0)
 
@@ -186,8 +193,6 @@ def _address(name: str, port: int, network: str | None) -> tuple[str, int]:
 
 def _logs(name: str) -> str:
     """Both streams; docker writes each to its own."""
-    import subprocess
-
     result = subprocess.run(  # noqa: S603
         ["docker", "logs", name],  # noqa: S607
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=60, check=False,

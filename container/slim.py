@@ -1,18 +1,15 @@
-"""Removes from a virtual environment what serving never opens: `python slim.py SITE_PACKAGES`, at build time.
+"""Removes from a virtual environment what is never opened: `python slim.py SITE_PACKAGES [--training]`, at build time.
 
 Only whole parts that a package can do without by its own design (plugins and frontends that are looked up by name,
 headers, static libraries, tests), so that each goes again with the next version. What a library of the image is
 linked against stays, used or not.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
-UNUSED = {
+SERVING = {
     # OpenVINO: the service builds its network operator by operator, or reads IR, and compiles it for the processor.
-    "openvino/libs/libopenvino_intel_[gn]pu_plugin.so": "GPUs and NPUs of Intel",
-    "openvino/libs/cache.json": "kernels for Intel's GPUs",
     "openvino/libs/libopenvino_[!i]*_frontend.so*": "frontends for other frameworks' files; IR's stays",
     "openvino/frontend/[jopt]*/": "their Python side: jax, onnx, paddle, pytorch, tensorflow",
     "openvino/torch/": "a backend for torch.compile",
@@ -25,38 +22,48 @@ UNUSED = {
     "nvidia/cu13/lib/libnvblas.so*": "a drop-in for other BLAS libraries",
     "nvidia/cu13/lib/libcufftw.so*": "a drop-in for FFTW",
     "nvidia/nvshmem/lib/*.bc": "for linking device code",
-    # Everywhere.
+}
+EVERYWHERE = {
+    "openvino/libs/libopenvino_intel_[gn]pu_plugin.so": "GPUs and NPUs of Intel",
+    "openvino/libs/cache.json": "kernels for Intel's GPUs",
     "**/include/": "headers",
     "**/tests/": "tests",
+    "**/test/": "tests",
+    "**/conftest.py": "tests",
+    "**/__pycache__/conftest.*.pyc": "tests",
     "**/*.a": "static libraries",
     "**/*.pyx": "sources of compiled modules",
 }
-KEPT = ("numpy/_core/tests",)
-"""numpy.testing, which is for everybody, imports from there."""
+KEPT = {"numpy/_core/tests/_natype.py"}
+"""numpy.testing, which is for everybody, imports it."""
 
 
 def main() -> int:
     """Remove, and say how much; a pattern that finds nothing is fine, since images differ in what they hold."""
     root, total = Path(sys.argv[1]), 0
-    for pattern, what in UNUSED.items():
+    for pattern, what in (EVERYWHERE if "--training" in sys.argv else {**SERVING, **EVERYWHERE}).items():
         found = [path for path in root.glob(pattern.rstrip("/")) if path.is_dir() == pattern.endswith("/")]
-        found = [path for path in found if str(path.relative_to(root)) not in KEPT]
-        size = sum(_bytes(path) for path in found)
-        for path in found:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)  # it may lie in one that went before
-            else:
-                path.unlink(missing_ok=True)
+        size = sum(_remove(path, root) for path in found if ".dist-info/" not in str(path))  # licences stay
         total += size
         print(f"{size / 1e6:8.1f} MB  {pattern}: {what}")  # noqa: T201
     print(f"{total / 1e6:8.1f} MB  altogether")  # noqa: T201
     return 0
 
 
-def _bytes(path: Path) -> int:
-    if not path.is_dir():
-        return path.lstat().st_size if path.exists() else 0
-    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+def _remove(path: Path, root: Path) -> int:
+    """Remove a file, or all of a folder but what is kept. Returns: its bytes."""
+    if not path.exists():  # it lay in one that went before
+        return 0
+    folder = path.is_dir() and not path.is_symlink()
+    files = [each for each in path.rglob("*") if not each.is_dir()] if folder else [path]
+    gone = [file for file in files if str(file.relative_to(root)) not in KEPT]
+    size = sum(file.lstat().st_size for file in gone)
+    for file in gone:
+        file.unlink()
+    for each in sorted([path, *path.rglob("*")], reverse=True) if folder else ():
+        if each.is_dir() and not any(each.iterdir()):
+            each.rmdir()
+    return size
 
 
 if __name__ == "__main__":

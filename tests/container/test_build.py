@@ -1,6 +1,8 @@
 """What a build is told besides the target: labels that name the code and no one's password, Docker's media types."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,32 @@ def test_the_dockerfile_pulls_no_frontend_and_keeps_its_default_last() -> None:
     stages = re.findall(r"^FROM \S+ AS (\S+)", text, re.MULTILINE)
     assert stages[-1] == "serve"
     assert set(build.TARGETS) <= set(stages)
+
+
+def test_make_builds_on_the_base_image_of_the_environment_and_anew_when_asked() -> None:
+    env = {**os.environ, "BASE_IMAGE": "from/environment"}
+    command = ["make", "--dry-run", "image", "TARGET=serve-cpu"]
+    told = subprocess.run(command, cwd=build.ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert '--target "serve-cpu"' in told
+    assert '--base-image "from/environment"' in told
+    assert "--fresh" not in told
+    given = subprocess.run([*command, "BASE_IMAGE=given", "FRESH=1"], cwd=build.ROOT, env=env, capture_output=True,
+                           text=True, check=True).stdout  # fmt: skip
+    assert '--base-image "given" --fresh' in given
+
+
+@pytest.mark.parametrize(("base_image", "flags"), [("", ["--no-cache", "--pull"]), ("local/base", ["--no-cache"])])
+def test_a_fresh_build_takes_no_layer_from_before(
+    base_image: str, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base of one's own may be nowhere to be pulled from."""
+    asked: list[tuple[str, ...]] = []
+
+    def docker(*arguments: str, **_: object) -> str:
+        asked.append(arguments)
+        return ""
+
+    monkeypatch.setattr(build, "docker", docker)
+    monkeypatch.setattr(build, "require_engine", lambda: None)
+    build.build("serve-cpu", "x", base_image, fresh=True)
+    assert [each for each in asked[-1] if each in ("--no-cache", "--pull")] == flags

@@ -1,10 +1,17 @@
-"""docker-compose.yml with each client that is there: Compose v2 and docker-compose 1.29."""
+"""docker-compose.yml with both clients: Compose v2 (Debian's as a plugin where there is none) and docker-compose 1.29.
+
+Prometheus is the pinned image where it can be pulled, else Debian's on the base image; Grafana cannot be had here
+without a registry, so that of it only the files are looked at (test_monitoring.py).
+"""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,41 +25,95 @@ from container.engine import docker
 from service.model.artifact import open_artifact
 from tests.conftest import free_port
 from tests.container.conftest import run
+from tests.container.debian import unpack
+from tests.container.test_monitoring import EXPRESSIONS
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(600)]
 
 CLIENTS = {"v2": ("docker", "compose"), "1.29": ("docker-compose",)}
+BUILDKIT = {"DOCKER_BUILDKIT": "1", "COMPOSE_DOCKER_CLI_BUILD": "1"}
 PROFILES = ("gpu", "training", "training-gpu", "monitoring")
 Compose = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def plugin(engine: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables with which `docker compose` is there: none, or those of a configuration with Debian's plugin."""
+    if run("docker", "compose", "version").returncode == 0:
+        return {}
+    folder = tmp_path_factory.mktemp("compose")
+    found = unpack("docker-compose", folder, "trixie") / "usr" / "libexec" / "docker" / "cli-plugins" / "docker-compose"
+    (folder / "config" / "cli-plugins").mkdir(parents=True)
+    shutil.copy(found, folder / "config" / "cli-plugins")
+    host = (
+        os.environ.get("DOCKER_HOST") or docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}").strip()
+    )
+    return {"DOCKER_CONFIG": str(folder / "config"), "DOCKER_HOST": host}
 
 
 @pytest.fixture(params=CLIENTS)
 def compose(request: pytest.FixtureRequest, engine: None, model: Path, base_image: str) -> Iterator[Compose]:
     """One client with a project of its own, taken down at the end."""
     words = CLIENTS[request.param]
+    more: dict[str, str] = request.getfixturevalue("plugin") if request.param == "v2" else {}
     try:
-        found = run(*words, "version")
+        found = run(*words, "version", env={**os.environ, **more})
     except FileNotFoundError:
         pytest.skip(f"{' '.join(words)} is not installed")
     if found.returncode or (request.param == "1.29") != ("1.29" in found.stdout):
         pytest.skip(f"{' '.join(words)} is not Compose {request.param}: {(found.stdout or found.stderr).strip()[:100]}")
     project = f"contract{uuid.uuid4().hex[:8]}"
     port = str(free_port())
-    env = {**os.environ, "MODEL": str(model), "PORT": port, "BASE_IMAGE": base_image}
+    env = {**os.environ, **more, "MODEL": str(model), "PORT": port, "BASE_IMAGE": base_image}
 
     def call(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return run(*words, "--project-name", project, *arguments, cwd=ROOT, env={**env, **variables})
 
     call.port, call.project = port, project  # type: ignore[attr-defined]
     yield call
-    call("down", "--volumes", "--timeout", "5")
+    flags = [word for profile in PROFILES for word in ("--profile", profile)]
+    call(*flags, "down", "--volumes", "--remove-orphans", "--timeout", "5")
 
 
-def container_of(compose: Any) -> dict[str, Any]:
-    project = f"label=com.docker.compose.project={compose.project}"
-    (name,) = docker("ps", "--all", "--quiet", "--filter", project).split()
+def container_of(compose: Any, service: str = "serve") -> dict[str, Any]:
+    (name,) = docker(
+        "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={compose.project}",
+        "--filter", f"label=com.docker.compose.service={service}",
+    ).split()  # fmt: skip
     inspected: dict[str, Any] = json.loads(docker("inspect", name))[0]
     return inspected
+
+
+def wait_until_healthy(compose: Any) -> None:
+    for _ in range(600):
+        if container_of(compose)["State"]["Health"]["Status"] == "healthy":
+            return
+        time.sleep(0.2)
+    pytest.fail(compose("logs").stdout)
+
+
+def classify(compose: Any, model: Path) -> str:
+    """The likeliest class of the artifact's example."""
+    artifact = open_artifact(model)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{compose.port}/invocations", artifact.read("example"),
+        {"Content-Type": artifact.manifest.example.media_type},
+    )  # fmt: skip
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return str(json.load(response)["predictions"][0]["label"])
+
+
+def test_build_makes_the_image_that_up_serves(compose: Any, image: Callable[[str], str]) -> None:
+    """From the layers that `make image` left: what that tells besides makes the labels, no file."""
+    name = image("serve-cpu")
+    before = json.loads(docker("image", "inspect", name))[0]
+    built = compose("build", "serve", **BUILDKIT)
+    inspected = json.loads(docker("image", "inspect", name))[0]
+    docker("tag", before["Id"], name)  # with its labels, which other tests look at
+    assert built.returncode == 0, built.stderr
+    assert inspected["Id"] != before["Id"]
+    assert inspected["RootFS"]["Layers"] == before["RootFS"]["Layers"]
+    assert inspected["Config"]["Labels"]["com.amazonaws.sagemaker.capabilities.accept-bind-to-port"] == "true"
 
 
 def test_up_serves_the_model_as_sagemaker_would_and_down_drains(
@@ -64,19 +125,11 @@ def test_up_serves_the_model_as_sagemaker_would_and_down_drains(
     host = container_of(compose)["HostConfig"]
     assert host["ReadonlyRootfs"]
     assert "/tmp" in host["Tmpfs"]
+    assert container_of(compose)["Config"]["StopTimeout"] == 30, "as SageMaker's between SIGTERM and SIGKILL"
     (mount,) = container_of(compose)["Mounts"]
     assert (mount["Destination"], mount["RW"]) == ("/opt/ml/model", False)
-    for _ in range(300):
-        if container_of(compose)["State"]["Health"]["Status"] == "healthy":
-            break
-        time.sleep(0.2)
-    artifact = open_artifact(model)
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{compose.port}/invocations", artifact.read("example"),
-        {"Content-Type": artifact.manifest.example.media_type},
-    )  # fmt: skip
-    with urllib.request.urlopen(request, timeout=60) as response:
-        assert json.load(response)["predictions"][0]["label"] in artifact.manifest.classes
+    wait_until_healthy(compose)
+    assert classify(compose, model) in open_artifact(model).manifest.classes
     assert container_of(compose)["State"]["Health"]["Status"] == "healthy"
     stop = compose("stop")
     assert stop.returncode == 0, stop.stderr
@@ -84,6 +137,69 @@ def test_up_serves_the_model_as_sagemaker_would_and_down_drains(
     assert compose("down").returncode == 0
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"http://127.0.0.1:{compose.port}/ping", timeout=5)
+
+
+@pytest.fixture(scope="module")
+def monitoring(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The files of compose: with another image for Prometheus where the pinned one cannot be had."""
+    files = ["--file", "docker-compose.yml"]
+    pinned = re.search(r"image: (prom/prometheus\S+)", (ROOT / "docker-compose.yml").read_text())
+    assert pinned is not None
+    if run("docker", "pull", "--quiet", pinned[1]).returncode == 0:
+        yield files
+        return
+    if not base_image:
+        pytest.skip(f"{pinned[1]} cannot be pulled, and there is no local base image to run Debian's Prometheus on")
+    folder = tmp_path_factory.mktemp("prometheus")
+    (folder / "context").mkdir()
+    shutil.copy(unpack("prometheus", folder) / "usr" / "bin" / "prometheus", folder / "context")
+    (folder / "context" / "Dockerfile").write_text(
+        f'FROM {base_image}\nCOPY prometheus /bin/\nWORKDIR /prometheus\nENTRYPOINT ["/bin/prometheus"]\n'
+    )  # as the pinned image starts
+    docker("build", "--tag", "contract-prometheus", str(folder / "context"))
+    (folder / "override.yml").write_text(json.dumps({"services": {"prometheus": {"image": "contract-prometheus"}}}))
+    yield [*files, "--file", str(folder / "override.yml")]
+    docker("rmi", "contract-prometheus")
+
+
+def test_prometheus_scrapes_the_service_and_every_panel_has_its_data(
+    compose: Any, image: Callable[[str], str], model: Path, monitoring: list[str]
+) -> None:
+    """`--profile monitoring` as it is, without Grafana: its panels' questions are asked here."""
+    image("serve-cpu")
+    up = compose(*monitoring, "--profile", "monitoring", "up", "--detach", "--no-build", "serve", "prometheus")
+    assert up.returncode == 0, up.stderr
+    wait_until_healthy(compose)
+    ends_s = time.monotonic() + 120
+    while not asked('count_over_time(up{job="classifier"}[5m]) >= 4 and up{job="classifier"} == 1'):
+        assert time.monotonic() < ends_s, compose(*monitoring, "logs", "prometheus").stdout
+        classify(compose, model)
+        time.sleep(1)
+    metrics = set(answer_of("label/__name__/values"))
+    for expression in EXPRESSIONS:
+        names = set(re.findall(r"\b(?:classifier|process)_\w+", expression))
+        assert names
+        assert names <= metrics, f"{expression}: {names - metrics} is not scraped"
+        # A panel of what should not be (refusals, deaths) is empty while all is well.
+        assert asked(expression) or expression.endswith(" > 0"), f"no data: {expression}"
+
+
+def answer_of(path: str, **parameters: str) -> Any:
+    url = f"http://127.0.0.1:9090/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return json.load(response)["data"]
+    except urllib.error.HTTPError as exc:
+        pytest.fail(f"{parameters}: {exc.read().decode()}")
+
+
+def asked(expression: str) -> list[Any]:
+    """What Prometheus has for an expression now; nothing while it does not answer yet."""
+    try:
+        result: list[Any] = answer_of("query", query=expression)["result"]
+    except OSError:
+        return []
+    return result
 
 
 def test_every_profile_is_understood(compose: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from container import entry
 from container.healthcheck import port
 from tests.conftest import environment, free_port
 
@@ -50,6 +51,67 @@ def test_the_first_line_is_json_where_the_service_writes_json() -> None:
     assert line["logger"] == "container"
 
 
+class Started(Exception):
+    """In place of os.execve, which does not return."""
+
+
+@pytest.fixture
+def old_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with SageMaker's default driver of g4dn, of which there is none here, and torch for CUDA 13.
+
+    Returns: what stands for /opt/ml/output.
+    """
+
+    def execve(path: str, command: list[str], _environment: dict[str, str]) -> None:
+        raise Started(command)
+
+    monkeypatch.setattr(entry, "driver_version", lambda: "470.57.02")
+    monkeypatch.setattr(entry, "torch_cuda", lambda _: "13.0")
+    monkeypatch.setattr(entry, "OUTPUT", tmp_path)
+    monkeypatch.setattr(os, "execve", execve)
+    for name in ("CUDA_VISIBLE_DEVICES", "CLASSIFIER_ENGINE", "CLASSIFIER_LOG_FORMAT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["serve", "train"])
+def test_a_driver_that_is_too_old_ends_the_start_with_one_line(
+    command: str, old_driver: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry.main([command]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1
+    assert not said.err
+    assert " ERROR container NVIDIA driver 470.57.02 is too old for CUDA 13.0 of this image" in said.out
+    assert "InferenceAmiVersion=al2023-ami-sagemaker-inference-gpu-4-1" in said.out
+    failure = old_driver / "failure"
+    if command == "train":  # SageMaker shows it as the job's FailureReason
+        assert failure.read_text() in said.out
+        assert failure.read_text().startswith("NVIDIA driver 470.57.02 is too old")
+    else:
+        assert not failure.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "variable", "value"),
+    [
+        ("serve", "CUDA_VISIBLE_DEVICES", ""),
+        ("train", "CUDA_VISIBLE_DEVICES", ""),
+        ("serve", "CUDA_VISIBLE_DEVICES", "-1"),
+        ("serve", "CLASSIFIER_ENGINE", "openvino-fp32"),
+    ],
+)
+def test_who_wants_no_gpu_starts_beside_an_old_driver(
+    command: str, variable: str, value: str, old_driver: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(Started, match=entry.COMMANDS[command]):
+        entry.main([command])
+    assert " INFO container NVIDIA driver 470.57.02 is too old" in capsys.readouterr().out
+    assert not (old_driver / "failure").exists()
+
+
 def test_sigterm_reaches_the_service_which_ends_with_status_0(artifact: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-m", "container.entry", "serve", "--model", str(artifact), "--port", str(free_port())]
@@ -61,6 +123,8 @@ def test_sigterm_reaches_the_service_which_ends_with_status_0(artifact: Path, tm
                 break
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
+        else:
+            pytest.fail(log.read_text())
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:

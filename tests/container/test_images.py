@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from container.build import ROOT, TARGETS, version
+from container.build import ROOT, TARGETS, build, version
+from container.content import REVISION_LABEL, content_hash
 from container.engine import docker
+from container.running import LABEL
 from tests.container.conftest import run
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
@@ -28,7 +30,12 @@ SECRET = r"AKIA[0-9A-Z]{16}|ASIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|aws_s
 
 def config_of(image: str) -> dict[str, object]:
     inspected = json.loads(docker("image", "inspect", image))[0]
-    return {**inspected["Config"], "Size": inspected["Size"], "Layers": inspected["RootFS"]["Layers"]}
+    return {
+        **inspected["Config"],
+        "Id": inspected["Id"],
+        "Size": inspected["Size"],
+        "Layers": inspected["RootFS"]["Layers"],
+    }
 
 
 def base_of(target: str, base_image: str) -> str:
@@ -94,6 +101,32 @@ def test_nothing_of_the_build_is_left(target: str, image: Image, inside: Inside)
     in_venv = inside(name, "ls /opt/venv/lib/python3*/site-packages")
     assert "pip" not in in_venv.split()
     assert inside(name, "find /opt/venv/lib/python3*/site-packages/service 2>/dev/null; true") == ""
+    found = inside(
+        name, "find /opt/venv/lib /opt/cuda -type d -name test -o -type d -name tests -o -name 'conftest.py'; true"
+    )
+    tests = {
+        each for each in found.split() if ".dist-info/" not in each
+    }  # licences of what was built in have such folders
+    assert {each.partition("site-packages/")[2] for each in tests} == {"numpy/_core/tests"}
+    # numpy.testing, which is for everybody, imports from there
+    assert inside(name, "ls /opt/venv/lib/python3*/site-packages/numpy/_core/tests") == "_natype.py\n"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_driver_is_the_hosts(target: str, image: Image, inside: Inside) -> None:
+    """The container toolkit mounts it, where these variables ask for it (docs.nvidia.com, container toolkit)."""
+    variables = config_of(image(target))["Env"]
+    assert isinstance(variables, list)
+    asked = dict(each.partition("=")[::2] for each in variables if each.startswith("NVIDIA_"))
+    if target == "serve-cpu":
+        assert asked["NVIDIA_VISIBLE_DEVICES"] == "void"
+    else:
+        assert asked["NVIDIA_VISIBLE_DEVICES"] == "all"
+        assert asked["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    found = inside(
+        image(target), "find / -xdev \\( -name 'libcuda.so*' -o -name 'libnvidia-ml.so*' \\) 2>/dev/null; true"
+    )
+    assert [each for each in found.split() if "/compat/" not in each and "/stubs/" not in each] == []
 
 
 def test_serving_images_hold_what_serves_and_no_more(image: Image, inside: Inside) -> None:
@@ -150,6 +183,51 @@ def test_every_package_inside_is_the_locked_one_and_none_has_a_known_vulnerabili
     assert result.returncode == 0, result.stderr
     if "skipped" in result.stdout:
         pytest.skip(f"all packages are the locked ones; {result.stdout.strip()}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_package_of_the_distribution_waits_for_a_security_upgrade(target: str, image: Image) -> None:
+    script = "apt-get update --quiet >/dev/null 2>&1 || exit 9; apt-get --simulate upgrade"
+    result = run("docker", "run", "--rm", "--label", LABEL, "--entrypoint", "sh", image(target), "-c", script)
+    if result.returncode == 9:
+        pytest.skip("the distribution's mirror cannot be reached from a container")
+    assert result.returncode == 0, result.stderr
+    waiting = [line for line in result.stdout.splitlines() if line.startswith("Inst ") and "security" in line.lower()]
+    assert not waiting, f"build again with `make image TARGET={target} FRESH=1`: {waiting}"
+
+
+def test_the_same_content_has_the_same_tag_and_other_content_another(
+    image: Image, base_image: str, tmp_path: Path
+) -> None:
+    """Everything built anew, from the mirrors on: other times, other layers, another image, the same tag."""
+    packages = "dpkg-query --show"
+
+    def of(name: str) -> tuple[str, str, str]:
+        listed = docker("run", "--rm", "--label", LABEL, "--entrypoint", "sh", name, "-c", packages)
+        return str(config_of(name)["Id"]), listed, content_hash(name)
+
+    names = ["contract-again", "contract-third", "contract-changed"]
+    try:
+        first = of(image("serve-cpu"))
+        second = of(build("serve-cpu", names[0], base_image, fresh=True))
+        if second[1] != first[1]:  # the distribution has upgraded something since the first was built
+            first, second = second, of(build("serve-cpu", names[1], base_image, fresh=True))
+        assert second[0] != first[0]
+        assert second[2] == first[2]
+        (tmp_path / "Dockerfile").write_text(f"FROM {names[0]}\nRUN chmod 700 /opt/program/service/classifier.py\n")
+        docker("build", "--tag", names[2], str(tmp_path))
+        assert content_hash(names[2]) != second[2]
+        (tmp_path / "Dockerfile").write_text(f"FROM {names[0]}\nENV CLASSIFIER_PAGE=false\n")
+        docker("build", "--tag", names[2], str(tmp_path))
+        assert content_hash(names[2]) != second[2]
+        (tmp_path / "Dockerfile").write_text(
+            f"FROM {names[0]}\nLABEL {REVISION_LABEL}=another\nRUN touch /opt/program\n"
+        )
+        docker("build", "--tag", names[2], str(tmp_path))
+        assert content_hash(names[2]) == second[2]
+    finally:
+        for name in names:
+            run("docker", "rmi", "--force", name)
 
 
 def test_what_serving_needs_of_cuda_is_there(image: Image, inside: Inside) -> None:

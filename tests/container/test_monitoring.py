@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from container.build import ROOT
+from tests.container.debian import unpack
 
 FOLDER = ROOT / "container" / "monitoring"
 DASHBOARD = json.loads((FOLDER / "classifier.json").read_text())
@@ -43,10 +44,9 @@ def test_every_metric_of_the_dashboard_is_one_of_the_service() -> None:
     assert named <= there
 
 
+@pytest.mark.container  # for the download; the images are not asked
 def test_promtool_accepts_configuration_and_expressions(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool (Debian: prometheus) is not installed")
+    promtool = shutil.which("promtool") or unpack("prometheus", tmp_path) / "usr" / "bin" / "promtool"
     rules = {
         "groups": [
             {"name": "panels", "rules": [{"record": f"panel:{i}", "expr": each} for i, each in enumerate(EXPRESSIONS)]}

@@ -7,6 +7,7 @@ as its password. Only the ECR, STS and IAM calls are answered by moto; docker, T
 import base64
 import json
 import os
+import re
 import shutil
 import signal
 import ssl
@@ -21,12 +22,14 @@ from pathlib import Path
 import pytest
 
 from container import engine as engine_module
-from container.build import ROOT
-from container.ecr import policy
+from container.build import ROOT, version
+from container.content import content_hash
+from container.ecr import LIFECYCLE, policy
 from container.engine import ContainerError, docker
 from container.push import _push_sentence, content_tag, note
 from container.registry import SCHEMA_2, Pushed
 from tests.conftest import free_port
+from tests.container.debian import unpack
 
 ACCOUNT, REGION = "123456789012", "eu-central-1"
 HOST = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
@@ -59,14 +62,16 @@ def start_moto(log: Path, **env: str) -> tuple[subprocess.Popen[bytes], str]:
             env={**os.environ, **env},
         )
     url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
+    gives_up_s = time.monotonic() + 120  # it imports much, perhaps beside a build
+    while time.monotonic() < gives_up_s and process.poll() is None:
         try:
             urllib.request.urlopen(f"{url}/moto-api/", timeout=5).close()
             return process, url
         except OSError:
-            assert process.poll() is None, log.read_text()
             time.sleep(0.1)
-    raise AssertionError(log.read_text())
+    process.kill()
+    process.wait()
+    pytest.fail(f"moto's server does not answer: {log.read_text()}")
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +173,11 @@ def test_a_missing_permission_is_named(missing: str, tmp_path: Path) -> None:
     assert f"user/pusher may not do {missing}: allow it in IAM" in said
 
 
+def test_no_image_with_a_tag_expires() -> None:
+    """An endpoint that scales out pulls the image it was made with, however old."""
+    assert {rule["selection"]["tagStatus"] for rule in LIFECYCLE["rules"]} == {"untagged"}
+
+
 def test_the_policy_names_every_action_and_one_repository() -> None:
     result = push("--policy", "--repository", "mine", "--region", REGION, env=dict(os.environ))
     statements = json.loads(result.stdout)["Statement"]
@@ -212,7 +222,7 @@ def test_what_ecr_refuses_names_the_action() -> None:
 
 
 def test_the_tag_follows_from_the_content() -> None:
-    assert content_tag("0.1.0", "serve", "sha256:" + "0123456789ab" * 5) == "0.1.0-serve-0123456789ab"
+    assert content_tag("0.1.0", "serve", "0123456789ab" * 5) == "0.1.0-serve-0123456789ab"
 
 
 def test_the_file_keeps_the_other_images_and_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -246,6 +256,8 @@ class Registry:
     """A registry under ECR's name."""
 
     ca: Path
+    passwords: Path
+    """In htpasswd's format, read again whenever it changes."""
 
     def request(
         self, method: str, path: str, body: bytes | None = None, **headers: str
@@ -260,27 +272,13 @@ class Registry:
             return response.read(), dict(response.headers)
 
 
-def registry_program(folder: Path) -> str:
-    """docker-registry: installed, or unpacked from Debian's package. Skips where there is neither."""
-    found = shutil.which("docker-registry")
-    if found:
-        return found
-    try:
-        subprocess.run(["apt-get", "download", "docker-registry"], cwd=folder, check=True, capture_output=True)
-        (package,) = folder.glob("docker-registry_*.deb")
-        subprocess.run(["dpkg", "-x", str(package), str(folder / "unpacked")], check=True, capture_output=True)
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        pytest.skip("no registry to push to: docker-registry is not installed, and Debian's package cannot be had")
-    return str(folder / "unpacked" / "usr" / "bin" / "docker-registry")
-
-
 @pytest.fixture(scope="module")
 def registry(engine: None, aws: Aws, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """Needs root: port 443, a line in /etc/hosts and a certificate for the engine, all undone at the end."""
     if os.geteuid() != 0 or shutil.which("openssl") is None:
         pytest.skip("a registry under ECR's name takes root and openssl")
     folder = tmp_path_factory.mktemp("registry")
-    program = registry_program(folder)
+    program = shutil.which("docker-registry") or str(unpack("docker-registry", folder) / "usr/bin/docker-registry")
     ca = folder / "ca.crt"
     for command in (
         "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout ca.key -out ca.crt -subj /CN=test",
@@ -313,7 +311,7 @@ def registry(engine: None, aws: Aws, tmp_path_factory: pytest.TempPathFactory) -
         bundle = folder / "bundle.crt"
         bundle.write_text(ca.read_text())
         aws.extra["SSL_CERT_FILE"] = str(bundle)
-        ours = Registry(ca)
+        ours = Registry(ca, folder / "htpasswd")
         for _ in range(100):
             try:
                 ours.request("GET", "")
@@ -345,7 +343,7 @@ def test_a_push_arrives_as_sagemaker_wants_it_and_can_be_pulled(
     assert first.returncode == 0, first.stderr
     entry = json.loads(output.read_text())["serve-cpu"]
     assert first.stdout == f"{entry['uri']}\n"
-    assert entry["uri"].startswith(f"{HOST}/resnet34-sagemaker:0.1.0-serve-cpu-")
+    assert entry["uri"].startswith(f"{HOST}/resnet34-sagemaker:{version()}-serve-cpu-")
     assert (entry["media_type"], entry["platform"], entry["cuda"]) == (SCHEMA_2, "linux/amd64", None)
     assert PASSWORD not in first.stderr
     ecr = boto3.client(
@@ -355,7 +353,7 @@ def test_a_push_arrives_as_sagemaker_wants_it_and_can_be_pulled(
     assert repository["imageTagMutability"] == "IMMUTABLE"
     assert repository["imageScanningConfiguration"]["scanOnPush"]
     rules = json.loads(ecr.get_lifecycle_policy(repositoryName="resnet34-sagemaker")["lifecyclePolicyText"])["rules"]
-    assert [rule["selection"]["countType"] for rule in rules] == ["sinceImagePushed", "imageCountMoreThan"]
+    assert [rule["selection"]["countType"] for rule in rules] == ["sinceImagePushed"]
 
     again = push(*arguments, env=aws.env())
     assert again.returncode == 0, again.stderr
@@ -381,10 +379,9 @@ def test_an_index_under_the_tag_is_refused(
     registry: Registry, aws: Aws, image: Callable[[str], str], tmp_path: Path
 ) -> None:
     """As BuildKit pushes it with attestations: put there by the registry's own protocol, in a repository of its own."""
-    image_id = docker("image", "inspect", "--format", "{{.Id}}", image("serve-cpu")).strip()
+    tag = content_tag(version(), "serve-cpu", content_hash(image("serve-cpu")))
     output = str(tmp_path / "image.json")
     assert push("--target", "serve-cpu", "--repository", "indexed", "--output", output, env=aws.env()).returncode == 0
-    tag = content_tag("0.1.0", "serve-cpu", image_id)
     body, headers = registry.request("GET", f"indexed/manifests/{tag}", Accept=SCHEMA_2)
     index_type = "application/vnd.oci.image.index.v1+json"
     manifest = {
@@ -409,11 +406,27 @@ def test_an_image_for_other_processors_is_refused_before_it_is_sent(engine: None
 
 
 @pytest.mark.container
-def test_a_password_the_registry_does_not_take_is_one_sentence(
+def test_a_registry_whose_certificate_nobody_signed_is_one_sentence(
     registry: Registry, aws: Aws, image: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """moto's token is that of its account: another account's is refused by this registry."""
     image("serve-cpu")
     said = sentence(push("--target", "serve-cpu", "--output", str(tmp_path / "x"), env=aws.env(
         SSL_CERT_FILE="/etc/ssl/certs/ca-certificates.crt")))  # fmt: skip
     assert "The registry does not answer" in said
+
+
+@pytest.mark.container
+def test_a_password_the_registry_does_not_take_is_one_sentence(
+    registry: Registry, aws: Aws, image: Callable[[str], str], tmp_path: Path
+) -> None:
+    """As when a token is over: the registry now knows the user AWS by another password than moto's."""
+    image("serve-cpu")
+    before = registry.passwords.read_text()
+    registry.passwords.write_text(f"AWS:{HASH[:-1]}n\n")
+    try:
+        said = sentence(push("--target", "serve-cpu", "--output", str(tmp_path / "x"), env=aws.env()))
+    finally:
+        registry.passwords.write_text(before)
+        registry.request("GET", "")  # it has read them again
+    assert re.search(r"The registry refused https://\S+ \(401\)", said)
+    assert PASSWORD not in said

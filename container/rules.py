@@ -1,0 +1,344 @@
+"""SageMaker's rules for hosting, each a function that looks and says what it saw: of an image, a service, other starts.
+
+Sources: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html, batch-transform.html, and
+botocore's service model (Custom-Attributes, MetricsConfig). What is ours and no rule of AWS's is named "recommended".
+"""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from container.engine import docker
+from container.running import Load, Running, picture, running
+
+STARTUP_LIMIT_S = 8 * 60
+PING_LIMIT_S = 2.0
+CONNECT_LIMIT_S = 0.25
+INVOCATION_LIMIT_S = 60
+STOP_LIMIT_S = 30
+MAX_PAYLOAD_BYTES = 25 * 2**20
+LOAD_CLIENTS, LOAD_S = 16, 4
+OTHER_PORT = 9217
+BIND_LABEL = "com.amazonaws.sagemaker.capabilities.accept-bind-to-port"
+MULTI_MODELS_LABEL = "com.amazonaws.sagemaker.capabilities.multi-models"
+CUDA_LABEL = "com.amazonaws.sagemaker.inference.cuda.verified_versions"
+_SAMPLE = re.compile(r'[a-zA-Z_:][\w:]*(\{([a-zA-Z_]\w*="([^"\\]|\\.)*",?)*\})? (\S+)( [\d.]+)?( # \{.*)?')
+"""name{label="value",...} value [timestamp] [exemplar]"""
+
+Result = tuple[bool, str]
+"""Whether a rule holds, and what was seen."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked, with what."""
+
+    image: str
+    model: Path
+    payload: bytes
+    content_type: str
+    environment: dict[str, str]
+    patience_s: float
+    """How long a start that cannot succeed may take until it ends; ours, the platform waits 8 minutes."""
+
+
+def _platform(image: dict[str, Any]) -> Result:
+    seen = f"{image['Os']}/{image['Architecture']}"
+    return seen == "linux/amd64", seen
+
+
+def _media_type(image: dict[str, Any]) -> Result:
+    """An engine with containerd's store tells; the older store holds no manifest and pushes Docker's schema 2."""
+    seen = (image.get("Descriptor") or {}).get("mediaType")
+    if seen is None:
+        return True, "this engine pushes Docker's schema 2"
+    return seen == "application/vnd.docker.distribution.manifest.v2+json", seen
+
+
+def _entrypoint(image: dict[str, Any]) -> Result:
+    words = image["Config"].get("Entrypoint") or []
+    if not words:
+        return False, "there is none, so that `serve` itself is looked for on PATH"
+    shell = len(words) > 1 and Path(words[0]).name in ("sh", "bash") and words[1] == "-c"
+    if shell:
+        return False, f"shell form, which swallows `serve` and SIGTERM: {words}"
+    return Path(words[0]).name != "tini", str(words)
+
+
+def _cuda_label(image: dict[str, Any]) -> Result:
+    """AWS's own images carry it, and steer the host's driver by it (github.com/aws/deep-learning-containers)."""
+    variables = dict(each.partition("=")[::2] for each in image["Config"].get("Env") or [])
+    if variables.get("NVIDIA_VISIBLE_DEVICES", "void") in ("", "void", "none"):
+        return True, "it asks for no GPU (NVIDIA_VISIBLE_DEVICES)"
+    version = (image["Config"].get("Labels") or {}).get(CUDA_LABEL)
+    return re.fullmatch(r"\d+\.\d+(,\d+\.\d+)*", version or "") is not None, f"{CUDA_LABEL}={version}"
+
+
+def _user(image: dict[str, Any]) -> Result:
+    user = image["Config"].get("User") or "root"
+    return user.partition(":")[0] in ("root", "0"), user
+
+
+OF_THE_IMAGE: dict[str, Callable[[dict[str, Any]], Result]] = {
+    "it is for linux/amd64": _platform,
+    "its manifest is no OCI index": _media_type,
+    "ENTRYPOINT is in exec form, and not tini": _entrypoint,
+    "it runs as root": _user,
+    "an image for GPUs says its CUDA version in a label (recommended)": _cuda_label,
+}  # fmt: skip
+
+
+def _works_at_once(service: Running, subject: Subject) -> Result:
+    """The first request after the first 200: a health that came too early shows here."""
+    answer = service.ask("POST", "/invocations", subject.payload, Content_Type=subject.content_type)
+    return answer.status == 200, f"{answer.status} in {answer.seconds:.2f} s: {answer.body[:60]!r}"
+
+
+def _connects(service: Running, _: Subject) -> Result:
+    slowest = 0.0
+    for _attempt in range(20):
+        started_s = time.monotonic()
+        socket.create_connection((service.host, service.port), timeout=5).close()
+        slowest = max(slowest, time.monotonic() - started_s)
+    return slowest < CONNECT_LIMIT_S, f"at most {slowest * 1000:.1f} ms of {CONNECT_LIMIT_S * 1000:.0f}"
+
+
+def _pings(service: Running, _: Subject) -> Result:
+    answers = {method: service.ask(method, "/ping", timeout_s=10) for method in ("GET", "POST")}
+    ok = all(answer.status == 200 and answer.seconds < PING_LIMIT_S for answer in answers.values())
+    return ok, ", ".join(f"{method} {a.status} in {a.seconds * 1000:.0f} ms" for method, a in answers.items())
+
+
+def _pings_under_load(service: Running, subject: Subject) -> Result:
+    answers = []
+    with Load(service, subject.payload, subject.content_type, LOAD_CLIENTS) as load:
+        ends_s = time.monotonic() + LOAD_S
+        while time.monotonic() < ends_s:
+            answers.append(service.ask("GET", "/ping", timeout_s=10))
+            time.sleep(0.1)
+    slowest = max(answer.seconds for answer in answers)
+    ok = slowest < PING_LIMIT_S and all(answer.status == 200 for answer in answers)
+    others = sorted({status for status in load.statuses if status != 200})
+    return ok, (
+        f"at most {slowest * 1000:.0f} ms (n = {len(answers)}) beside {len(load.statuses)} invocations by "
+        f"{LOAD_CLIENTS} clients{f', of which some answered {others}' if others else ''}"
+    )
+
+
+def _ignores_headers(service: Running, subject: Subject) -> Result:
+    answer = service.ask(
+        "POST", "/invocations", subject.payload, Content_Type=f"{subject.content_type}; charset=utf-8",
+        Accept="application/json", X_Amzn_SageMaker_Inference_Id="a" * 64, X_Amzn_SageMaker_Session_Id="s" * 256,
+        X_Amzn_SageMaker_Target_Variant="blue", X_Amzn_SageMaker_Target_Model="m.tar.gz", X_Unheard_Of="x" * 1000,
+    )  # fmt: skip
+    return answer.status == 200, str(answer.status)
+
+
+def _custom_attributes(service: Running, subject: Subject) -> Result:
+    """At most 1,024 visible characters; the caller gets what the container sets."""
+    header = "x-amzn-sagemaker-custom-attributes"
+    sent = f"trace={'x' * 1018}"
+    answer = service.ask(
+        "POST", "/invocations", subject.payload, Content_Type=subject.content_type,
+        X_Amzn_SageMaker_Custom_Attributes=sent,
+    )  # fmt: skip
+    back = answer.headers.get(header)
+    how = "not sent back" if back is None else "sent back" if back == sent else f"sent back as {back[:60]!r}"
+    return answer.status == 200 and back in (None, sent), f"{answer.status}, 1,024 characters {how}"
+
+
+def _answers_under_load(service: Running, subject: Subject) -> Result:
+    with Load(service, subject.payload, subject.content_type, LOAD_CLIENTS) as load:
+        time.sleep(LOAD_S)
+    lost = load.statuses.count(0)
+    ok = bool(load.statuses) and not lost and load.slowest_s < INVOCATION_LIMIT_S
+    return ok, (
+        f"at most {load.slowest_s:.1f} s (n = {len(load.statuses)}) by {LOAD_CLIENTS} clients"
+        f"{f', {lost} without an answer' if lost else ''}"
+    )
+
+
+def _takes_25_mb(service: Running, subject: Subject) -> Result:
+    side = int((MAX_PAYLOAD_BYTES / 3.01) ** 0.5)
+    body = picture(side) if subject.content_type == "image/png" else os.urandom(MAX_PAYLOAD_BYTES)
+    body = body[:MAX_PAYLOAD_BYTES]
+    answer = service.ask("POST", "/invocations", body, INVOCATION_LIMIT_S, Content_Type=subject.content_type)
+    return answer.status not in (0, 413) and answer.status < 500, (
+        f"{len(body):,} bytes: {answer.status} in {answer.seconds:.1f} s"
+    )
+
+
+def _refuses_rubbish(service: Running, subject: Subject) -> Result:
+    answer = service.ask("POST", "/invocations", b"\x00rubbish" * 100, Content_Type=subject.content_type)
+    after = service.ask("GET", "/ping", timeout_s=10).status
+    return 400 <= answer.status < 500 and after == 200, f"{answer.status}, /ping {after} after it"
+
+
+def _tells_batch_transform(service: Running, _: Subject) -> Result:
+    answer = service.ask("GET", "/execution-parameters", timeout_s=10)
+    if answer.status == 404:
+        return True, "404, so batch transform takes the job's own settings"
+    try:
+        said = json.loads(answer.body)
+        wrong = {"MaxConcurrentTransforms", "BatchStrategy", "MaxPayloadInMB"} - said.keys()
+        ok = (
+            answer.status == 200
+            and not wrong
+            and said["BatchStrategy"] in ("SINGLE_RECORD", "MULTI_RECORD", "SingleRecord", "MultiRecord")
+        )
+    except (ValueError, AttributeError):
+        return False, f"{answer.status} {answer.body[:80]!r}"
+    return ok, f"{answer.status} {json.dumps(said)}"
+
+
+def _metrics(service: Running, _: Subject) -> Result:
+    """What MetricsConfig.EnableDetailedObservability has SageMaker scrape (prometheus.io/docs/instrumenting)."""
+    answer = service.ask("GET", "/metrics", timeout_s=10)
+    if answer.status == 404:
+        return True, "404, so SageMaker's detailed metrics are the host's alone"
+    kind = answer.headers.get("content-type", "without a type").partition(";")[0]
+    lines = answer.body.decode(errors="replace").splitlines()
+    samples = [line for line in lines if line.strip() and not line.startswith("#")]
+    wrong = next((line for line in samples if not _SAMPLE.fullmatch(line)), None)
+    if answer.status != 200 or kind not in ("text/plain", "application/openmetrics-text"):
+        return False, f"{answer.status} {kind}"
+    return bool(samples) and wrong is None, f"{len(samples)} samples" if wrong is None else f"no sample: {wrong[:60]!r}"
+
+
+def _several_models(service: Running, subject: Subject) -> Result:
+    """A claim that SageMaker believes: it then loads models over /models, which must be there."""
+    if _labels(subject.image).get(MULTI_MODELS_LABEL) != "true":
+        return True, "it hosts one model"
+    status = service.ask("GET", "/models", timeout_s=10).status
+    return status == 200, f"GET /models answers {status}"
+
+
+def _logs_something(service: Running, _: Subject) -> Result:
+    lines = service.log().splitlines()
+    return bool(lines), f"{len(lines)} lines on stdout and stderr"
+
+
+def _stops(service: Running, subject: Subject) -> Result:
+    """SIGTERM while requests are under way: those that were sent are answered, the exit code is 0."""
+    body = picture(1000) if subject.content_type == "image/png" else subject.payload
+    statuses: list[int] = []
+    sent = threading.Barrier(9)
+
+    def client() -> None:
+        connection = http.client.HTTPConnection(service.host, service.port, timeout=STOP_LIMIT_S)
+        try:
+            connection.request("POST", "/invocations", body, {"Content-Type": subject.content_type})
+            sent.wait(STOP_LIMIT_S)
+            statuses.append(connection.getresponse().status)
+        except (OSError, http.client.HTTPException, threading.BrokenBarrierError):
+            statuses.append(0)
+
+    threads = [threading.Thread(target=client, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    sent.wait(STOP_LIMIT_S)
+    time.sleep(0.05)  # for what lies in the kernel's queue to be accepted
+    started_s = time.monotonic()
+    service.signal("SIGTERM")
+    code = service.wait_for_exit(STOP_LIMIT_S)
+    took_s = time.monotonic() - started_s
+    for thread in threads:
+        thread.join(STOP_LIMIT_S)
+    how = f"still running after {STOP_LIMIT_S} s" if code is None else f"exit code {code} after {took_s:.1f} s"
+    return code == 0 and statuses == [200] * 8, f"{how}, requests under way answered {statuses}"
+
+
+OF_THE_SERVICE: dict[str, Callable[[Running, Subject], Result]] = {
+    "/invocations works as soon as /ping is 200": _works_at_once,
+    "it accepts connections within 250 ms": _connects,
+    "/ping answers GET and POST within 2 s": _pings,
+    "/ping answers within 2 s under load": _pings_under_load,
+    "/invocations answers within 60 s under load": _answers_under_load,
+    "/invocations ignores headers it does not know": _ignores_headers,
+    "Custom-Attributes come back as they were, or not at all": _custom_attributes,
+    "/invocations takes 25 MB": _takes_25_mb,
+    "a payload it cannot read gets 4xx, and harms nothing": _refuses_rubbish,
+    "/execution-parameters is there for batch transform, or 404": _tells_batch_transform,
+    "/metrics is text for Prometheus, or 404 (optional)": _metrics,
+    "what is labelled multi-models answers /models": _several_models,
+    "it logs to stdout or stderr": _logs_something,
+    "SIGTERM: what was accepted is answered, exit code 0 within 30 s": _stops,
+}  # fmt: skip
+TIMED = {
+    "it accepts connections within 250 ms",
+    "/ping answers GET and POST within 2 s",
+    "/ping answers within 2 s under load",
+    "/invocations answers within 60 s under load",
+}
+"""What a machine that is busy with other things may fail once."""
+
+
+def _binds_to_port(subject: Subject, network: str | None) -> Result:
+    environment = {**subject.environment, "SAGEMAKER_BIND_TO_PORT": str(OTHER_PORT)}
+    label = _labels(subject.image).get(BIND_LABEL) == "true"
+    with running(
+        subject.image, model=subject.model, port=OTHER_PORT, network=network, environment=environment
+    ) as service:
+        ready_s, _ = service.wait_until_ready(STARTUP_LIMIT_S if label else subject.patience_s)
+    told = "the label says so" if label else f"the label {BIND_LABEL} is not set"
+    return label, f"/ping 200 on port {OTHER_PORT} after {ready_s:.1f} s, {told}"
+
+
+def _missing_model(subject: Subject, network: str | None) -> Result:
+    with tempfile.TemporaryDirectory() as empty:
+        Path(empty).chmod(0o755)
+        return _refused(subject, Path(empty), ("serve",), network)
+
+
+def _corrupt_model(subject: Subject, network: str | None) -> Result:
+    """The largest file with one byte turned."""
+    with tempfile.TemporaryDirectory() as folder:
+        broken = shutil.copytree(subject.model, Path(folder) / "model")
+        Path(folder).chmod(0o755)
+        largest = max((path for path in broken.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        largest.write_bytes(content)
+        return _refused(subject, broken, ("serve",), network)
+
+
+def _unknown_command(subject: Subject, network: str | None) -> Result:
+    return _refused(subject, subject.model, ("sevre",), network)
+
+
+def _labels(image: str) -> dict[str, str]:
+    return json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image)) or {}
+
+
+def _refused(subject: Subject, model: Path, command: Sequence[str], network: str | None) -> Result:
+    """A start that must end by itself, with a code other than 0 and words."""
+    with running(subject.image, command, model, network=network, environment=subject.environment) as container:
+        code = container.wait_for_exit(subject.patience_s)
+        if code is None:
+            return False, f"it still runs after {subject.patience_s:.0f} s"
+        said = container.log().strip()
+        return code != 0 and bool(said), f"exit code {code}: {_telling_line(said)}"
+
+
+def _telling_line(said: str) -> str:
+    """The first line that speaks of an error, else the last."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["(it wrote nothing)"]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])[:300]
+
+
+OF_OTHER_STARTS: dict[str, Callable[[Subject, str | None], Result]] = {
+    "it listens on SAGEMAKER_BIND_TO_PORT": _binds_to_port,
+    "a missing model ends the start, and it says why": _missing_model,
+    "a damaged model ends the start, and it says why": _corrupt_model,
+    "a command it does not know is refused, and it says so": _unknown_command,
+}  # fmt: skip
