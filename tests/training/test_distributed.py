@@ -35,6 +35,8 @@ def history(folder: Path) -> list[dict[str, float]]:
     "values",
     [
         {"feature_cache": "on", "learning_rate": 1e-3},
+        # Every image's partner is in the other process's share, but for the first one's of the batch of 5.
+        {"batch_size": 14, "mixup": 0.4, "cutmix": 1.0, "learning_rate": 1e-3},
         # 33 images in batches of 14: the last has 5, of which one process gets 3, the other 2.
         pytest.param(
             {
@@ -50,7 +52,7 @@ def history(folder: Path) -> list[dict[str, float]]:
             {"unfreeze_at": 2, "ema_decay": 0.5, "learning_rate": 1e-3, "early_stopping": 5}, marks=pytest.mark.slow
         ),
     ],
-    ids=["cached", "last batch odd", "unfrozen later"],
+    ids=["cached", "mixed", "last batch odd", "unfrozen later"],
 )
 def test_two_processes_train_as_one_and_write_one_artifact(
     settings: Settings, launch: Launch, tmp_path: Path, values: dict[str, object]
