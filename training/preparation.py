@@ -81,7 +81,7 @@ def _features(
     """Cached features for training and validation; None, and why in the log, where the plain loop runs."""
     reason = config.plain_reason()
     if config.feature_cache == "off" or reason:
-        if reason and config.frozen:
+        if reason:
             log.info("feature cache: not used, as %s", reason)
         return None
     torch.manual_seed(config.seed)  # the frozen blocks that `fit` will make
