@@ -1,5 +1,6 @@
 """Single behaviours of the loop: divergence, clipping, early stopping, blended targets, RandAugment, compiling."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,40 @@ def test_label_smoothing_raises_the_least_possible_loss(settings: Settings) -> N
     fitted(settings(side=16, epochs=1, label_smoothing=0.3), smooth)
     assert plain.loss == pytest.approx(0, abs=1e-6)
     assert smooth.loss == pytest.approx(0.3 * 2 / 3 * 50)
+
+
+def test_with_deterministic_every_operation_is_and_two_runs_are_bitwise_equal(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Callback):
+        def on_step_start(self, number: int) -> None:
+            assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # what the run sets is taken back afterwards
+    config = settings(
+        deterministic=True, augment="flip-crop", mixup=0.2, cutmix=1.0, ema_decay=0.9, clip_norm=1.0,
+        unfreeze_at=2, precision="bf16",
+    )  # fmt: skip
+    try:
+        one, other = (fitted(config, Asked()).network.state_dict() for _ in range(2))
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("side", "bf16"), [(16, False), (17, True)])
+def test_bf16_is_not_used_where_a_processors_gradients_are_wrong(
+    settings: Settings, caplog: pytest.LogCaptureFixture, side: int, bf16: bool
+) -> None:
+    watching = Watching()
+    config = settings(side=side, precision="bf16", epochs=1, augment="none")
+    prepared = prepare(config)
+    assert prepared.bf16 == bf16
+    fit(config, prepared, [watching])
+    assert max(before for before, _ in watching.norms) < 1e3  # unwritten memory: up to 1e37
+    said = "training in float32: below 17 px bfloat16 gives wrong gradients on processors"
+    assert (said in caplog.messages) != bf16
 
 
 @pytest.mark.slow
