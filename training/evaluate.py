@@ -187,7 +187,8 @@ def runner(artifact: Artifact, engine: str, device: torch.device) -> Callable[[T
     Raises: ArtifactError, ConfigError.
     """
     if engine == "torch":
-        return network_of(artifact).to(device).eval()
+        network: Callable[[Tensor], Tensor] = network_of(artifact).to(device).eval()
+        return network
     try:
         run = openvino_runner(artifact, engine.removeprefix("openvino-"))
     except ImportError as exc:
