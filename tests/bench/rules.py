@@ -92,7 +92,7 @@ CASES = (
     Case(
         "a twentieth of the images, 50 epochs", ("Overfit", "Overtraining"), {"epochs": 50}, per_class=(0.05,) * 5,
     ),
-    Case("four classes with a fiftieth of their images", ("ClassImbalance",), {"epochs": 2},
+    Case("four classes with a fiftieth of their images", ("ClassImbalance",), {"epochs": 3},
          per_class=(1, 0.02, 0.02, 0.02, 0.02)),
     Case(
         "a step that hangs for 5 s", ("StalledTrainingRule",), {"epochs": 1}, stall_s=5,
