@@ -85,10 +85,11 @@ bench: $(UV) ## measure the service against its peers on a quiet machine: tests/
 	$(UV) sync --frozen --inexact $(DEVELOP)
 	@UV="$(abspath $(UV))" $(PYTHON) -m tests.bench.serving $(BENCH_ARGS)
 
-bench-training: $(UV) ## measure training on a quiet machine: tables in tests/bench/results (half an hour)
+bench-training: $(UV) ## measure training on a quiet machine: tables in tests/bench/results (an hour or two)
 	$(UV) sync --frozen --inexact $(DEVELOP)
 	$(PYTHON) -m tests.bench.training
 	$(PYTHON) -m tests.bench.transfer
+	$(PYTHON) -m tests.bench.rules
 
 check: $(UV) ## lint, formatting, types, lock file, known vulnerabilities; edits nothing
 	$(UV) sync --frozen --inexact $(DEVELOP)

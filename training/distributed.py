@@ -1,7 +1,7 @@
 """Several processes train one network: who takes which images, and the sums over all of them.
 
-Each process takes every world-th image of a global batch. Loss, gradients and batch norm statistics are those of
-the global batch, so that any number of processes makes the same steps up to rounding.
+Each process takes every world-th image of a global batch. Loss, gradients, batch norm statistics and the partners of
+mixup and cutmix are those of the global batch, so that any number of processes makes the same steps up to rounding.
 """
 
 import logging
@@ -47,6 +47,16 @@ class Group(Ranks):
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def whole(self, mine: Tensor, size: int) -> Tensor:
+        """A global batch `[size, ...]` in its order, of which each process has its `share` as `mine`."""
+        if self.world_size == 1:
+            return mine
+        padded = mine.new_zeros(-(-size // self.world_size), *mine.shape[1:])  # shares differ by one image
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return torch.stack(parts, 1).flatten(0, 1)[:size]
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set in any process."""

@@ -32,6 +32,7 @@ class Epochs:
         self._saved_s = time.monotonic()
         self.history: list[EpochMetrics] = []
         self.evaluation: Evaluation | None = None
+        self._from_features = prepared.features is not None
         self._facts: dict[str, Any] = {}
         if checkpoints and group.is_first:
             dataset = prepared.dataset
@@ -78,6 +79,13 @@ class Epochs:
             trainer.start_epoch()
             tell(callbacks, "on_epoch_start", progress.epoch)
             train, validation = self._sources()
+            if self._from_features and not train.from_features:
+                self._from_features = False
+                if self._group.is_first:
+                    log.info(
+                        "epoch %d: trained from images from here on, as cached features are of frozen blocks",
+                        progress.epoch,
+                    )
             try:
                 if not progress.stopped:
                     trainer.train_epoch(train)

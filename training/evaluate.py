@@ -1,7 +1,8 @@
 """`python -m training.evaluate --model DIR_OR_TAR_GZ --data DIR`: figures and report of any artifact on any data set.
 
-Runs the network in float32 over the images, logs one line, and writes evaluation.json, report.html and PNGs. On the
-images that the model was validated on in training, the figures are compared with the manifest's.
+Runs the network over the images, in float32 unless --engine names another, logs one line, and writes evaluation.json,
+report.html and PNGs. On the images that the model was validated on in training, the figures are compared with the
+manifest's of that network. The images may lack some of the model's classes.
 
 Exit status: see `training.entry`; 1 also when the figures differ from the manifest's.
 """
@@ -10,16 +11,17 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from service.model.archive import model_folder
-from service.model.artifact import open_artifact
+from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
 from service.model.images import RgbImage
 from service.model.machine import cores
@@ -30,9 +32,10 @@ from training.data.layouts import open_dataset
 from training.data.loader import Loader
 from training.devices import pick_device
 from training.entry import add_machine_flags, positive, run_command
-from training.errors import DataError, TrainingError
+from training.errors import ConfigError, DataError, TrainingError
 from training.figures import Figures, figures
 from training.logits import BATCH, logits_of
+from training.openvino_runner import openvino_runner
 from training.quantization import described
 from training.report.sources import numbers
 from training.report.write import write_report
@@ -79,7 +82,7 @@ def open_images(manifest: Manifest, data: Path, validation: Path | None, split: 
 
     The images' labels are indices into the manifest's classes, whatever the order of the data set's.
 
-    Raises: DataError naming the classes that only one of the two has.
+    Raises: DataError naming the classes that the model does not know.
     """
     trained = manifest.hyperparameters
     dataset = open_dataset(
@@ -89,16 +92,16 @@ def open_images(manifest: Manifest, data: Path, validation: Path | None, split: 
         broken_files=trained.get("broken_files", "refuse"),
         validation_root=validation,
     )
-    unknown, absent = (
-        [name for name in one if name not in set(other)]
-        for one, other in ((dataset.classes, manifest.classes), (manifest.classes, dataset.classes))
-    )
-    if unknown or absent:
-        parts = [f"unknown to the model: {_listed(unknown)}"] if unknown else []
-        parts += [f"missing in the data: {_listed(absent)}"] if absent else []
+    unknown = [name for name in dataset.classes if name not in set(manifest.classes)]
+    absent = [name for name in manifest.classes if name not in set(dataset.classes)]
+    if unknown:
         raise DataError(
-            f"{data} has {len(dataset.classes)} classes, the model {manifest.name} has {len(manifest.classes)}, "
-            f"and they are not the same ({'; '.join(parts)}); name the folders as the model's classes."
+            f"{data} has classes unknown to the model {manifest.name}: {_listed(unknown)}; name the folders as the "
+            f"model's {len(manifest.classes)} classes ({_listed(absent or manifest.classes)})."
+        )
+    if absent:
+        log.info(
+            "without images of %d of the model's %d classes: %s", len(absent), len(manifest.classes), _listed(absent)
         )
     images = dataset.validation if split == "validation" else dataset.train
     places = {name: k for k, name in enumerate(manifest.classes)}
@@ -114,9 +117,12 @@ def facts_of(dataset: Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures) -> bool | None:
+def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures, engine: str = "torch") -> bool | None:
     """Whether the figures are those of the manifest; None where it tells of other images. Logs which."""
-    stated = numbers(manifest.metrics.get("validation"))
+    if engine == "openvino-int8" and manifest.quantization is not None:  # its accuracy is stated, its loss is not
+        stated = {"accuracy": manifest.quantization.accuracy, "loss": measured.loss}
+    else:
+        stated = numbers(manifest.metrics.get("validation"))
     facts = json.loads(json.dumps(facts_of(dataset)))
     same_data = facts == {name: value for name, value in manifest.dataset.items() if name in facts}
     if split != "validation" or not same_data or not {"accuracy", "loss"} <= set(stated):
@@ -130,6 +136,9 @@ def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures)
         abs(measured.accuracy - stated["accuracy"]) <= ACCURACY_TOLERANCE
         and abs(measured.loss - stated["loss"]) <= LOSS_TOLERANCE
     )
+    if engine == "openvino-bf16":
+        log.info("manifest, float32: accuracy %.2f %%, loss %.4f", 100 * stated["accuracy"], stated["loss"])
+        return None  # rounding alone may change as much as the tolerance
     log.log(
         logging.INFO if agrees else logging.ERROR,
         "manifest: accuracy %.2f %%, loss %.4f: %s",
@@ -147,29 +156,44 @@ def evaluate(options: argparse.Namespace) -> None:
             artifact = open_artifact(folder)
             manifest = artifact.manifest
             artifact.verify()
-            network = network_of(artifact).to(device)
+            run = runner(artifact, options.engine, device)
     except ArtifactError as exc:
         raise TrainingError(str(exc)) from exc
     dataset, images = open_images(manifest, options.data, options.validation, options.split)
     loader = Loader(images, manifest.preprocessing.side_px, options.loader_workers, options.split, device)
-    logits, labels = logits_of(network, loader, device, "evaluating", options.batch_size)
+    logits, labels = logits_of(run, loader, device, "evaluating", options.batch_size)
     measured = figures(logits, labels)
     log.info(
-        "%s: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, ece %.4f, macro_f1 %.4f, n=%d",
-        options.split, 100 * measured.accuracy, 100 * measured.top5_accuracy, measured.loss, measured.ece,
-        measured.macro_f1, measured.n,
+        "%s, %s: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, ece %.4f, macro_f1 %.4f, n=%d",
+        options.split, options.engine, 100 * measured.accuracy, 100 * measured.top5_accuracy, measured.loss,
+        measured.ece, measured.macro_f1, measured.n,
     )  # fmt: skip
-    if manifest.quantization is not None:
+    if manifest.quantization is not None and options.engine != "openvino-int8":
         log.info("int8, as the manifest states: %s", described(manifest.quantization))
     write_report(
         options.output or default_output(options.model), manifest, images, measured,
-        split=options.split, dataset=facts_of(dataset),
+        split=options.split, dataset={**facts_of(dataset), "engine": options.engine},
     )  # fmt: skip
-    if compare(manifest, dataset, options.split, measured) is False:
+    if compare(manifest, dataset, options.split, measured, options.engine) is False:
         raise TrainingError(
             "The figures differ from those the manifest states of the same images; "
             "is this the data, unchanged, that the model was trained on?"
         )
+
+
+def runner(artifact: Artifact, engine: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The function uint8 `[N, S, S, 3]` -> logits `[N, K]` of one of the artifact's networks.
+
+    Raises: ArtifactError, ConfigError.
+    """
+    if engine == "torch":
+        network: Callable[[Tensor], Tensor] = network_of(artifact).to(device).eval()
+        return network
+    try:
+        run = openvino_runner(artifact, engine.removeprefix("openvino-"))
+    except ImportError as exc:
+        raise ConfigError(f"--engine {engine} needs OpenVINO, which cannot be imported ({exc}).") from exc
+    return lambda images: torch.from_numpy(run(images.cpu().numpy()))
 
 
 def default_output(model: Path) -> Path:
@@ -188,6 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--validation", type=Path, help="class folders to evaluate on, instead of a part of --data")
     parser.add_argument("--split", choices=("validation", "train"), default="validation", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder of the report (default: beside the model, -evaluation)")
+    parser.add_argument(
+        "--engine", choices=("torch", "openvino-fp32", "openvino-bf16", "openvino-int8"), default="torch",
+        help="which network, and in which arithmetic: those that the service runs on processors (default: %(default)s, "
+        "in float32)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=BATCH, help="images at once (default: %(default)s)")
     add_machine_flags(parser)
     return run_command(parser, arguments, evaluate)

@@ -64,15 +64,17 @@ class Instrumentation(Settings):
             chosen.append(
                 SmdebugHook(hook_config, self.debugger_folder, self.debugger_interval, self.debugger_activations)
             )
+        observer = None
         if self.observe_every:
             rules = None
             if self.rules != "none":
                 rules = create_rules() if self.rules == "all" else read_rules(Path(self.rules))
-            chosen.append(Observer(self.observe_every, rules, self.observe_modules))
-        if self.tensorboard:
+            observer = Observer(self.observe_every, rules, self.observe_modules)
+            chosen.append(observer)
+        if self.tensorboard:  # after the observer, as it shows the rules' verdicts
             chosen.append(TensorBoardLog())
-        if self.mlflow_uri:  # after the observer, whose verdicts it reports
-            chosen.append(MlflowLog(self.mlflow_uri, run_name=job.name if job else None))
+        if self.mlflow_uri:  # likewise
+            chosen.append(MlflowLog(self.mlflow_uri, run_name=job.name if job else None, observer=observer))
         if self.profile:
             chosen.append(Profiler())
         return chosen

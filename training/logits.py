@@ -1,11 +1,13 @@
-"""Network, images -> logits: one pass in float32, whose logits the figures, the manifest and the report come from."""
+"""Network, images -> logits: one pass, in float32, whose logits the figures, the manifest and the report come from."""
 
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from service.model.network import Network
 from training.data.dataset import Labels
@@ -19,13 +21,20 @@ BATCH = 256
 
 
 def logits_of(
-    network: Network, loader: Loader, device: torch.device, title: str, batch_size: int = BATCH
+    network: Network | Callable[[Tensor], Tensor],
+    loader: Loader,
+    device: torch.device,
+    title: str,
+    batch_size: int = BATCH,
 ) -> tuple[npt.NDArray[np.float32], Labels]:
     """One pass in eval mode, in the loader's order: logits float32 `[N, K]`, labels int64 `[N]`.
 
+    `network`: or any function uint8 `[n, S, S, 3]` -> logits `[n, K]`.
+
     Raises: DataError when an image cannot be read.
     """
-    network.eval()
+    if isinstance(network, Network):
+        network.eval()
     logits, labels, done, last_s = [], [], 0, time.monotonic()
     with torch.inference_mode():
         for images, truth in loader.in_order(batch_size):

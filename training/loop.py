@@ -181,7 +181,10 @@ class Trainer:
         targets, heavier = labels, labels
         if config.mixup or config.cutmix:
             classes = self.network.architecture.num_classes
-            inputs, targets = augment.mix(inputs, labels, classes, plan.draws, config.mixup, config.cutmix)
+            partners = self._partners(inputs, size), self._partners(labels, size)
+            inputs, targets = augment.mix(
+                (inputs, labels), partners, classes, plan.draws, config.mixup, config.cutmix
+            )  # fmt: skip
             heavier = targets.argmax(1)
         if from_features and not self._bf16:
             inputs = inputs.float()
@@ -206,6 +209,10 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
         return step
+
+    def _partners(self, mine: Tensor, size: int) -> Tensor:
+        """Of each image of this process that before it in the global batch, whose order is random."""
+        return self._group.whole(mine, size).roll(1, 0)[self._group.share(size)]
 
     def evaluate(self, source: Source, title: str) -> Evaluation:
         """Loss and accuracy of the weights that would be kept, in eval mode, without augmentation."""

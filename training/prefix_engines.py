@@ -1,7 +1,7 @@
 """Engines for the one pass that fills the feature cache: resized images -> what the frozen blocks make of them.
 
 An engine is a function: uint8 `[n, S, S, 3]` -> bfloat16 `[n, h, w, C]` on the CPU. OpenVINO runs it on CPUs where it
-is installed, else torch; on a GPU torch, in bfloat16 if the run is.
+is installed, else torch; on a GPU torch, in half precision: results are kept in bfloat16, which rounds more than that.
 """
 
 import functools
@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from service.model.network import Network
 from service.model.openvino_graph import core, no_telemetry
 
 log = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -31,23 +34,30 @@ class PrefixEngine:
 
 
 def choose_engine(network: Network, device: torch.device, bf16: bool) -> PrefixEngine:
-    """The fastest at hand; `bf16`: compute in bfloat16, else in float32 (results are stored as bfloat16 either way)."""
+    """The fastest at hand; `bf16`: compute in bfloat16, else in float32, on a GPU in float16."""
     if device.type == "cpu":
         try:
             return _openvino(network, bf16)
         except ImportError:
             log.info("OpenVINO is not installed: torch computes the features, which takes longer")
-    return _torch(network, device, bf16)
+    precision: Precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+    return _torch(network, device, precision)
 
 
-def _torch(network: Network, device: torch.device, bf16: bool) -> PrefixEngine:
+def _torch(network: Network, device: torch.device, precision: Precision) -> PrefixEngine:
     network = network.to(device).to(memory_format=torch.channels_last).eval()
 
-    def run(images: Tensor) -> Tensor:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    def compute(images: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return network.features(images.to(device)).permute(0, 2, 3, 1).to("cpu", torch.bfloat16)
 
-    return PrefixEngine(f"torch-{device.type}-{'bf16' if bf16 else 'fp32'}", 512 if device.type == "cuda" else 64, run)
+    def run(images: Tensor) -> Tensor:
+        features = compute(images, DTYPES[precision])
+        if precision == "fp16" and not torch.isfinite(features).all():  # beyond 65,504, which other types can hold
+            features = compute(images, torch.float32)
+        return features
+
+    return PrefixEngine(f"torch-{device.type}-{precision}", 512 if device.type == "cuda" else 64, run)
 
 
 def _openvino(network: Network, bf16: bool) -> PrefixEngine:

@@ -12,7 +12,7 @@ from training.config import TrainingConfig
 from training.data.dataset import Dataset
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
-from training.devices import has_fast_bf16, pick_device, set_up_torch
+from training.devices import computes_in_bf16, pick_device, set_up_torch
 from training.distributed import ALONE, Group
 from training.errors import ConfigError, DataError
 from training.features import Views, open_cache
@@ -60,7 +60,7 @@ def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device |
     validation = Loader(
         dataset.validation, config.side, config.loader_workers, "validation", device, group.local_world_size
     )
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
+    bf16 = computes_in_bf16(config, device)
     features = _features(config, dataset, train, validation, device, bf16)
     return Prepared(dataset, train, validation, device, bf16, features)
 
@@ -81,7 +81,7 @@ def _features(
     """Cached features for training and validation; None, and why in the log, where the plain loop runs."""
     reason = config.plain_reason()
     if config.feature_cache == "off" or reason:
-        if reason and config.frozen:
+        if reason:
             log.info("feature cache: not used, as %s", reason)
         return None
     torch.manual_seed(config.seed)  # the frozen blocks that `fit` will make

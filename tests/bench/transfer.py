@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from service.model.artifact import open_artifact
 from tests.bench.pictures import selection, unpacked
 from tests.bench.table import save
 from training.config import TrainingConfig
@@ -38,19 +39,10 @@ def _measure(scratch: Path) -> int:
     first = selection(train, scratch / "first", PRETRAINING, 4000)
     second = selection(train, scratch / "second", FINE_TUNING, 2000)
     started_s = time.monotonic()
-    pretrained = run(
-        TrainingConfig(
-            data=first, output=scratch / "pretrained", weights="none", epochs=6, optimizer="adamw", learning_rate=1e-3,
-            batch_size=64, weight_decay=0.01, schedule="one-cycle", precision="auto", augment="flip-crop",
-            quantize="off",
-        )
-    )  # fmt: skip
+    weights = pretrain(first, scratch / "pretrained", epochs=6)
     pretraining_s = time.monotonic() - started_s
-    assert pretrained is not None
-    weights = next(pretrained.folder.glob("weights.*.safetensors"))
-    rows: list[list[object]] = [
-        ["5 classes, nothing frozen", "random", *_figures(pretrained.manifest.metrics), f"{pretraining_s:.0f}"]
-    ]
+    metrics = open_artifact(scratch / "pretrained").manifest.metrics
+    rows: list[list[object]] = [["5 classes, nothing frozen", "random", *_figures(metrics), f"{pretraining_s:.0f}"]]
     accuracies = []
     for name, source in (("those weights", str(weights)), ("random", "none")):
         started_s = time.monotonic()
@@ -77,6 +69,19 @@ def _measure(scratch: Path) -> int:
     )  # fmt: skip
     log.info("pretrained frozen blocks are %+.1f points ahead", margin)
     return 0 if margin >= 10 else 1
+
+
+def pretrain(data: Path, output: Path, epochs: int) -> Path:
+    """Train a whole network from random weights on `data`. Returns: its weights file, in the artifact `output`."""
+    pretrained = run(
+        TrainingConfig(
+            data=data, output=output, weights="none", epochs=epochs, optimizer="adamw", learning_rate=1e-3,
+            batch_size=64, weight_decay=0.01, schedule="one-cycle", precision="auto", augment="flip-crop",
+            quantize="off",
+        )
+    )  # fmt: skip
+    assert pretrained is not None
+    return pretrained.path("weights")
 
 
 def _figures(metrics: dict[str, dict[str, float]]) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,9 @@ import pytest
 from service.model.artifact import open_artifact
 from training.checkpoint import FILE
 from training.config import TrainingConfig
+from training.environment import SageMakerJob
 from training.run import run
+from training.torchrun import command
 
 Settings = Callable[..., TrainingConfig]
 Launch = Callable[..., subprocess.Popen[bytes]]
@@ -35,6 +38,8 @@ def history(folder: Path) -> list[dict[str, float]]:
     "values",
     [
         {"feature_cache": "on", "learning_rate": 1e-3},
+        # Every image's partner is in the other process's share, but for the first one's of the batch of 5.
+        {"batch_size": 14, "mixup": 0.4, "cutmix": 1.0, "learning_rate": 1e-3},
         # 33 images in batches of 14: the last has 5, of which one process gets 3, the other 2.
         pytest.param(
             {
@@ -50,7 +55,7 @@ def history(folder: Path) -> list[dict[str, float]]:
             {"unfreeze_at": 2, "ema_decay": 0.5, "learning_rate": 1e-3, "early_stopping": 5}, marks=pytest.mark.slow
         ),
     ],
-    ids=["cached", "last batch odd", "unfrozen later"],
+    ids=["cached", "mixed", "last batch odd", "unfrozen later"],
 )
 def test_two_processes_train_as_one_and_write_one_artifact(
     settings: Settings, launch: Launch, tmp_path: Path, values: dict[str, object]
@@ -68,6 +73,31 @@ def test_two_processes_train_as_one_and_write_one_artifact(
     assert log.read_text().count("epoch=1/") == 1
     assert len(list(tmp_path.rglob("manifest.json"))) == 2
     assert not list(tmp_path.rglob(f"{FILE}*"))
+
+
+@pytest.mark.slow
+def test_two_hosts_train_as_one_process_and_the_first_writes_the_artifact(
+    settings: Settings, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts, log = ("algo-1", "algo-2"), tmp_path / "log"
+    values = {"batch_size": 14, "learning_rate": 1e-3}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        master = f"127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # see `torchrun.variables`
+    running = []
+    for host in hosts:  # which share no folder but that of the images
+        job = SageMakerJob(None, host, hosts, "lo", tmp_path, tmp_path, None, None, {})
+        line = command("training.train_model", [], 1, job, master)
+        own = settings(**values, output=tmp_path / host / "model", cache_folder=tmp_path / host / "features")
+        running.append(launch(own, log, *line[2:-1]))
+    alone = settings(**values, output=tmp_path / "alone")
+    run(alone)
+    assert [process.wait(LIMIT_S) for process in running] == [0, 0], log.read_text()
+    assert not (tmp_path / "algo-2" / "model" / "manifest.json").exists()
+    for one, together in zip(history(alone.output), history(tmp_path / "algo-1" / "model"), strict=True):
+        for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
+            assert together[name] == pytest.approx(one[name], rel=SAME), name
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from PIL import Image
 
 from service.model.artifact import open_artifact
 from service.model.network import network_of
+from service.model.openvino_graph import core
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
 from training.errors import DataError
@@ -82,7 +83,7 @@ def test_figures_other_than_the_manifests_are_told_and_status_1(
 def test_other_classes_are_refused_by_name(artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = class_folders(tmp_path / "pictures", ("cat", "dog"))
     assert run(artifact, data, tmp_path / "out") == 1
-    assert "unknown to the model: cat, dog; missing in the data: black plain arrow" in caplog.text
+    assert "has classes unknown to the model tiny: cat, dog; name the folders as the model's 100 classes" in caplog.text
     assert not (tmp_path / "out").exists()
 
 
@@ -98,9 +99,54 @@ def test_classes_in_another_order_are_mapped_by_name_and_held_out_as_in_training
     assert [images.file_name(i) for i in range(len(images))] == [held_out.file_name(i) for i in range(len(held_out))]
     assert [manifest.classes[k] for k in images.labels] == ["ant", "ant", "bee", "bee", "cow", "cow"]
     assert images.payload(0) == held_out.payload(0)
-    other = manifest.model_copy(update={"classes": ("cow", "ant", "bee", "elk")})
-    with pytest.raises(DataError, match=r"3 classes.*has 4.*missing in the data: elk"):
-        open_images(other, data, None, "validation")
+    more = manifest.model_copy(update={"classes": ("cow", "elk", "ant", "bee")})
+    _, images = open_images(more, data, None, "validation")
+    assert [more.classes[k] for k in images.labels] == ["ant", "ant", "bee", "bee", "cow", "cow"]
+    fewer = manifest.model_copy(update={"classes": ("cow", "ant")})
+    with pytest.raises(DataError, match=r"unknown to the model tiny: bee; name the folders as the model's 2 classes"):
+        open_images(fewer, data, None, "validation")
+
+
+def test_images_of_a_part_of_the_classes_are_evaluated(
+    artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    known = open_artifact(artifact).manifest.classes
+    data = class_folders(tmp_path / "pictures", (known[7], known[90]), count=3)
+    flags = ("--validation", str(data))
+    assert run(artifact, data, tmp_path / "out", *flags) == 0
+    assert "without images of 98 of the model's 100 classes: " in caplog.text
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["n"] == 6
+    assert [k for k, each in enumerate(written["classes"]) if each["n"]] == [7, 90]
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("engine", ["openvino-fp32", "openvino-bf16", "openvino-int8"])
+def test_the_networks_that_the_service_runs_are_evaluated(
+    int8_artifact: Path, sample_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, engine: str
+) -> None:
+    if engine == "openvino-bf16" and "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor does not compute in bfloat16")
+    caplog.set_level("INFO")
+    assert run(int8_artifact, sample_root, tmp_path / "out", "--engine", engine) == 0
+    stated = open_artifact(int8_artifact).manifest
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert written["dataset"]["engine"] == engine
+    assert stated.quantization is not None
+    if engine == "openvino-int8":
+        assert written["accuracy"] == pytest.approx(stated.quantization.accuracy)
+        assert "they agree" in caplog.text
+    else:
+        near = 0.002 if engine == "openvino-fp32" else 0.1
+        assert written["loss"] == pytest.approx(stated.metrics["validation"]["loss"], abs=near)
+
+
+def test_int8_of_a_model_that_has_none_is_refused(
+    artifact: Path, sample_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(artifact, sample_root, tmp_path / "out", "--engine", "openvino-int8") == 1
+    assert "The artifact has no int8 network; `python -m training.quantize` adds one." in caplog.text
 
 
 def test_logits_do_not_depend_on_the_batch(artifact: Path, sample_root: Path) -> None:

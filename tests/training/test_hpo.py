@@ -53,6 +53,22 @@ def test_a_study_over_the_real_training_writes_best_json(tuned: tuple[Path, list
     )  # fmt: skip
 
 
+def test_all_trials_train_from_one_feature_cache_and_so_does_the_next_study(
+    sample_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    cached = [*SMALL[:-1], "on", "--cache-folder", str(tmp_path / "features"), "--data", str(sample_root)]
+    cached += ["--trials", "3", "--batch-sizes", "50,100", "--epochs", "1"]
+    assert main([*cached, "--output", str(tmp_path / "first")]) == 0
+    said = [line for line in caplog.messages if line.startswith("feature cache: ")]
+    assert ["computed by" in line for line in said] == [True, True]  # training and validation images, once each
+    assert sum("from cached features" in line for line in caplog.messages) == 3
+    caplog.clear()
+    assert main([*cached, "--output", str(tmp_path / "second")]) == 0
+    said = [line for line in caplog.messages if line.startswith("feature cache: ")]
+    assert ["found and verified" in line for line in said] == [True, True]
+
+
 def test_training_with_best_json_reaches_what_the_trial_reached(
     tuned: tuple[Path, list[str]], sample_root: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Single behaviours of the loop: divergence, clipping, early stopping, blended targets, RandAugment, compiling."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,18 +120,24 @@ def test_an_average_is_what_is_evaluated_and_exported(settings: Settings) -> Non
     assert told["validation"]["loss"] == pytest.approx(told["history"][-1]["validation_loss"], rel=1e-4)
 
 
+def mix(
+    images: torch.Tensor, labels: torch.Tensor, classes: int, draws: Draws, mixup: float, cutmix: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return augment.mix((images, labels), (images.roll(1, 0), labels.roll(1)), classes, draws, mixup, cutmix)
+
+
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
 @pytest.mark.parametrize("count", [2, 7])
 def test_blended_targets_are_probabilities_and_images_stay_in_range(mixup: float, cutmix: float, count: int) -> None:
     images = torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8)
     before, labels = images.clone(), torch.arange(count) % 3
     for seed in range(20):
-        mixed, targets = augment.mix(images, labels, 3, draws(seed, count), mixup, cutmix)
+        mixed, targets = mix(images, labels, 3, draws(seed, count), mixup, cutmix)
         assert (mixed.shape, mixed.dtype, targets.shape) == (images.shape, torch.float32, (count, 3))
         torch.testing.assert_close(targets.sum(1), torch.ones(count))
         assert 0 <= float(targets.min()) <= float(targets.max()) <= 1
         assert 0 <= float(mixed.min()) <= float(mixed.max()) <= 255
-        again, _ = augment.mix(images, labels, 3, draws(seed, count), mixup, cutmix)
+        again, _ = mix(images, labels, 3, draws(seed, count), mixup, cutmix)
         assert torch.equal(mixed, again)
     assert torch.equal(images, before)
 
@@ -138,7 +145,7 @@ def test_blended_targets_are_probabilities_and_images_stay_in_range(mixup: float
 def test_a_patchs_share_of_the_image_is_its_share_of_the_target() -> None:
     images = torch.stack([torch.zeros(16, 16, 3), torch.full((16, 16, 3), 255.0)]).to(torch.uint8)
     for seed in range(20):
-        mixed, targets = augment.mix(images, torch.tensor([0, 1]), 2, draws(seed, 2), 0.0, 1.0)
+        mixed, targets = mix(images, torch.tensor([0, 1]), 2, draws(seed, 2), 0.0, 1.0)
         bright = (mixed == 255).float().mean((1, 2, 3))
         torch.testing.assert_close(targets[:, 1], bright)
 
@@ -168,6 +175,40 @@ def test_label_smoothing_raises_the_least_possible_loss(settings: Settings) -> N
     fitted(settings(side=16, epochs=1, label_smoothing=0.3), smooth)
     assert plain.loss == pytest.approx(0, abs=1e-6)
     assert smooth.loss == pytest.approx(0.3 * 2 / 3 * 50)
+
+
+def test_with_deterministic_every_operation_is_and_two_runs_are_bitwise_equal(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Callback):
+        def on_step_start(self, number: int) -> None:
+            assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # what the run sets is taken back afterwards
+    config = settings(
+        deterministic=True, augment="flip-crop", mixup=0.2, cutmix=1.0, ema_decay=0.9, clip_norm=1.0,
+        unfreeze_at=2, precision="bf16",
+    )  # fmt: skip
+    try:
+        one, other = (fitted(config, Asked()).network.state_dict() for _ in range(2))
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("side", "bf16"), [(16, False), (17, True)])
+def test_bf16_is_not_used_where_a_processors_gradients_are_wrong(
+    settings: Settings, caplog: pytest.LogCaptureFixture, side: int, bf16: bool
+) -> None:
+    watching = Watching()
+    config = settings(side=side, precision="bf16", epochs=1, augment="none")
+    prepared = prepare(config)
+    assert prepared.bf16 == bf16
+    fit(config, prepared, [watching])
+    assert max(before for before, _ in watching.norms) < 1e3  # unwritten memory: up to 1e37
+    said = "training in float32: below 17 px bfloat16 gives wrong gradients on processors"
+    assert (said in caplog.messages) != bf16
 
 
 @pytest.mark.slow

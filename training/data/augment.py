@@ -9,6 +9,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from training.randomness import Draws
 
+Labelled = tuple[Tensor, Tensor]
+"""Images `[N, S, S, 3]` and labels int64 `[N]`."""
+
 CROP_SHARE = 8
 """A crop shifts the image by up to a CROP_SHARE-th of its side: 4 of 32 px, as He et al. 2015 (4.2) do."""
 
@@ -50,32 +53,31 @@ def rand_augment(batch: Tensor, draws: "Draws") -> Tensor:
 
 
 def mix(
-    batch: Tensor, labels: Tensor, num_classes: int, draws: "Draws", mixup: float, cutmix: float
+    batch: Labelled, others: Labelled, num_classes: int, draws: "Draws", mixup: float, cutmix: float
 ) -> tuple[Tensor, Tensor]:
-    """Blend (mixup) or patch (cutmix) each image with another of the batch; with both, one of them at random.
+    """Blend (mixup) or patch (cutmix) each image with its partner in `others`; with both, one of them at random.
 
-    `mixup`, `cutmix`: alpha of their Beta distribution, 0 to leave it out (Zhang et al. 2017,
-    https://arxiv.org/abs/1710.09412; Yun et al. 2019, https://arxiv.org/abs/1905.04899). With several processes each
-    mixes within its share of the batch.
+    `batch`, `others`: images uint8 `[N, S, S, 3]` and labels int64 `[N]`. `mixup`, `cutmix`: alpha of their Beta
+    distribution, 0 to leave it out (Zhang et al. 2017, https://arxiv.org/abs/1710.09412; Yun et al. 2019,
+    https://arxiv.org/abs/1905.04899).
 
     Returns: images float32 `[N, S, S, 3]` in 0..255, and the probabilities of the classes, float32 `[N, K]`.
     """
     patch = cutmix > 0 and (mixup == 0 or draws.number() < 0.5)
     alpha = cutmix if patch else mixup
     kept = _beta(alpha, draws)
-    images = batch.float()
-    others = images.roll(1, 0)
+    images, other_images = batch[0].float(), others[0].float()
     if patch:
-        side = batch.shape[1]
+        side = images.shape[1]
         half = side * math.sqrt(1 - kept) / 2
         places = [draws.number() * side for _ in range(2)]  # of the patch's centre; what lies outside is cut off
         (top, bottom), (left, right) = ((max(0, round(at - half)), min(side, round(at + half))) for at in places)
-        images[:, top:bottom, left:right] = others[:, top:bottom, left:right]
+        images[:, top:bottom, left:right] = other_images[:, top:bottom, left:right]
         kept = 1 - (bottom - top) * (right - left) / (side * side)
     else:
-        images = images * kept + others * (1 - kept)
-    targets = torch.nn.functional.one_hot(labels, num_classes).float()  # [N, K]
-    return images, targets * kept + targets.roll(1, 0) * (1 - kept)
+        images = other_images.lerp(images, kept)  # rounding never leads out of 0..255
+    targets, other_targets = (torch.nn.functional.one_hot(labels, num_classes) for _, labels in (batch, others))
+    return images, targets * kept + other_targets * (1 - kept)  # [N, K]
 
 
 def _beta(alpha: float, draws: "Draws") -> float:

@@ -1,21 +1,33 @@
 """MLflow: settings, metrics by step and the rules' verdicts go to a tracking server (or SageMaker's MLflow).
 
+So do figures of the weights, gradients and activations that an observer saw; MLflow has no histograms.
+
 What the server does must not end training: at its first failure there is one warning, and nothing more is sent.
 """
 
 import json
 import logging
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from training.callbacks import Callback, RunContext, Step, StopTraining
 from training.debugging import verdicts
+from training.debugging.observations import Observation
+from training.debugging.observer import Observer
 from training.evaluation import EpochMetrics
 
 log = logging.getLogger(__name__)
 
+FIGURES = {
+    "weight": ("l2", "update_ratio"), "gradient": ("l2", "mean_abs"),
+    "activation_input": ("mean", "std"), "activation_output": ("mean", "zeros"),
+}  # fmt: skip
+"""What is sent of each kind of observation."""
+MAX_METRICS = 1000
+"""MLflow takes no more in a request."""
 MAX_PARAM_CHARACTERS = 6000
 """MLflow refuses longer values."""
 
@@ -24,10 +36,19 @@ class MlflowLog(Callback):
     """Sends a run to `tracking_uri` ("http://host:5000", an ARN of SageMaker's MLflow, "sqlite:///mlflow.db")."""
 
     def __init__(
-        self, tracking_uri: str, experiment: str = "resnet34", run_name: str | None = None, interval: int = 50
+        self,
+        tracking_uri: str,
+        experiment: str = "resnet34",
+        run_name: str | None = None,
+        interval: int = 50,
+        observer: Observer | None = None,
     ) -> None:
-        """`interval`: steps between batch metrics; each is a request of some milliseconds that training waits for."""
+        """`interval`: steps between batch metrics; each is a request of some milliseconds that training waits for.
+
+        `observer`: told before this one; at the steps that it observes, figures of what it saw are sent.
+        """
         self._uri, self._experiment, self._run_name, self._interval = tracking_uri, experiment, run_name, interval
+        self._observer = observer
         self._client: Any = None
         self.run_id: str | None = None
         """MLflow's id of the run, once it has started."""
@@ -46,6 +67,9 @@ class MlflowLog(Callback):
                 "batch_loss": step.loss, "batch_accuracy": step.accuracy, "learning_rate": step.learning_rate,
             }  # fmt: skip
             self._try(lambda: self._metrics(figures, step.number))
+        seen = self._observer.latest if self._observer is not None else []
+        if self._client is not None and seen and seen[0].step == step.number:
+            self._try(lambda: self._metrics(tensor_metrics(seen), step.number))
 
     def on_epoch_end(self, metrics: EpochMetrics) -> None:
         """See `Callback`."""
@@ -82,7 +106,8 @@ class MlflowLog(Callback):
 
         now_ms = int(time.time() * 1000)
         entries = [Metric(name, float(value), now_ms, step) for name, value in figures.items()]
-        self._client.log_batch(self.run_id, metrics=entries)
+        for start in range(0, len(entries), MAX_METRICS):
+            self._client.log_batch(self.run_id, metrics=entries[start : start + MAX_METRICS])
 
     def _end(self, error: BaseException | None) -> None:
         if self._client is None:
@@ -106,3 +131,13 @@ class MlflowLog(Callback):
         except Exception as exc:  # noqa: BLE001  # a server can fail in any way; the log line hands it on
             log.warning("MLflow at %s failed, nothing more is sent to it: %s", self._uri, exc)
             self._client = None
+
+
+def tensor_metrics(seen: Sequence[Observation]) -> dict[str, float]:
+    """The finite ones of FIGURES, named as `gradient/Network_layer4.0.conv1.weight/l2`."""
+    return {
+        f"{observation.kind}/{observation.name.removeprefix('gradient/')}/{figure}": observation.stats[figure]
+        for observation in seen
+        for figure in FIGURES.get(observation.kind, ())
+        if math.isfinite(observation.stats.get(figure, math.nan))
+    }

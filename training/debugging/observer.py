@@ -45,6 +45,8 @@ class Observer(Callback):
         self._predicted: Tensor | None = None
         self._last_step = 0
         self._file: ObservationFile | None = None
+        self.latest: list[Observation] = []
+        """What was seen of the step that was observed last."""
 
     def on_run_start(self, context: RunContext) -> None:
         """See `Callback`."""
@@ -105,9 +107,9 @@ class Observer(Callback):
         self._labels[0] += torch.bincount(step.labels, minlength=self._labels.shape[1])
         if self._observed(step.number):
             self._unhook()
-            seen = self._seen(step)
+            self.latest = self._seen(step)
             self._clear()
-            self._publish(seen)
+            self._publish(self.latest)
         if self._rules is not None:
             self._rules.check_stalled()
 

@@ -1,12 +1,21 @@
-"""TensorBoard: scalars of steps and epochs, histograms of weights and gradients. `tensorboard --logdir FOLDER`."""
+"""TensorBoard: `tensorboard --logdir FOLDER` shows what a run was like.
 
+Scalars of steps and epochs, histograms of weights, gradients and the outputs of observed activations, and the rules'
+verdicts as text.
+"""
+
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from training.callbacks import Callback, RunContext, Step
+from training.debugging import verdicts
+from training.debugging.observer import observed_modules
 from training.evaluation import EpochMetrics
 
 log = logging.getLogger(__name__)
@@ -26,6 +35,7 @@ class TensorBoardLog(Callback):
         self._log_dir, self._intervals = log_dir, (scalar_interval, histogram_interval)
         self._writer: Any = None
         self._last_step = 0
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def on_run_start(self, context: RunContext) -> None:
         """See `Callback`. Short runs get their points too: ten an epoch, and histograms each epoch."""
@@ -39,12 +49,21 @@ class TensorBoardLog(Callback):
             return
         self._context = context
         self._trained = {name: p for name, p in context.network.named_parameters() if p.requires_grad}
+        self._modules = observed_modules(context.network)
         folder = self._log_dir or context.folder / "tensorboard"
         # purge_step: what an earlier part of a resumed run wrote from there on is no longer shown.
         self._writer = SummaryWriter(str(folder), purge_step=context.first_step if context.first_step > 1 else None)
 
+    def on_step_start(self, number: int) -> None:
+        """See `Callback`. Hooks sit on the network during the steps that have histograms only."""
+        if self._writer is None or number % self._intervals[1]:
+            return
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._output_hook(f"activations/{name}", number)))
+
     def on_backward_end(self, step: Step) -> None:
         """See `Callback`."""
+        self._unhook()
         if self._writer is None or step.number % self._intervals[1]:
             return
         with torch.no_grad():
@@ -75,9 +94,35 @@ class TensorBoardLog(Callback):
 
     def on_run_end(self, error: BaseException | None) -> None:
         """See `Callback`."""
+        self._unhook()
         if self._writer is not None:
+            self._verdicts()
             self._writer.close()
             self._writer = None
+
+    def _verdicts(self) -> None:
+        """What the rules found, where an observer that was told before this one has written it."""
+        try:
+            entries = json.loads((self._context.folder / verdicts.FILE).read_text(encoding="utf-8"))["rules"]
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            found = "".join(
+                f"\n\nstep {each['step']}, {each['tensor']}: {each['message']}" for each in entry["firings"]
+            )
+            self._writer.add_text(f"rules/{entry['rule']}", entry["status"] + found, self._last_step)
+
+    def _output_hook(self, name: str, step: int) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):  # of a module that is used twice, the histogram has both
+                self._histogram(name, output, step)
+
+        return look
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _histogram(self, name: str, tensor: torch.Tensor, step: int) -> None:
         flat = tensor.detach().flatten()

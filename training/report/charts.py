@@ -189,8 +189,8 @@ class _Axis:
 
     def ticks(self, show: Show) -> tuple[Tick, ...]:
         step = _round_step((self._high - self._low) / 5)
-        if self._whole:
-            step = max(1.0, step)
+        if self._whole:  # there is no step 2.5
+            step = max(1.0, step) if step != 2.5 else 5.0
         first, last = math.ceil(self._low / step - 1e-9), math.floor(self._high / step + 1e-9)
         return tuple(Tick(self.place(i * step), show(i * step)) for i in range(first, last + 1))
 

@@ -28,6 +28,23 @@ def test_scalars_and_histograms_can_be_read_back(train: Any, small: Any, points:
     assert [event.step for event in events.Scalars("epoch/validation_accuracy")] == [5, 10]
     assert [event.step for event in events.Histograms("gradients/hidden.weight")] == [5, 10]
     assert "weights/bn.bias" in events.Tags()["histograms"]
+    assert [event.step for event in events.Histograms("activations/relu")] == [5, 10]
+    assert events.Histograms("activations/relu")[0].histogram_value.min == 0
+
+
+def test_tensorboard_has_the_rules_verdicts_as_text(train: Any, small: Any, points: Any) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(small(), points(200), [Observer(1, create_rules()), TensorBoardLog()], learning_rate=0.0)
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+
+    def told(rule: str) -> str:
+        (event,) = events.Tensors(f"rules/{rule}/text_summary")
+        return str(event.tensor_proto.string_val[0].decode())
+
+    assert told("DeadRelu") == "NoIssuesFound"
+    assert told("UnchangedTensor").startswith("IssuesFound\n\nstep 22, ")
 
 
 def test_mlflow_gets_settings_metrics_and_verdicts(
@@ -36,8 +53,9 @@ def test_mlflow_gets_settings_metrics_and_verdicts(
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the one store that is quick to make
     uri = (tmp_path / "mlruns").as_uri()
-    logger = MlflowLog(uri, experiment="tests", interval=2)
-    run = train(small(), points(200), [Observer(1, create_rules()), logger], learning_rate=0.0)
+    observer = Observer(10, create_rules())
+    logger = MlflowLog(uri, experiment="tests", interval=2, observer=observer)
+    run = train(small(), points(200), [observer, logger], epochs=6, learning_rate=0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from mlflow import MlflowClient
@@ -45,10 +63,13 @@ def test_mlflow_gets_settings_metrics_and_verdicts(
         client = MlflowClient(uri)
         kept = client.get_run(str(logger.run_id))
         losses = client.get_metric_history(str(logger.run_id), "batch_loss")
+        norms = client.get_metric_history(str(logger.run_id), "gradient/Small_hidden.weight/l2")
     assert kept.info.status == "FINISHED"
-    assert kept.data.params["learning_rate"] and kept.data.params["epochs"] == "4"
-    assert [metric.step for metric in losses] == list(range(2, 41, 2))
+    assert kept.data.params["learning_rate"] and kept.data.params["epochs"] == "6"
+    assert [metric.step for metric in losses] == list(range(2, 61, 2))
     assert [metric.value for metric in losses] == pytest.approx(run.losses[1::2])
+    assert [metric.step for metric in norms] == [1, *range(10, 61, 10)] and norms[0].value > 0
+    assert {"weight/Small_bn.bias/l2", "activation_output/relu_output_0/zeros"} <= set(kept.data.metrics)
     assert kept.data.tags["rule.UnchangedTensor"] == "IssuesFound"
     assert kept.data.tags["rule.DeadRelu"] == "NoIssuesFound"
 
