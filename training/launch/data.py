@@ -44,16 +44,15 @@ class Channel:
         return sum(path.stat().st_size for _, path in self.files)
 
 
-def channels_of(data: Path, validation: Path | None = None, weights: Path | None = None) -> list[Channel]:
-    """The channels that these places are. Raises: ConfigError."""
-    channels = [Channel("train", tuple(_files(data)))]
-    if validation is not None:
-        channels.append(Channel("validation", tuple(_files(validation))))
-    if weights is not None:
-        if not weights.is_file():
-            raise ConfigError(f"--weights {weights}: there is no such file.")
-        channels.append(Channel("weights", ((weights.name, weights),)))
-    return channels
+def channel_of(name: str, place: Path) -> Channel:
+    """The channel that a place here is: a folder, or of weights a file. Raises: ConfigError where there is none."""
+    if name != "weights":
+        if not place.is_dir():
+            raise ConfigError(f"--{'data' if name == 'train' else name} {place}: there is no such folder.")
+        return Channel(name, tuple(_files(place)))
+    if not place.is_file():
+        raise ConfigError(f"--weights {place}: there is no such file; allowed are a file, imagenet and none.")
+    return Channel(name, ((place.name, place),))
 
 
 def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refuse") -> str:
@@ -160,8 +159,6 @@ def fetch(aws: Aws, uri: str, target: Path) -> Path:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    if not folder.is_dir():
-        raise ConfigError(f"--data {folder}: there is no such folder.")
     if folder.name == CIFAR100:
         folder = folder.parent
     inner = folder / CIFAR100
@@ -173,8 +170,11 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _hashed(channel: Channel) -> dict[str, str]:
     def one(key: str, path: Path) -> tuple[str, str]:
-        with path.open("rb") as file:
-            return key, hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                return key, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as exc:
+            raise DataError(f"{path} cannot be read: {exc.strerror}.") from exc
 
     found = progress(_in_threads(one, list(channel.files)), f"reading {channel.name}", total=len(channel.files))
     return dict(sorted(found))

@@ -11,7 +11,7 @@ from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
 from training.launch import cost, data, images, jobs, roles, tuning
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
-from training.launch.names import Project
+from training.launch.names import Project, split_uri
 from training.launch.opening import Options, as_json, opened
 from training.launch.session import Aws
 from training.tuning.config import TuningConfig, split_tuning
@@ -24,20 +24,21 @@ PLACES = ("data", "validation", "output", "run_folder", "checkpoints", "cache_fo
 
 def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
     """The input channels, uploaded unless they are S3 addresses or this is a dry run. Raises: TrainingError."""
-    found = {
-        name: value if value.endswith("/") else f"{value}/"
-        for name, value in (("train", options.data), ("validation", options.validation), ("weights", options.weights))
-        if value and value.startswith("s3://")
-    }
-    weights = Path(options.weights) if is_file(options.weights) else None
-    if "train" in found:
-        local = [data.Channel("weights", ((weights.name, weights),))] if weights else []
-    else:
-        validation = None if "validation" in found or not options.validation else Path(options.validation)
-        log.info("data: %s", data.check(Path(options.data), validation))
-        local = data.channels_of(Path(options.data), validation, weights)
+    weights = None if options.weights in ("imagenet", "none") else options.weights
+    places = {"train": options.data, "validation": options.validation, "weights": weights}
+    there = {name: place for name, place in places.items() if place and place.startswith("s3://")}
+    here = {name: Path(place) for name, place in places.items() if place and name not in there}
+    if options.validation and ("train" in there) != ("validation" in there):
+        raise ConfigError(
+            f"--data {options.data} --validation {options.validation}: one is in S3 and the other here, so they cannot "
+            "be checked together; give two folders or two s3:// addresses."
+        )
+    local = [data.channel_of(name, place) for name, place in here.items()]
+    if "train" in here:
+        log.info("data: %s", data.check(here["train"], here.get("validation")))
     if not options.dry_run and local:
         data.ensure_bucket(aws, project)
+    found = {name: s3_channel(name, uri) for name, uri in there.items()}
     for channel in local:
         if options.dry_run:
             found[channel.name] = project.uri("data", data.prefix_of(channel))
@@ -49,9 +50,13 @@ def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
     return found
 
 
-def is_file(weights: str | None) -> bool:
-    """Whether --weights names a file, rather than `imagenet`, `none` or an S3 address."""
-    return bool(weights) and weights not in ("imagenet", "none") and not str(weights).startswith("s3://")
+def s3_channel(name: str, uri: str) -> str:
+    """The address as AWS takes it, as a prefix: that of a folder ends with a slash, weights may be one object.
+
+    Raises: ConfigError where it is no S3 address.
+    """
+    split_uri(uri)
+    return uri if name == "weights" or uri.endswith("/") else f"{uri}/"
 
 
 def hyperparameters(
