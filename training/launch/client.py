@@ -28,7 +28,7 @@ from service.model.images import MEDIA_TYPES
 from training.errors import ConfigError
 from training.launch.errors import THROTTLED, AwsError, LaunchError
 from training.launch.names import split_uri
-from training.launch.session import READ_TIMEOUT_S, Aws
+from training.launch.session import READ_TIMEOUT_S, Aws, read_body
 
 log = logging.getLogger("training")
 
@@ -132,6 +132,7 @@ class EndpointTarget:
             answer = self._client.invoke_endpoint(
                 EndpointName=self._endpoint, Body=body, ContentType=media_type, Accept=accept
             )
+            content = read_body(answer, "sagemaker-runtime", "InvokeEndpoint")
         except ClientError as exc:  # ModelError, see `session`: the container's own answer
             original = exc.response.get("OriginalStatusCode", 500)
             return Reply(int(original), {}, str(exc.response.get("OriginalMessage", exc)).encode())
@@ -146,7 +147,7 @@ class EndpointTarget:
                 raise Unanswered(str(exc)) from exc
             raise
         headers = answer["ResponseMetadata"]["HTTPHeaders"]
-        return Reply(200, headers, answer["Body"].read())
+        return Reply(200, headers, content)
 
 
 class AsyncTarget:
@@ -183,7 +184,7 @@ class AsyncTarget:
 def _content(s3: Any, uri: str) -> bytes | None:
     bucket, key = split_uri(uri)
     try:
-        return bytes(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+        return read_body(s3.get_object(Bucket=bucket, Key=key), "s3", "GetObject")
     except AwsError as exc:
         if exc.is_missing or exc.is_denied:  # S3 says "denied" of what is missing, without ListBucket
             return None

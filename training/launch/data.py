@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
+from botocore.exceptions import BotoCoreError
 
 from training.data.folder import BrokenFiles
 from training.data.layouts import CIFAR100, open_dataset
 from training.errors import ConfigError, DataError
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project, digest, split_uri
-from training.launch.session import Aws
+from training.launch.session import Aws, unreachable
 from training.progress import progress
 
 log = logging.getLogger("training")
@@ -151,6 +153,8 @@ def fetch(aws: Aws, uri: str, target: Path) -> Path:
         if exc.is_missing:
             raise LaunchError(f"{uri} is not there; did the job that writes it end well?") from exc
         raise
+    except (BotoCoreError, Boto3Error) as exc:  # its body broke off, again and again; some are OSErrors too
+        raise unreachable("s3", "GetObject", exc) from exc
     except OSError as exc:
         raise LaunchError(f"{target} cannot be written: {exc.strerror or exc}.") from exc
     finally:
