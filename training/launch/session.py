@@ -32,7 +32,10 @@ from training.errors import ConfigError
 from training.launch.errors import AGAIN, AwsError, refused
 
 TRIES = 6
-"""How often a throttled or failed call is made in all, waiting twice as long each time (botocore's standard mode)."""
+"""How often a throttled or failed call is made in all, waiting twice as long each time (botocore's standard mode).
+
+An invocation is made once: `client.py` tries it again itself, as the container asks for.
+"""
 READ_TIMEOUT_S = 70
 """Above the 60 s that an invocation may take."""
 
@@ -128,7 +131,10 @@ class Aws:
                     service,
                     region_name=key[1],
                     config=Config(
-                        retries={"mode": "standard", "total_max_attempts": TRIES},
+                        retries={
+                            "mode": "standard",
+                            "total_max_attempts": 1 if service == "sagemaker-runtime" else TRIES,
+                        },
                         connect_timeout=10,
                         read_timeout=READ_TIMEOUT_S,
                         max_pool_connections=64,
