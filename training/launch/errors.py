@@ -36,9 +36,9 @@ _PREFIXES = {
 }  # fmt: skip
 """What IAM calls services that botocore calls otherwise."""
 _S3 = {
-    "HeadBucket": "ListBucket", "ListObjectsV2": "ListBucket", "HeadObject": "GetObject", "DeleteObjects": "DeleteObject",
-    "CreateMultipartUpload": "PutObject", "UploadPart": "PutObject", "CompleteMultipartUpload": "PutObject",
-    "PutPublicAccessBlock": "PutBucketPublicAccessBlock",
+    "HeadBucket": "ListBucket", "ListObjectsV2": "ListBucket", "HeadObject": "GetObject",
+    "DeleteObjects": "DeleteObject", "CreateMultipartUpload": "PutObject", "UploadPart": "PutObject",
+    "CompleteMultipartUpload": "PutObject", "PutPublicAccessBlock": "PutBucketPublicAccessBlock",
 }  # fmt: skip
 """S3's operations whose permission has another name.
 

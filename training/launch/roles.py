@@ -138,14 +138,22 @@ def find_role(aws: Aws, project: Project, given: str | None) -> str:
 
 
 def trusts_sagemaker(role: dict[str, Any]) -> bool:
-    """Whether the role's trust policy lets SageMaker take it."""
+    """Whether the role's trust policy lets SageMaker take it. Services must be named: a principal `*` is no service."""
     policy = role.get("AssumeRolePolicyDocument") or {}
     document = json.loads(policy) if isinstance(policy, str) else policy
-    for statement in document.get("Statement", ()):
-        services = statement.get("Principal", {}).get("Service", ())
-        if statement.get("Effect") == "Allow" and SERVICE in ([services] if isinstance(services, str) else services):
+    for statement in _listed(document.get("Statement")):
+        principal = statement.get("Principal")
+        services = principal.get("Service") if isinstance(principal, dict) else None
+        if statement.get("Effect") == "Allow" and SERVICE in _listed(services):
             return True
     return False
+
+
+def _listed(value: Any) -> list[Any]:
+    """What a policy may state as one thing or as a list of them."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _own_role(aws: Aws) -> list[str]:
