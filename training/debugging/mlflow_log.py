@@ -60,11 +60,15 @@ class MlflowLog(Callback):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of mlflow's imports (pydantic, sqlalchemy)
-                from mlflow import MlflowClient
+                from mlflow import MlflowClient, set_tracking_uri
                 from mlflow.entities import Param
         except ImportError:
             log.info("mlflow is not installed: nothing is sent to it (uv sync --group mlflow).")
             return
+        if self._uri.startswith("arn:"):
+            set_tracking_uri(self._uri)  # sagemaker-mlflow signs requests for this one, not for the client's
+        else:
+            _mute_sagemaker()
         client = MlflowClient(self._uri)
         found = client.get_experiment_by_name(self._experiment)
         experiment = found.experiment_id if found else client.create_experiment(self._experiment)
@@ -106,3 +110,8 @@ class MlflowLog(Callback):
         except Exception as exc:  # noqa: BLE001  # a server can fail in any way; the log line hands it on
             log.warning("MLflow at %s failed, nothing more is sent to it: %s", self._uri, exc)
             self._client = None
+
+
+def _mute_sagemaker() -> None:
+    """sagemaker-mlflow 0.5 takes any server for one of SageMaker's, and mlflow warns of that at each request."""
+    logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)

@@ -46,12 +46,13 @@ def run_iam_role(options: Options, _: Sequence[str]) -> None:
     """See `roles.create_role`."""
     aws, project = opened(options)
     if options.dry_run:
+        allowed = roles.permissions(project, aws.partition, options.mlflow)["Statement"]
         log.info(
             "would make role %s, taken by %s, which may:\n%s",
-            roles.role_name(project), roles.SERVICE, as_json(roles.permissions(project, aws.partition)["Statement"]),
+            roles.role_name(project), roles.SERVICE, as_json(allowed),
         )  # fmt: skip
         return
-    roles.create_role(aws, project)
+    roles.create_role(aws, project, options.mlflow)
 
 
 def run_upload(options: Options, _: Sequence[str]) -> None:

@@ -96,6 +96,8 @@ def training_of(aws: Aws, project: Project, options: Options, values: Mapping[st
 def run_train(options: Options, rest: Sequence[str]) -> None:
     """See `jobs`."""
     values, _, _ = hyperparameters(options, rest, "train", tune=False)
+    if options.mlflow:
+        values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
     aws, project = opened(options)
     training = training_of(
         aws, project, options, values, keep_warm_minutes=options.keep_warm_minutes, debugger=options.debugger,

@@ -1,6 +1,7 @@
 """The command line: `python -m training.launch COMMAND`, one command a step of the journey."""
 
 import argparse
+import re
 from pathlib import Path
 
 from training.entry import positive
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--startup-seconds", type=positive, default=endpoint.STARTUP_S, help="default: %(default)s")
 
     one = add("iam-role", "make the role that jobs and endpoints run as, with the permissions they need and no more")
+    one.add_argument("--mlflow", type=mlflow_arn, metavar="ARN", help="MLflow app or server that jobs may report to")
     _dry_run(one)
 
     one = add("upload", "check data and bring it to S3; sends only what is not there")
@@ -49,7 +51,10 @@ def parser() -> argparse.ArgumentParser:
         "--keep-warm-minutes", type=int, default=0, help="keep the instance for the next job; it is billed"
     )
     one.add_argument("--debugger", action="store_true", help="SageMaker Debugger's hook, rules and profiler")
-    one.add_argument("--mlflow", metavar="ARN", help="SageMaker MLflow app or tracking server to report to")
+    one.add_argument(
+        "--mlflow", type=mlflow_arn, metavar="ARN",
+        help="SageMaker MLflow app or tracking server to report to (`iam-role --mlflow ARN` permits it)",
+    )  # fmt: skip
 
     one = add("tune", "search learning rate, batch size and epochs in parallel jobs", epilog=TRAINING_HELP)
     _job(one)
@@ -105,6 +110,16 @@ def parser() -> argparse.ArgumentParser:
 
 PUSHED = "(default: what make push noted in artifacts/image.json)"
 ROLE = "ARN or name of the role jobs run as (default: the project's, else this machine's)"
+
+
+def mlflow_arn(text: str) -> str:
+    """A flag's ARN of SageMaker's MLflow. Raises: argparse.ArgumentTypeError."""
+    if not re.fullmatch(r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-(app|tracking-server)/.+", text):
+        raise argparse.ArgumentTypeError(
+            f"given {text}, allowed is an ARN such as arn:aws:sagemaker:REGION:ACCOUNT:mlflow-app/NAME; a server at an "
+            "address is --mlflow-uri"
+        )
+    return text
 
 
 def _common(one: argparse.ArgumentParser) -> None:

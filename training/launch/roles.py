@@ -51,8 +51,11 @@ def trust_policy() -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": [statement]}
 
 
-def permissions(project: Project, partition: str = "aws") -> dict[str, Any]:
-    """What jobs and endpoints of the project may do, and no more: its bucket, its images, logs, metrics."""
+def permissions(project: Project, partition: str = "aws", mlflow: str | None = None) -> dict[str, Any]:
+    """What jobs and endpoints of the project may do, and no more: its bucket, its images, logs, metrics.
+
+    `mlflow`: ARN of the MLflow app or tracking server that jobs report to.
+    """
     bucket = f"arn:{partition}:s3:::{project.bucket}"
     statements = [
         (["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"], f"{bucket}/*"),
@@ -67,11 +70,13 @@ def permissions(project: Project, partition: str = "aws") -> dict[str, Any]:
             f"arn:{partition}:logs:*:*:log-group:/aws/sagemaker/*",
         ),
     ]
+    if mlflow:  # an app asks for both
+        statements.append((["sagemaker:CallMlflowAppApi", "sagemaker-mlflow:*"], mlflow))
     listed = [{"Effect": "Allow", "Action": actions, "Resource": resource} for actions, resource in statements]
     return {"Version": "2012-10-17", "Statement": listed}
 
 
-def create_role(aws: Aws, project: Project) -> str:
+def create_role(aws: Aws, project: Project, mlflow: str | None = None) -> str:
     """Make the role, or bring it up to date; returns its ARN. Raises: AwsError."""
     iam, name = aws.client("iam"), role_name(project)
     try:
@@ -89,7 +94,7 @@ def create_role(aws: Aws, project: Project) -> str:
         )
         arn, what = str(made["Role"]["Arn"]), "is made (IAM takes some seconds to tell SageMaker of it)"
     iam.put_role_policy(
-        RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(permissions(project, aws.partition))
+        RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(permissions(project, aws.partition, mlflow))
     )  # fmt: skip
     log.info("role %s %s", arn, what)
     return arn
