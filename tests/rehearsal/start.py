@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.rehearsal.containers import STOP_S
 from tests.rehearsal.control_plane import ACCOUNT, REGION
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def rehearsal(*flags: str) -> Iterator[Rehearsal]:
             finally:
                 process.stdin.close()  # it ends what it runs
                 try:
-                    process.wait(60)
+                    process.wait(STOP_S["train"] + 60)  # what runs has its time to end; then nothing of it is left
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
