@@ -8,7 +8,6 @@ from contextlib import closing
 from training.errors import ConfigError
 from training.flags import unknown_name
 from training.launch import (
-    images,
     inventory,
     preflight,
     results,
@@ -27,15 +26,9 @@ log = logging.getLogger("training")
 def run_preflight(options: Options, _: Sequence[str]) -> None:
     """See `preflight`."""
     aws, project = opened(options)
-    target = images.hosting_target("realtime", options.hosting_instance)
-    try:
-        image = images.image_for(target, options.image)
-    except ConfigError as exc:
-        log.info("%s", exc)
-        image = images.Image("", None)
     plan = preflight.Plan(
-        image.uri or None, options.instance, options.hosting_instance, options.role, options.spot, options.ami,
-        options.startup_seconds, image.cuda,
+        options.instance, options.hosting_instance, options.image, options.role,
+        options.instances * options.parallel, options.max_count, options.spot, options.ami, options.startup_seconds,
     )  # fmt: skip
     checks = preflight.run(aws, project, plan)
     log.info("preflight of project %s:\n%s", project.name, preflight.table(checks))

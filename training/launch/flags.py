@@ -28,9 +28,14 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     one = add("preflight", "look at everything that could go wrong before anything costs")
-    one.add_argument("--image", help=f"in ECR {PUSHED}")
+    one.add_argument(
+        "--image", help="in ECR, for training and the endpoint alike (default: those that make push noted)"
+    )
     one.add_argument("--role", help=ROLE)
     one.add_argument("--instance", default=jobs.INSTANCE, help="for training (default: %(default)s)")
+    one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")
+    one.add_argument("--parallel", type=positive, default=1, help="trainings at once (default: %(default)s)")
+    one.add_argument("--max", type=positive, default=1, dest="max_count", help="of the endpoint (default: %(default)s)")
     one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
     one.add_argument("--spot", action="store_true", help="look at the quota of spot training instead")
     one.add_argument("--ami", help="InferenceAmiVersion of the endpoint (default: the one CUDA 13 needs)")

@@ -13,31 +13,79 @@ log = logging.getLogger("training")
 SERVICE = "sagemaker.amazonaws.com"
 POLICY = "training-launch"
 
-CALLER_ACTIONS = (
-    "sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob", "sagemaker:ListTrainingJobs",
-    "sagemaker:StopTrainingJob", "sagemaker:CreateHyperParameterTuningJob",
-    "sagemaker:DescribeHyperParameterTuningJob", "sagemaker:ListHyperParameterTuningJobs",
-    "sagemaker:ListTrainingJobsForHyperParameterTuningJob", "sagemaker:StopHyperParameterTuningJob",
-    "sagemaker:CreateModel", "sagemaker:DescribeModel", "sagemaker:ListModels", "sagemaker:DeleteModel",
-    "sagemaker:CreateModelPackageGroup", "sagemaker:DescribeModelPackageGroup", "sagemaker:CreateModelPackage",
-    "sagemaker:ListModelPackages", "sagemaker:DescribeModelPackage", "sagemaker:UpdateModelPackage",
-    "sagemaker:DeleteModelPackage", "sagemaker:DeleteModelPackageGroup",
-    "sagemaker:CreateEndpointConfig", "sagemaker:DescribeEndpointConfig", "sagemaker:ListEndpointConfigs",
-    "sagemaker:DeleteEndpointConfig", "sagemaker:CreateEndpoint", "sagemaker:DescribeEndpoint",
-    "sagemaker:UpdateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint",
-    "sagemaker:InvokeEndpointAsync", "sagemaker:CreateTransformJob", "sagemaker:DescribeTransformJob",
-    "sagemaker:ListTransformJobs", "sagemaker:StopTransformJob", "sagemaker:AddTags", "sagemaker:ListTags",
-    "iam:PassRole", "iam:GetRole", "s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject",
-    "s3:CreateBucket", "s3:PutBucketPublicAccessBlock", "logs:DescribeLogStreams", "logs:GetLogEvents",
-    "logs:DescribeLogGroups", "logs:DeleteLogGroup", "cloudwatch:TagResource",
-    "cloudwatch:PutMetricAlarm", "cloudwatch:DescribeAlarms",
-    "cloudwatch:DeleteAlarms", "application-autoscaling:RegisterScalableTarget",
-    "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DeregisterScalableTarget",
-    "application-autoscaling:PutScalingPolicy", "application-autoscaling:DescribeScalingPolicies",
-    "application-autoscaling:DeleteScalingPolicy", "ecr:DescribeImages", "ecr:BatchGetImage",
-    "servicequotas:ListServiceQuotas",
+_CALLER: dict[str, tuple[str, ...]] = {
+    "*": (
+        "sagemaker:ListTrainingJobs", "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListModels",
+        "sagemaker:ListModelPackages", "sagemaker:ListEndpointConfigs", "sagemaker:ListTransformJobs",
+        "logs:DescribeLogGroups", "cloudwatch:DescribeAlarms", "application-autoscaling:DescribeScalableTargets",
+        "application-autoscaling:DescribeScalingPolicies", "servicequotas:ListServiceQuotas",
+    ),
+    "sagemaker:{here}:training-job/{name}-train-0": (
+        "sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob", "sagemaker:StopTrainingJob",
+        "sagemaker:AddTags", "sagemaker:ListTags",
+    ),
+    "sagemaker:{here}:hyper-parameter-tuning-job/{name}-t-0": (
+        "sagemaker:CreateHyperParameterTuningJob", "sagemaker:DescribeHyperParameterTuningJob",
+        "sagemaker:StopHyperParameterTuningJob", "sagemaker:ListTrainingJobsForHyperParameterTuningJob",
+    ),
+    "sagemaker:{here}:model/{name}-model-0": (
+        "sagemaker:CreateModel", "sagemaker:DescribeModel", "sagemaker:DeleteModel",
+    ),
+    "sagemaker:{here}:model-package-group/{name}": (
+        "sagemaker:CreateModelPackageGroup", "sagemaker:DescribeModelPackageGroup",
+        "sagemaker:DeleteModelPackageGroup",
+    ),
+    "sagemaker:{here}:model-package/{name}/1": (
+        "sagemaker:CreateModelPackage", "sagemaker:DescribeModelPackage", "sagemaker:UpdateModelPackage",
+        "sagemaker:DeleteModelPackage",
+    ),
+    "sagemaker:{here}:endpoint-config/{name}-config-0": (
+        "sagemaker:CreateEndpointConfig", "sagemaker:DescribeEndpointConfig", "sagemaker:DeleteEndpointConfig",
+    ),
+    "sagemaker:{here}:endpoint/{name}": (
+        "sagemaker:CreateEndpoint", "sagemaker:DescribeEndpoint", "sagemaker:UpdateEndpoint",
+        "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint", "sagemaker:InvokeEndpointAsync",
+    ),
+    "sagemaker:{here}:transform-job/{name}-batch-0": (
+        "sagemaker:CreateTransformJob", "sagemaker:DescribeTransformJob", "sagemaker:StopTransformJob",
+    ),
+    "iam::{account}:role/{name}-sagemaker": ("iam:PassRole", "iam:GetRole"),
+    "s3:::{bucket}": ("s3:ListBucket", "s3:CreateBucket", "s3:PutBucketPublicAccessBlock"),
+    "s3:::{bucket}/{name}/0": ("s3:GetObject", "s3:PutObject", "s3:DeleteObject"),
+    "logs:{here}:log-group:/aws/sagemaker/Endpoints/{name}:log-stream:0": (
+        "logs:DescribeLogStreams", "logs:GetLogEvents", "logs:DeleteLogGroup",
+    ),
+    "cloudwatch:{here}:alarm:{name}-0": (
+        "cloudwatch:PutMetricAlarm", "cloudwatch:DeleteAlarms", "cloudwatch:TagResource",
+    ),
+    "application-autoscaling:{here}:scalable-target/0": (
+        "application-autoscaling:RegisterScalableTarget", "application-autoscaling:DeregisterScalableTarget",
+        "application-autoscaling:PutScalingPolicy", "application-autoscaling:DeleteScalingPolicy",
+    ),
+    "ecr:{here}:repository/resnet34-sagemaker": ("ecr:DescribeImages",),
+}  # fmt: skip
+"""What the commands call for whoever runs them, by a resource of the project such as they call it for."""
+
+CALLER_ACTIONS = tuple(action for actions in _CALLER.values() for action in actions)
+"""All of them. `preflight` would also like iam:SimulatePrincipalPolicy; for `iam-role` see ROLE_ACTIONS."""
+
+ROLE_ACTIONS = (
+    "iam:CreateRole", "iam:TagRole", "iam:PutRolePolicy", "iam:UpdateAssumeRolePolicy", "iam:DeleteRolePolicy",
+    "iam:DeleteRole",
 )  # fmt: skip
-"""What this package calls on behalf of whoever runs it."""
+"""What `iam-role` and `delete --role` call besides: an administrator's, whom not everyone is."""
+
+
+def caller_actions(project: Project, partition: str, region: str, account: str) -> dict[str, tuple[str, ...]]:
+    """CALLER_ACTIONS by the ARN of a thing of the project, or `*` where an action knows no resources.
+
+    A policy that is limited to the project allows nothing on `*`, so it must be asked about the project's own.
+    """
+    values = {"here": f"{region}:{account}", "account": account, "name": project.name, "bucket": project.bucket}
+    return {
+        "*" if resource == "*" else f"arn:{partition}:{resource.format_map(values)}": actions
+        for resource, actions in _CALLER.items()
+    }
 
 
 def role_name(project: Project) -> str:
