@@ -39,6 +39,12 @@ def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
     if not options.dry_run and local:
         data.ensure_bucket(aws, project)
     found = {name: s3_channel(name, uri) for name, uri in there.items()}
+    others = sorted({split_uri(uri)[0] for uri in there.values()} - {project.bucket})
+    if others and not options.role:
+        log.warning(
+            "bucket %s: the role that iam-role makes reads %s alone; give a --role that may read it, or --bucket",
+            ", ".join(others), project.bucket,
+        )  # fmt: skip
     for channel in local:
         if options.dry_run:
             found[channel.name] = project.uri("data", data.prefix_of(channel))

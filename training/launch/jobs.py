@@ -26,7 +26,7 @@ from training.metric_lines import METRIC_DEFINITIONS
 log = logging.getLogger("training")
 
 INSTANCE = "ml.g5.xlarge"
-"""One A10G: the cheapest that trains in bfloat16. ml.g4dn.xlarge (T4) costs half; ml.p3 has no CUDA 13."""
+"""One A10G, which trains in bfloat16, as ml.g6.xlarge (L4) does, which is cheaper; ml.g4dn.xlarge (T4) costs half."""
 OVER = ("Completed", "Failed", "Stopped")
 
 DEBUGGER_RULES = (

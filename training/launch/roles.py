@@ -184,9 +184,10 @@ def find_role(aws: Aws, project: Project, given: str | None) -> str:
                 f"--role {given}: SageMaker may not take it; its trust policy must be {json.dumps(trust_policy())}"
             )
     raise LaunchError(
-        "There is no role for SageMaker to run as. `make iam-role` makes one, or give --role ARN. It needs this trust "
-        f"policy:\n{json.dumps(trust_policy(), indent=2)}\nand these permissions:\n"
-        f"{json.dumps(permissions(project), indent=2)}"
+        "There is no role for SageMaker to run as. "
+        f"`python -m training.launch iam-role --project {project.name}` makes one, or give --role ARN. It needs this "
+        f"trust policy:\n{json.dumps(trust_policy(), indent=2)}\nand these permissions:\n"
+        f"{json.dumps(permissions(project, aws.partition), indent=2)}"
     )
 
 
