@@ -1,6 +1,6 @@
 """Which NVIDIA driver the image needs, which SageMaker hosts have it, and what to do where they don't fit.
 
-The one table of hosts: deployment picks `INFERENCE_AMI` from here, the image says the same at its start
+The one table of hosts: deployment picks from it (`training.launch.amis`), the image says the same at its start
 (`container.entry`). Standard library only, since both import it.
 
 Sources: botocore's service model (`ProductionVariantInferenceAmiVersion`, `TransformAmiVersion`),

@@ -88,25 +88,31 @@ def hyperparameters(
     return jobs.as_text({**values, **watching}), config, settings
 
 
-def training_of(aws: Aws, project: Project, options: Options, values: Mapping[str, str], **more: Any) -> jobs.Training:
-    """What the job runs, on what, with which data (uploaded now). Raises: TrainingError."""
-    machines = jobs.Machines(
+def machines_of(options: Options, keep_warm_minutes: int = 0) -> jobs.Machines:
+    """What the flags say the job runs on. Raises: ConfigError."""
+    return jobs.Machines(
         options.instance, options.instances, options.volume_gb, options.max_hours, options.spot,
-        retries=options.retries, keep_warm_minutes=more.pop("keep_warm_minutes", 0),
+        retries=options.retries, keep_warm_minutes=keep_warm_minutes,
     )  # fmt: skip
+
+
+def training_of(
+    aws: Aws, project: Project, options: Options, values: Mapping[str, str], machines: jobs.Machines, **more: Any
+) -> jobs.Training:
+    """What the job runs, with which data (uploaded now). Raises: TrainingError."""
     role = roles.find_role(aws, project, options.role)
     image = images.image_for("train", options.image).uri
     return jobs.Training(image, role, channels(aws, project, options), values, machines, **more)
 
 
 def run_train(options: Options, rest: Sequence[str]) -> None:
-    """See `jobs`."""
+    """Start the training job, or find it again; follow it, and bring its model home."""
     values, _, _ = hyperparameters(options, rest, "train", tune=False)
     if options.mlflow:
         values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
     aws, project = opened(options)
     training = training_of(
-        aws, project, options, values, keep_warm_minutes=options.keep_warm_minutes, debugger=options.debugger,
+        aws, project, options, values, machines_of(options, options.keep_warm_minutes), debugger=options.debugger,
         mlflow=options.mlflow,
     )  # fmt: skip
     wanted = jobs.request(project, training, aws.region)
@@ -122,12 +128,12 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
 
 
 def run_tune(options: Options, rest: Sequence[str]) -> None:
-    """See `tuning`."""
+    """Start the tuning job, or find it again; follow its trials, and bring the best one home."""
     values, config, settings = hyperparameters(options, rest, "tune", tune=True)
     aws, project = opened(options)
     search = tuning.Search(settings, options.parallel, options.strategy, not options.no_early_stopping)
     tuning.ranges(settings, values)  # what cannot be tuned is said before anything is uploaded
-    training = training_of(aws, project, options, values)
+    training = training_of(aws, project, options, values, machines_of(options))
     wanted = tuning.request(project, training, search, aws.region)
     log.info(
         "cost: %d trials, %d at once; each %s", settings.trials, min(search.parallel, settings.trials),

@@ -122,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def options_of(command: str) -> list[str]:
+    """A command's flags, as they are typed."""
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    actions = commands.choices[command]._actions
+    return [text for action in actions for text in action.option_strings if text.startswith("--")]
+
+
 PUSHED_HELP = "(default: what make push noted in artifacts/image.json)"
 ROLE = "ARN or name of the role jobs run as (default: the project's, else this machine's)"
 
