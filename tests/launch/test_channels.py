@@ -1,15 +1,17 @@
 """What --data, --validation and --weights become: channels of a job, each an S3 address as it is or uploaded."""
 
 import argparse
+import logging
 from pathlib import Path
 
 import pytest
 
 from training.errors import ConfigError, TrainingError
+from training.launch.__main__ import main
 from training.launch.data import channel_of, prefix_of
 from training.launch.experiments import channels
 from training.launch.names import Project
-from training.launch.session import connect
+from training.launch.session import Aws, connect
 
 PROJECT = Project("resnet34", "mine")
 
@@ -64,3 +66,17 @@ def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     (folder / "a.png").unlink()
     with pytest.raises(TrainingError, match=r"a\.png cannot be read: No such file"):
         prefix_of(channel)
+
+
+def test_a_bucket_that_the_projects_role_cannot_read_is_warned_of(caplog: pytest.LogCaptureFixture, aws: Aws) -> None:
+    given = ["--image", "i", "--data", "s3://theirs/train/", "--dry-run", "--weights", "none"]
+    for command, warned in ((["train", *given], True), (["train", *given, "--role", "resnet34-sagemaker"], False)):
+        caplog.clear()
+        assert main(command) == 0, caplog.text
+        assert ("bucket theirs: the role that iam-role makes reads" in caplog.text) is warned
+    assert main(["upload", "--data", "s3://theirs/train/", "--dry-run"]) == 0
+    arn = "arn:aws:sagemaker:eu-central-1:123456789012:mlflow-app/mine"
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "training"):
+        assert main(["train", *given, "--mlflow", arn]) == 0
+    assert f'"mlflow_uri": "{arn}"' in caplog.text

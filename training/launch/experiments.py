@@ -39,12 +39,6 @@ def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
     if not options.dry_run and local:
         data.ensure_bucket(aws, project)
     found = {name: s3_channel(name, uri) for name, uri in there.items()}
-    others = sorted({split_uri(uri)[0] for uri in there.values()} - {project.bucket})
-    if others and not options.role:
-        log.warning(
-            "bucket %s: the role that iam-role makes reads %s alone; give a --role that may read it, or --bucket",
-            ", ".join(others), project.bucket,
-        )  # fmt: skip
     for channel in local:
         if options.dry_run:
             found[channel.name] = project.uri("data", data.prefix_of(channel))
@@ -102,7 +96,14 @@ def training_of(
     """What the job runs, with which data (uploaded now). Raises: TrainingError."""
     role = roles.find_role(aws, project, options.role)
     image = images.image_for("train", options.image).uri
-    return jobs.Training(image, role, channels(aws, project, options), values, machines, **more)
+    places = channels(aws, project, options)
+    others = sorted({split_uri(uri)[0] for uri in places.values()} - {project.bucket})
+    if others and not options.role:
+        log.warning(
+            "bucket %s: the role that iam-role makes reads %s alone; give a --role that may read it, or --bucket",
+            ", ".join(others), project.bucket,
+        )  # fmt: skip
+    return jobs.Training(image, role, places, values, machines, **more)
 
 
 def run_train(options: Options, rest: Sequence[str]) -> None:
