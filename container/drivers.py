@@ -1,7 +1,7 @@
 """Which NVIDIA driver the image needs, which SageMaker hosts have it, and what to do where they don't fit.
 
-For the image, which says it at its start (`container.entry`), so standard library only. Deployment has its own table,
-by instance type (`training/launch/amis.py`); a test holds the two together.
+The one table of hosts: deployment picks from it (`training.launch.amis`), the image says the same at its start
+(`container.entry`). Standard library only, since both import it.
 
 Sources: botocore's service model (`ProductionVariantInferenceAmiVersion`, `TransformAmiVersion`),
 https://docs.aws.amazon.com/sagemaker/latest/dg/inference-gpu-drivers.html, and for the driver a CUDA version needs

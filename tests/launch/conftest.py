@@ -7,7 +7,8 @@ import pytest
 
 from tests.launch import in_process
 from tests.rehearsal import pictures
-from tests.rehearsal.start import Rehearsal, rehearsal
+from tests.rehearsal.start import REGION, Rehearsal, rehearsal
+from training.launch.session import Aws, connect
 
 RUN = ("--weights", "none", "--quantize", "off", "--epochs", "1", "--batch-size", "8", "--report", "false")
 
@@ -26,6 +27,14 @@ def cloud(account: Rehearsal) -> Iterator[Rehearsal]:
     """The account; faults that a test orders end with it."""
     yield account
     account.order()
+
+
+@pytest.fixture
+def aws(cloud: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> Aws:
+    """The account, for functions called in this process."""
+    for name, value in cloud.variables.items():
+        monkeypatch.setenv(name, value)
+    return connect(REGION)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 
 from training.launch.errors import JobFailed, failure_advice, refused
+from training.launch.roles import CALLER_ACTIONS
 from training.launch.session import unreachable
 
 SENTENCES = [
@@ -35,6 +36,26 @@ def test_a_denial_names_the_missing_action_and_its_resource() -> None:
 def test_a_denial_without_words_names_the_operation() -> None:
     error = refused("s3", "PutObject", {"Code": "AccessDenied", "Message": "Access Denied"})
     assert "Permission s3:PutObject is missing" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("service", "operation", "action"),
+    [
+        ("s3", "HeadBucket", "s3:ListBucket"),
+        ("s3", "HeadObject", "s3:GetObject"),
+        ("s3", "UploadPart", "s3:PutObject"),
+        ("s3", "PutPublicAccessBlock", "s3:PutBucketPublicAccessBlock"),
+        ("service-quotas", "ListServiceQuotas", "servicequotas:ListServiceQuotas"),
+        ("cloudwatch-logs", "GetLogEvents", "logs:GetLogEvents"),
+        ("application-auto-scaling", "PutScalingPolicy", "application-autoscaling:PutScalingPolicy"),
+        ("sagemaker-runtime", "InvokeEndpoint", "sagemaker:InvokeEndpoint"),
+        ("ecr", "DescribeImages", "ecr:DescribeImages"),
+    ],
+)
+def test_the_action_is_one_that_iam_knows(service: str, operation: str, action: str) -> None:
+    error = refused(service, operation, {"Code": "AccessDenied", "Message": "Access Denied"})
+    assert f"Permission {action} is missing" in str(error)
+    assert action in CALLER_ACTIONS
 
 
 def test_a_quota_is_named_with_its_value() -> None:

@@ -17,12 +17,12 @@ def test_what_make_push_noted_is_taken_and_what_is_given_wins(tmp_path: Path) ->
     assert image_for("serve", None, pushed) == Image("a/b:1", (13, 0))
     assert image_for("serve-cpu", None, pushed) == Image("a/b:2", None)
     assert image_for("serve", "c/d:3", pushed) == Image("c/d:3", (13, 0))
-    with pytest.raises(ConfigError, match="--target train"):
-        image_for("train", None, pushed)
-    with pytest.raises(ConfigError, match="`make push` first"):
-        image_for("train", None, tmp_path / "none")
+    pushing = "`make image TARGET=train && make push TARGET=train`"
+    for path, said in ((pushed, "has no train"), (tmp_path / "none", "--image is missing")):
+        with pytest.raises(ConfigError, match=f"{said}.*{pushing} first"):
+            image_for("train", None, path)
     pushed.write_text("no json")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=f"cannot be read.*{pushing}"):
         image_for("train", None, pushed)
 
 

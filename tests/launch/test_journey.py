@@ -13,7 +13,7 @@ import pytest
 from tests.rehearsal import pictures
 from tests.rehearsal.__main__ import main
 from tests.rehearsal.journey import RUN
-from tests.rehearsal.start import IMAGE, ROOT, rehearsal
+from tests.rehearsal.start import ROOT, rehearsal
 
 README = (ROOT / "README.md").read_text()
 
@@ -29,7 +29,7 @@ def test_the_journey_passes_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def commands() -> list[list[str]]:
-    """The README's commands, in its order."""
+    """The README's commands, in its order, as they stand there."""
     text = re.sub(r"\\\n\s+", "", README)
     found = re.findall(r"^\.venv/bin/python -m training\.launch ([^\n#]+)", text, re.MULTILINE)
     return [shlex.split(line) for line in found]
@@ -38,23 +38,15 @@ def commands() -> list[list[str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_commands_of_the_readme_do_what_they_say_in_their_order(tmp_path: Path) -> None:
-    data, asked = pictures.write(tmp_path)
-    places = {
-        "pictures": data, "photos": asked, "URI": IMAGE, "URI-FOR-CPUS": IMAGE, "answers.csv": tmp_path / "answers.csv",
-        "batch.csv": tmp_path / "batch.csv", "artifacts/sagemaker-tuning/best.json": tmp_path / "tuning" / "best.json",
-    }  # fmt: skip
-    small = {
-        "tune": ["--output", tmp_path / "tuning", "--epochs-range", "1:2", "--batch-sizes", "8", *RUN],
-        "train": ["--output", tmp_path / "model"],
-        "delete": ["--yes"],
-    }
+    data, asked = pictures.write(tmp_path / "drawn")
+    (tmp_path / "pictures").symlink_to(data)
+    (tmp_path / "photos").symlink_to(asked)
+    small = {"tune": ["--trials", "2", "--epochs-range", "1:2", "--batch-sizes", "8", *RUN], "delete": ["--yes"]}
     with rehearsal() as cloud:
         cloud.push_image()
+        cloud.note_images(tmp_path)
         for command in commands():
-            given = [places.get(part, part) for part in command]
-            if command[0] == "tune":
-                given = ["2" if part == "10" else part for part in given]
-            done = cloud.launch(*given, *small.get(command[0], []))
+            done = cloud.launch(*command, *small.get(command[0], []), folder=tmp_path)
             assert done.returncode == 0, f"{command}: {done.stderr}"
         left = {kind: names for kind, names in cloud.ask("/rehearsal/leftovers").items() if names}
     assert left == {}

@@ -4,10 +4,12 @@ from typing import Any
 
 import botocore.session
 import pytest
+from botocore.validate import ParamValidator
 
 from tests.rehearsal.cloud import violations
 from training.errors import ConfigError
 from training.launch import autoscaling, batch, endpoint, jobs, tuning
+from training.launch.__main__ import main
 from training.launch.amis import AMIS, ami_for
 from training.launch.endpoint import Hosting
 from training.launch.errors import LaunchError
@@ -23,9 +25,16 @@ SESSION = botocore.session.get_session()
 
 def problems(operation: str, request: dict[str, Any], service: str = "sagemaker") -> list[str]:
     shape = SESSION.get_service_model(service).operation_model(operation).input_shape
-    unknown = [name for name in request if name not in shape.members]
-    missing = [name for name in shape.required_members if name not in request]
-    return [*violations(request, shape, ""), *(f"unknown {n}" for n in unknown), *(f"missing {n}" for n in missing)]
+    named = ParamValidator().validate(request, shape)  # unknown and missing names, and types, at every level
+    return [*violations(request, shape, ""), *([named.generate_report()] if named.has_errors() else [])]
+
+
+def test_what_is_wrong_far_inside_a_request_is_found() -> None:
+    request = {"TrainingJobName": "j", **jobs.request(PROJECT, training(), "eu-central-1")}
+    request["ResourceConfig"]["InstanceKind"] = "ml.g5.xlarge"
+    del request["OutputDataConfig"]["S3OutputPath"]
+    (report,) = problems("CreateTrainingJob", request)
+    assert "InstanceKind" in report and "S3OutputPath" in report
 
 
 def training(**changes: Any) -> jobs.Training:
@@ -177,3 +186,23 @@ def test_default_instances_exist_at_aws_and_have_a_price() -> None:
     assert batch.INSTANCE in model.shape_for("TransformInstanceType").enum
     assert {jobs.INSTANCE, endpoint.INSTANCE, batch.INSTANCE} <= set(USD_PER_HOUR)
     assert "not in our price table" in hourly("ml.new.xlarge")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value", "said"),
+    [
+        (["status"], "--poll-seconds", "0", "above 0"),
+        (["status"], "--poll-seconds", "nan", "above 0"),
+        (["train", "--data", "d"], "--max-hours", "-1", "above 0"),
+        (["train", "--data", "d"], "--keep-warm-minutes", "61", "from 0 to 60"),
+        (["train", "--data", "d"], "--mlflow", "http://host:5000", "--mlflow-uri"),
+        (["deploy"], "--capture-percent", "200", "from 0 to 100"),
+        (["deploy"], "--startup-seconds", "5", "from 60 to 3600"),
+        (["deploy"], "--max", "0", "from 1 up"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_refused_before_anything(
+    command: list[str], flag: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, flag, value]) == 2
+    assert f"given {value}, allowed" in (stderr := capsys.readouterr().err) and said in stderr

@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[2]
 STOP_S = {"train": 120, "serve": 30}
 """What SageMaker gives after SIGTERM."""
 
+LABEL = "resnet34-sagemaker.rehearsal"
+"""Of every container: `docker ps --all --filter label=resnet34-sagemaker.rehearsal` shows what a killed one left."""
+
 OnLine = Callable[[str], None]
 
 
@@ -41,6 +44,10 @@ class Engine(Protocol):
 
     def serve(self, model: Path, env: Mapping[str, str], on_line: OnLine) -> Running:
         """`IMAGE serve` with `model` as /opt/ml/model, read-only."""
+        ...
+
+    def close(self) -> None:
+        """Remove what is left of it."""
         ...
 
 
@@ -96,6 +103,9 @@ class ProcessEngine:
         command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
         return _Process(command, given, on_line, "serve", port)
 
+    def close(self) -> None:
+        """See `Engine`: `stop` has ended each process."""
+
 
 class DockerEngine:
     """The image that container/ builds. Files are copied in and out: nothing is mounted, so none belongs to root."""
@@ -103,11 +113,14 @@ class DockerEngine:
     def __init__(self, train_image: str, serve_image: str) -> None:
         self.name = f"containers: {train_image} train, {serve_image} serve"
         self._train, self._serve = train_image, serve_image
+        self._label = f"{LABEL}={uuid.uuid4().hex}"
 
     def train(self, folder: Path, env: Mapping[str, str], on_line: OnLine) -> Running:
         """See `Engine`."""
         name = f"rehearsal-{uuid.uuid4().hex[:12]}"
-        _docker("create", "--name", name, "--shm-size", "1g", *_flags(env), self._train, "train")
+        _docker(
+            "create", "--name", name, "--label", self._label, "--shm-size", "1g", *_flags(env), self._train, "train"
+        )
         _docker("cp", f"{folder}/.", f"{name}:/opt/ml")
 
         def bring_out() -> None:
@@ -121,12 +134,18 @@ class DockerEngine:
         """See `Engine`."""
         name, port = f"rehearsal-{uuid.uuid4().hex[:12]}", free_port()
         _docker(
-            "create", "--name", name, "--publish", f"127.0.0.1:{port}:8080",
+            "create", "--name", name, "--label", self._label, "--publish", f"127.0.0.1:{port}:8080",
             *_flags({"CLASSIFIER_WORKERS": "1", **env}),
             self._serve, "serve",
         )  # fmt: skip
         _docker("cp", f"{model}/.", f"{name}:/opt/ml/model")
         return _Container(name, on_line, "serve", lambda: None, port)
+
+    def close(self) -> None:
+        """See `Engine`. A training's container is else removed by the thread that waits for it."""
+        left = _docker("ps", "--all", "--quiet", "--filter", f"label={self._label}", check=False).split()
+        if left:
+            _docker("rm", "--force", *left, check=False)
 
 
 class _Container:
@@ -140,10 +159,12 @@ class _Container:
 
     def wait(self) -> int:
         self._client.wait()
-        state = json.loads(_docker("inspect", "--format", "{{json .State}}", self._name))
-        self._bring_out()
-        _docker("rm", "--force", self._name)
-        return int(state["ExitCode"])
+        try:
+            state = json.loads(_docker("inspect", "--format", "{{json .State}}", self._name))
+            self._bring_out()
+            return int(state["ExitCode"])
+        finally:
+            _docker("rm", "--force", self._name, check=False)
 
     def is_alive(self) -> bool:
         return self._client.is_alive()

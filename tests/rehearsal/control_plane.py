@@ -76,8 +76,11 @@ class ControlPlane:
 
     def close(self) -> None:
         """End whatever runs."""
-        self.jobs.close()
-        self.hosting.close()
+        try:
+            self.jobs.close()
+            self.hosting.close()
+        finally:
+            self.engine.close()
 
     def leftovers(self) -> dict[str, list[str]]:
         """What runs or costs: empty lists when all is cleaned up."""

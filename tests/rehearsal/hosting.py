@@ -1,6 +1,7 @@
 """Endpoints and batch transform, really answered: the model unpacked from S3, `serve` run, /ping waited for."""
 
 import base64
+import contextlib
 import http.client
 import json
 import shutil
@@ -45,6 +46,16 @@ class Server:
             return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
         finally:
             connection.close()
+
+    def answers(self, within_s: float) -> bool:
+        """Whether /ping says 200 in time."""
+        deadline_s = time.monotonic() + within_s
+        while time.monotonic() < deadline_s and self.running.is_alive():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.ask("GET", "/ping")[0] == 200:
+                    return True
+            time.sleep(1)
+        return False
 
     def stop(self) -> None:
         self.running.stop()
@@ -158,14 +169,12 @@ class Hosting:
             ) from exc
         running = self._plane.engine.serve(folder / "model", container.get("Environment", {}), stream.add)
         server = Server(running, folder, stream)
-        deadline_s = time.monotonic() + PING_S
-        while time.monotonic() < deadline_s and running.is_alive():
-            try:
-                if server.ask("GET", "/ping")[0] == 200:
-                    return server
-            except OSError:
-                pass
-            time.sleep(1)
+        try:
+            if server.answers(PING_S):
+                return server
+        except BaseException:
+            server.stop()
+            raise
         server.stop()
         raise NotHealthy(sick)
 

@@ -348,8 +348,9 @@ class Jobs:
     def close(self) -> None:
         for search in self._searches.values():
             search["stop"] = True
-        for running in list(self._running.values()):
-            running.stop()
+        running = list(self._running.values())
+        with ThreadPoolExecutor(len(running) or 1) as threads:  # each may take the time SageMaker gives
+            list(threads.map(lambda each: each.stop(), running))
 
 
 def _metrics(lines: list[str], definitions: list[dict[str, str]]) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
 """`python -m tests.rehearsal.notebook OUT`: executes training/train_and_deploy.ipynb in the rehearsal, top to bottom.
 
+It runs where Jupyter starts it, in the folder training/ of a checkout (a copy of this one).
 Only the cell of parameters is another: small data, few epochs. What comes out is a notebook with its outputs.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,17 +15,25 @@ from nbclient import NotebookClient
 
 from tests.rehearsal import pictures
 from tests.rehearsal.journey import RUN
-from tests.rehearsal.start import IMAGE, ROOT, rehearsal
+from tests.rehearsal.start import ROOT, Rehearsal, rehearsal
 
 NOTEBOOK = ROOT / "training" / "train_and_deploy.ipynb"
 LIMIT_S = 600
 """For one cell."""
 
 
-def parameters(data: Path, asked: Path, output: Path) -> str:
-    """The cell of parameters, small."""
+def checkout(folder: Path) -> Path:
+    """A copy of the packages in `folder`, with the images noted that were pushed; returns where the notebook lies."""
+    for name in ("container", "service", "training"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    Rehearsal.note_images(folder)
+    return folder / "training"
+
+
+def parameters() -> str:
+    """The cell of parameters, small; places relative to the checkout, as in the notebook."""
     values = {
-        "DATA": str(data), "IMAGE": IMAGE, "PROJECT": "tour", "PICTURES": str(asked), "OUTPUT": str(output),
+        "DATA": "data", "PROJECT": "tour", "PICTURES": "pictures", "OUTPUT": "artifacts",
         "TUNE": ["--trials", 2, "--parallel", 2, "--learning-rate-range", "0.005:0.05", "--epochs-range", "2:4",
                  "--batch-sizes", "8,16", "--poll-seconds", 0.5, *RUN],
         "TRAIN": ["--spot", "--epochs", 8, "--poll-seconds", 0.5],
@@ -37,13 +47,15 @@ def execute(output: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with TemporaryDirectory(prefix="tour-") as scratch, rehearsal() as cloud:
         cloud.push_image()
-        data, asked = pictures.write(Path(scratch))
+        folder = checkout(Path(scratch))
+        pictures.write(Path(scratch))
         for cell in notebook.cells:
             if "parameters" in cell.metadata.get("tags", ()):
-                cell.source = parameters(data, asked, Path(scratch))
-        os.environ |= {**cloud.variables, "PYTHONPATH": str(ROOT)}
+                cell.source = parameters()
+        os.environ |= cloud.variables
+        os.environ.pop("PYTHONPATH", None)
         client = NotebookClient(
-            notebook, timeout=LIMIT_S, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+            notebook, timeout=LIMIT_S, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
         )  # fmt: skip
         try:
             client.execute()

@@ -41,12 +41,15 @@ def text(steps: list[Step]) -> str:
 
 def write(path: Path, steps: list[Step], engine: str, answers: dict[str, str]) -> None:
     """The report as Markdown."""
-    failed = [step.name for step in steps if step.result == "FAIL"]
+    failed, gaps = ([step.name for step in steps if step.result == result] for result in ("FAIL", "GAP"))
+    outcome = f"FAILED: {', '.join(failed)}" if failed else "Every step passed"
+    if gaps and not failed:
+        outcome = f"Every step passed but {', '.join(gaps)}, which could not be shown here"
     lines = [
         "# Rehearsal of the journey to SageMaker",
         "",
         f"{time.strftime('%Y-%m-%d %H:%M')}; jobs and endpoints ran as {engine}. "
-        f"{'FAILED: ' + ', '.join(failed) if failed else 'Every step passed'}; {sum(s.seconds for s in steps):.0f} s.",
+        f"{outcome}; {sum(s.seconds for s in steps):.0f} s.",
         "",
         "| Step | Result | Seconds | Shown |",
         "|---|---|---|---|",

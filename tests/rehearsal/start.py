@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.rehearsal.containers import STOP_S
 from tests.rehearsal.control_plane import ACCOUNT, REGION
 
 ROOT = Path(__file__).parents[2]
@@ -52,11 +53,14 @@ class Rehearsal:
         """Faults to come, in place of those ordered before."""
         self.ask("/rehearsal/faults", list(faults))
 
-    def launch(self, *arguments: object, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-        """`python -m training.launch ...` against it, asked often."""
+    def launch(
+        self, *arguments: object, timeout_s: float = 600, folder: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
+        """`python -m training.launch ...` against it, asked often; `folder`: the working directory."""
         return subprocess.run(
-            [sys.executable, "-m", "training.launch", *map(str, arguments), "--poll-seconds", "0.5"], cwd=ROOT,
-            env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False,
+            [sys.executable, "-m", "training.launch", *map(str, arguments), "--poll-seconds", "0.5"], cwd=folder,
+            env={**self.environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=timeout_s,
+            check=False,
         )  # fmt: skip
 
     def client(self, service: str) -> Any:
@@ -88,6 +92,14 @@ class Rehearsal:
             imageManifestMediaType=manifest["mediaType"],
         )  # fmt: skip
 
+    @staticmethod
+    def note_images(folder: Path) -> None:
+        """`folder`/artifacts/image.json, as three times `make push` leave it."""
+        noted = folder / "artifacts" / "image.json"
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        cuda = {"train": "13.0", "serve": "13.0", "serve-cpu": None}
+        noted.write_text(json.dumps({target: {"uri": IMAGE, "cuda": version} for target, version in cuda.items()}))
+
 
 @contextmanager
 def rehearsal(*flags: str) -> Iterator[Rehearsal]:
@@ -108,7 +120,7 @@ def rehearsal(*flags: str) -> Iterator[Rehearsal]:
             finally:
                 process.stdin.close()  # it ends what it runs
                 try:
-                    process.wait(60)
+                    process.wait(STOP_S["train"] + 60)  # what runs has its time to end; then nothing of it is left
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()

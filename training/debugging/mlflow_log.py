@@ -84,11 +84,15 @@ class MlflowLog(Callback):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of mlflow's imports (pydantic, sqlalchemy)
-                from mlflow import MlflowClient
+                from mlflow import MlflowClient, set_tracking_uri
                 from mlflow.entities import Param
         except ImportError:
             log.info("mlflow is not installed: nothing is sent to it (uv sync --group mlflow).")
             return
+        if self._uri.startswith("arn:"):
+            set_tracking_uri(self._uri)  # sagemaker-mlflow signs requests for this one, not for the client's
+        else:
+            _mute_sagemaker()
         client = MlflowClient(self._uri)
         found = client.get_experiment_by_name(self._experiment)
         experiment = found.experiment_id if found else client.create_experiment(self._experiment)
@@ -141,3 +145,8 @@ def tensor_metrics(seen: Sequence[Observation]) -> dict[str, float]:
         for figure in FIGURES.get(observation.kind, ())
         if math.isfinite(observation.stats.get(figure, math.nan))
     }
+
+
+def _mute_sagemaker() -> None:
+    """sagemaker-mlflow 0.5 takes any server for one of SageMaker's, and mlflow warns of that at each request."""
+    logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)

@@ -1,1 +1,4 @@
-"""From laptop to endpoint on Amazon SageMaker: `python -m training.launch COMMAND`. Only this package imports boto3."""
+"""From laptop to endpoint on Amazon SageMaker: `python -m training.launch COMMAND`.
+
+Of `training`, only this package imports boto3.
+"""

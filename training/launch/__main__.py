@@ -32,14 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(exc.code or 0)
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        from training.launch.commands import run  # boto3 and the training's settings: not for --help
+        from training.launch.commands import run  # the training's settings: seconds, and not for --help
 
         run(options, rest)
     except TrainingError as exc:
         log.error("%s", exc)
         return 2 if isinstance(exc, ConfigError) else 1
     except KeyboardInterrupt as exc:
-        log.error("%s", exc if exc.args else "Stopped; the same command goes on where this one stopped.")
+        log.error(
+            "%s", exc if exc.args else "Stopped; repeat the command: what is there already is found and not made again."
+        )
         return 143 if isinstance(exc, _Terminated) or isinstance(exc.__cause__, _Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)

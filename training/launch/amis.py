@@ -1,7 +1,7 @@
 """Which driver a SageMaker host has, and which CUDA an image may therefore bring.
 
 The table of host images is `container.drivers`, which the image itself reads at its start. Without InferenceAmiVersion
-g4dn and g5 hosts have driver 470, on which a container with CUDA 13 does not start and leaves no log.
+g4dn and g5 hosts have driver 470, which is too old for CUDA 13: our image says so and ends, others may leave no log.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,6 @@ def _version(text: str) -> tuple[int, int]:
 
 
 AMIS = tuple(Ami(host.ami, host.driver, _version(host.cuda)) for host in drivers.ENDPOINT_HOSTS)
-DEFAULT_DRIVER = {"g4dn": 470, "g5": 470, "p4d": 470, "g6": 535, "p5": 535}
-"""What a family's host has where no AMI is asked for."""
 
 IMAGE_CUDA = _version(drivers.CUDA)
 """Of the image that container/ builds for GPUs."""
@@ -56,6 +54,7 @@ def ami_for(instance: str, cuda: tuple[int, int] = IMAGE_CUDA) -> str | None:
     if family(instance) in ("p2", "p3") and cuda >= (13, 0):
         raise ConfigError(f"--instance {instance}: CUDA 13 dropped its GPU; take ml.g4dn, ml.g5 or ml.g6.")
     for ami in AMIS:
+        # Of two with the same driver, the later edition.
         if cuda <= ami.cuda and (cuda >= (13, 0) or ami.name.endswith("-1")):
             return ami.name
     newest = AMIS[-1].cuda

@@ -21,7 +21,7 @@ from training.launch.errors import JobFailed, failure_advice
 from training.launch.jobs import OVER
 from training.launch.logs import TRANSFORM, LogTail
 from training.launch.names import Project, digest, split_uri
-from training.launch.session import Aws
+from training.launch.session import Aws, read_body
 from training.launch.wait import POLL_S, wait
 
 log = logging.getLogger("training")
@@ -104,6 +104,6 @@ def outcomes(aws: Aws, job: dict[str, Any], keys: dict[Path, str]) -> list[Outco
         if target not in there:
             found.append(Outcome(path, problem="the job wrote no answer"))
             continue
-        answer = json.loads(s3.get_object(Bucket=bucket, Key=target)["Body"].read())
+        answer = json.loads(read_body(s3.get_object(Bucket=bucket, Key=target), "s3", "GetObject"))
         found.append(Outcome(path, tuple(answer["predictions"]), None, 1, answer.get("model", {})))
     return found

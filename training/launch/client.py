@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ from service.model.images import MEDIA_TYPES
 from training.errors import ConfigError
 from training.launch.errors import THROTTLED, AwsError, LaunchError
 from training.launch.names import split_uri
-from training.launch.session import READ_TIMEOUT_S, Aws
+from training.launch.session import READ_TIMEOUT_S, Aws, read_body
 
 log = logging.getLogger("training")
 
@@ -37,6 +38,16 @@ LATER = (429, 503, 504)
 TRIES = 6
 MAX_PAUSE_S = 20.0
 ASYNC_LIMIT_S = 900.0
+TRANSIENT = frozenset(
+    {*THROTTLED, "Unreachable", "ServiceUnavailable", "InternalFailure", "InternalDependencyException",
+     "InternalStreamFailure", "ModelNotReadyException", "InternalError", "ServiceUnavailableException"}
+)  # fmt: skip
+"""AWS's own codes that say so."""
+SMALLEST_LIMIT_BYTES = 4 * 2**20
+"""What a serverless endpoint takes; a real-time one takes 25 MiB. AWS refuses more with the code of any wrong request.
+
+https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html
+"""
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,10 @@ class Target(Protocol):
 
     name: str
 
-    def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
-        """One request. Raises: Unanswered; LaunchError where trying again is no use."""
+    def ask(
+        self, body: bytes, media_type: str, accept: str = "application/json", stop: threading.Event | None = None
+    ) -> Reply:
+        """One request; a long wait ends with `stop`. Raises: Unanswered; LaunchError where no image would do."""
         ...
 
     def close(self) -> None:
@@ -98,7 +111,9 @@ class UrlTarget:
         for connection in self._connections:
             connection.close()
 
-    def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
+    def ask(
+        self, body: bytes, media_type: str, accept: str = "application/json", stop: threading.Event | None = None
+    ) -> Reply:
         """See `Target.ask`."""
         if not hasattr(self._local, "connection"):
             self._local.connection = self._made(self._host, self._port, timeout=READ_TIMEOUT_S)
@@ -126,68 +141,88 @@ class EndpointTarget:
     def close(self) -> None:
         """The client is the account's, and stays."""
 
-    def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
+    def ask(
+        self, body: bytes, media_type: str, accept: str = "application/json", stop: threading.Event | None = None
+    ) -> Reply:
         """See `Target.ask`."""
         try:
             answer = self._client.invoke_endpoint(
                 EndpointName=self._endpoint, Body=body, ContentType=media_type, Accept=accept
             )
+            content = read_body(answer, "sagemaker-runtime", "InvokeEndpoint")
         except ClientError as exc:  # ModelError, see `session`: the container's own answer
             original = exc.response.get("OriginalStatusCode", 500)
             return Reply(int(original), {}, str(exc.response.get("OriginalMessage", exc)).encode())
         except AwsError as exc:
-            if exc.code in (
-                *THROTTLED,
-                "Unreachable",
-                "ServiceUnavailable",
-                "InternalFailure",
-                "ModelNotReadyException",
-            ):
+            if exc.code == "ValidationError" and len(body) > SMALLEST_LIMIT_BYTES and "not found" not in exc.text:
+                return Reply(413, {}, f"{len(body) / 1e6:.1f} MB: {exc.text}".encode())
+            if exc.code in TRANSIENT:
                 raise Unanswered(str(exc)) from exc
             raise
         headers = answer["ResponseMetadata"]["HTTPHeaders"]
-        return Reply(200, headers, answer["Body"].read())
+        return Reply(200, headers, content)
 
 
 class AsyncTarget:
-    """An asynchronous endpoint: the image goes to S3, the answer is fetched from there."""
+    """An asynchronous endpoint: the image goes to S3, the answer is fetched from there, and neither stays."""
 
-    def __init__(self, aws: Aws, endpoint: str, place: str, poll_s: float = 1.0) -> None:
-        """`place`: s3:// folder for the images."""
-        self.name, self._aws, self._endpoint = f"asynchronous endpoint {endpoint}", aws, endpoint
-        self._place, self._poll_s = place, poll_s
+    def __init__(
+        self, aws: Aws, endpoint: str, place: str, poll_s: float = 1.0, limit_s: float = ASYNC_LIMIT_S
+    ) -> None:
+        """`place`: s3:// folder for the images. `limit_s`: how long an image's answer may take."""
+        self.name, self._endpoint = f"asynchronous endpoint {endpoint}", endpoint
+        self._s3, self._client = aws.client("s3"), aws.client("sagemaker-runtime")
+        self._place, self._poll_s, self._limit_s = place, poll_s, limit_s
 
     def close(self) -> None:
         """The clients are the account's, and stay."""
 
-    def ask(self, body: bytes, media_type: str, accept: str = "application/json") -> Reply:
-        """See `Target.ask`. Waits ASYNC_LIMIT_S at most."""
-        s3 = self._aws.client("s3")
+    def ask(
+        self, body: bytes, media_type: str, accept: str = "application/json", stop: threading.Event | None = None
+    ) -> Reply:
+        """See `Target.ask`. An answer that takes too long becomes a 408: the same request would take as long again."""
         bucket, prefix = split_uri(self._place)
-        key = f"{prefix.rstrip('/')}/{uuid.uuid4().hex}"
-        s3.put_object(Bucket=bucket, Key=key, Body=body, ContentType=media_type)
-        sent = self._aws.client("sagemaker-runtime").invoke_endpoint_async(
-            EndpointName=self._endpoint, InputLocation=f"s3://{bucket}/{key}", ContentType=media_type, Accept=accept
-        )
-        deadline_s = time.monotonic() + ASYNC_LIMIT_S
-        while time.monotonic() < deadline_s:
-            for status, uri in ((200, sent["OutputLocation"]), (500, sent.get("FailureLocation"))):
-                found = _content(s3, uri) if uri else None
-                if found is not None:
-                    s3.delete_object(Bucket=bucket, Key=key)
-                    return Reply(status, {}, found)
-            time.sleep(self._poll_s)
-        raise LaunchError(f"{self.name} left no answer at {sent['OutputLocation']} within {ASYNC_LIMIT_S:g} s.")
+        given = f"s3://{bucket}/{prefix.rstrip('/')}/{uuid.uuid4().hex}"
+        made = [given]
+        try:
+            self._s3.put_object(Bucket=bucket, Key=split_uri(given)[1], Body=body, ContentType=media_type)
+            sent = self._client.invoke_endpoint_async(
+                EndpointName=self._endpoint, InputLocation=given, ContentType=media_type, Accept=accept
+            )
+            answers = [(200, sent["OutputLocation"]), (500, sent.get("FailureLocation"))]
+            made += [uri for _, uri in answers if uri]
+            deadline_s = time.monotonic() + self._limit_s
+            while time.monotonic() < deadline_s:
+                for status, uri in answers:
+                    found = self._content(uri) if uri else None
+                    if found is not None:
+                        return Reply(status, {}, found)
+                if (stop or threading.Event()).wait(self._poll_s):
+                    raise Unanswered("It was stopped.")
+        except AwsError as exc:
+            if exc.code in TRANSIENT:
+                raise Unanswered(str(exc)) from exc
+            raise
+        finally:
+            self._remove(made)
+        return Reply(408, {}, f"no answer at {sent['OutputLocation']} within {self._limit_s:g} s".encode())
 
+    def _content(self, uri: str) -> bytes | None:
+        """The object, None where it is not there yet. Raises: AwsError."""
+        bucket, key = split_uri(uri)
+        try:
+            return read_body(self._s3.get_object(Bucket=bucket, Key=key), "s3", "GetObject")
+        except AwsError as exc:
+            # S3 says "denied" of what is missing, without ListBucket. What may do well later is asked for again.
+            if exc.is_missing or exc.is_denied or exc.code in TRANSIENT:
+                return None
+            raise
 
-def _content(s3: Any, uri: str) -> bytes | None:
-    bucket, key = split_uri(uri)
-    try:
-        return bytes(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
-    except AwsError as exc:
-        if exc.is_missing or exc.is_denied:  # S3 says "denied" of what is missing, without ListBucket
-            return None
-        raise
+    def _remove(self, uris: Iterable[str]) -> None:
+        for uri in uris:
+            bucket, key = split_uri(uri)
+            with suppress(AwsError):  # the answer counts; `delete --data` removes what is left
+                self._s3.delete_object(Bucket=bucket, Key=key)
 
 
 @dataclass(frozen=True)
@@ -203,16 +238,22 @@ class Outcome:
 
 
 def classify(target: Target, paths: Iterable[Path], *, concurrency: int = 8, tries: int = TRIES) -> Iterator[Outcome]:
-    """Send each image; outcomes in the order of `paths`, failures among them. Raises: AwsError (of access, say)."""
+    """Send each image; outcomes in the order of `paths`, failures among them. Raises: AwsError (of access, say).
+
+    Who stops reading outcomes (Ctrl-C) waits for the requests under way, not for those to come.
+    """
+    stop = threading.Event()
     with ThreadPoolExecutor(concurrency) as threads:
         try:
-            yield from threads.map(lambda path: classify_one(target, path, tries), paths)
+            yield from threads.map(lambda path: classify_one(target, path, tries, stop), paths)
         finally:
+            stop.set()
             threads.shutdown(wait=True, cancel_futures=True)
 
 
-def classify_one(target: Target, path: Path, tries: int = TRIES) -> Outcome:
+def classify_one(target: Target, path: Path, tries: int = TRIES, stop: threading.Event | None = None) -> Outcome:
     """One image's outcome, tried again where the service says later. Raises: AwsError where no image would do."""
+    stop = stop or threading.Event()
     try:
         body = path.read_bytes()
     except OSError as exc:
@@ -220,20 +261,27 @@ def classify_one(target: Target, path: Path, tries: int = TRIES) -> Outcome:
     media_type = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
     for attempt in range(1, tries + 1):
         try:
-            reply = target.ask(body, media_type)
+            reply = target.ask(body, media_type, stop=stop)
         except Unanswered as exc:
             problem, pause_s = str(exc), _backoff_s(attempt)
         else:
             if reply.status == 200:
-                answer = json.loads(reply.body)
-                return Outcome(path, tuple(answer["predictions"]), None, attempt, answer.get("model", {}))
+                return _understood(path, reply, attempt)
             problem = reply.problem
             if reply.status not in LATER:
                 return Outcome(path, problem=problem, tries=attempt)
             pause_s = retry_after_s(reply) or _backoff_s(attempt)
-        if attempt < tries:
-            time.sleep(min(pause_s, MAX_PAUSE_S))
+        if attempt < tries and stop.wait(min(pause_s, MAX_PAUSE_S)):
+            return Outcome(path, problem=f"{problem} (stopped)", tries=attempt)
     return Outcome(path, problem=f"{problem} (tried {tries} times)", tries=tries)
+
+
+def _understood(path: Path, reply: Reply, attempt: int) -> Outcome:
+    try:
+        answer = json.loads(reply.body)
+        return Outcome(path, tuple(answer["predictions"]), None, attempt, answer.get("model", {}))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Outcome(path, problem=f"the answer is none of this service: {reply.body[:100]!r}", tries=attempt)
 
 
 def retry_after_s(reply: Reply) -> float | None:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from training.errors import ConfigError
-from training.flags import unknown_name
 from training.launch import (
-    images,
     inventory,
     preflight,
     results,
@@ -18,6 +16,7 @@ from training.launch.client import Target, UrlTarget, classify, images_in
 from training.launch.deployment import run_batch, run_deploy, target_of
 from training.launch.errors import LaunchError
 from training.launch.experiments import channels, run_train, run_tune
+from training.launch.flags import options_of
 from training.launch.opening import Options, as_json, opened
 from training.progress import progress
 
@@ -25,17 +24,11 @@ log = logging.getLogger("training")
 
 
 def run_preflight(options: Options, _: Sequence[str]) -> None:
-    """See `preflight`."""
+    """Tell what could go wrong. Raises: LaunchError where something is not ready."""
     aws, project = opened(options)
-    target = images.hosting_target("realtime", options.hosting_instance)
-    try:
-        image = images.image_for(target, options.image)
-    except ConfigError as exc:
-        log.info("%s", exc)
-        image = images.Image("", None)
     plan = preflight.Plan(
-        image.uri or None, options.instance, options.hosting_instance, options.role, options.spot, options.ami,
-        options.startup_seconds, image.cuda,
+        options.instance, options.hosting_instance, options.image, options.role,
+        options.instances * options.parallel, options.max_count, options.spot, options.ami, options.startup_seconds,
     )  # fmt: skip
     checks = preflight.run(aws, project, plan)
     log.info("preflight of project %s:\n%s", project.name, preflight.table(checks))
@@ -43,25 +36,26 @@ def run_preflight(options: Options, _: Sequence[str]) -> None:
 
 
 def run_iam_role(options: Options, _: Sequence[str]) -> None:
-    """See `roles.create_role`."""
+    """Make the role that jobs run as, or bring it up to date."""
     aws, project = opened(options)
     if options.dry_run:
+        allowed = roles.permissions(project, aws.partition, options.mlflow)["Statement"]
         log.info(
             "would make role %s, taken by %s, which may:\n%s",
-            roles.role_name(project), roles.SERVICE, as_json(roles.permissions(project, aws.partition)["Statement"]),
+            roles.role_name(project), roles.SERVICE, as_json(allowed),
         )  # fmt: skip
         return
-    roles.create_role(aws, project)
+    roles.create_role(aws, project, options.mlflow)
 
 
 def run_upload(options: Options, _: Sequence[str]) -> None:
-    """See `data`."""
+    """Check the data and send what is not in S3 yet."""
     aws, project = opened(options)
     channels(aws, project, options)
 
 
 def run_invoke(options: Options, _: Sequence[str]) -> None:
-    """See `client` and `results`. Raises: LaunchError where an image had a problem."""
+    """Classify images and write what came of them. Raises: LaunchError where an image had a problem."""
     paths = images_in(options.images)
     kind = results.format_of(options.output, options.format)
     if options.url:
@@ -77,14 +71,14 @@ def run_invoke(options: Options, _: Sequence[str]) -> None:
 
 
 def run_status(options: Options, _: Sequence[str]) -> None:
-    """See `inventory`."""
+    """List what the project has at AWS."""
     aws, project = opened(options)
     found = inventory.things(aws, project, with_data=True, with_role=True)
     log.info("project %s in %s:\n%s", project.name, aws.region, _things(found) if found else "  nothing")
 
 
 def run_delete(options: Options, _: Sequence[str]) -> None:
-    """See `inventory`. Raises: LaunchError where something is left."""
+    """List what the project has, ask, remove it. Raises: LaunchError where something is left."""
     aws, project = opened(options)
     every = inventory.things(aws, project, with_data=options.with_data, with_role=options.with_role)
     found = [thing for thing in every if thing.remove is not None]
@@ -114,7 +108,7 @@ TAKES_HYPERPARAMETERS = ("train", "tune")
 def run(options: Options, rest: Sequence[str]) -> None:
     """What the command line says. Raises: TrainingError, StoppedWaiting."""
     if rest and options.command not in TAKES_HYPERPARAMETERS:
-        raise ConfigError(unknown_name(rest[0], [name for name in vars(options) if name != "command"]))
+        raise ConfigError(f"Unknown {rest[0]}; {options.command} knows {', '.join(options_of(options.command))}.")
     COMMANDS[options.command](options, rest)
 
 

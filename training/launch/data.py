@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
+from botocore.exceptions import BotoCoreError
 
 from training.data.folder import BrokenFiles
 from training.data.layouts import CIFAR100, open_dataset
 from training.errors import ConfigError, DataError
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project, digest, split_uri
-from training.launch.session import Aws
+from training.launch.session import Aws, unreachable
 from training.progress import progress
 
 log = logging.getLogger("training")
@@ -44,16 +46,15 @@ class Channel:
         return sum(path.stat().st_size for _, path in self.files)
 
 
-def channels_of(data: Path, validation: Path | None = None, weights: Path | None = None) -> list[Channel]:
-    """The channels that these places are. Raises: ConfigError."""
-    channels = [Channel("train", tuple(_files(data)))]
-    if validation is not None:
-        channels.append(Channel("validation", tuple(_files(validation))))
-    if weights is not None:
-        if not weights.is_file():
-            raise ConfigError(f"--weights {weights}: there is no such file.")
-        channels.append(Channel("weights", ((weights.name, weights),)))
-    return channels
+def channel_of(name: str, place: Path) -> Channel:
+    """The channel that a place here is: a folder, or of weights a file. Raises: ConfigError where there is none."""
+    if name != "weights":
+        if not place.is_dir():
+            raise ConfigError(f"--{'data' if name == 'train' else name} {place}: there is no such folder.")
+        return Channel(name, tuple(_files(place)))
+    if not place.is_file():
+        raise ConfigError(f"--weights {place}: there is no such file; allowed are a file, imagenet and none.")
+    return Channel(name, ((place.name, place),))
 
 
 def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refuse") -> str:
@@ -152,6 +153,8 @@ def fetch(aws: Aws, uri: str, target: Path) -> Path:
         if exc.is_missing:
             raise LaunchError(f"{uri} is not there; did the job that writes it end well?") from exc
         raise
+    except (BotoCoreError, Boto3Error) as exc:  # its body broke off, again and again; some are OSErrors too
+        raise unreachable("s3", "GetObject", exc) from exc
     except OSError as exc:
         raise LaunchError(f"{target} cannot be written: {exc.strerror or exc}.") from exc
     finally:
@@ -160,8 +163,6 @@ def fetch(aws: Aws, uri: str, target: Path) -> Path:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    if not folder.is_dir():
-        raise ConfigError(f"--data {folder}: there is no such folder.")
     if folder.name == CIFAR100:
         folder = folder.parent
     inner = folder / CIFAR100
@@ -173,8 +174,11 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _hashed(channel: Channel) -> dict[str, str]:
     def one(key: str, path: Path) -> tuple[str, str]:
-        with path.open("rb") as file:
-            return key, hashlib.file_digest(file, "sha256").hexdigest()
+        try:
+            with path.open("rb") as file:
+                return key, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as exc:
+            raise DataError(f"{path} cannot be read: {exc.strerror}.") from exc
 
     found = progress(_in_threads(one, list(channel.files)), f"reading {channel.name}", total=len(channel.files))
     return dict(sorted(found))

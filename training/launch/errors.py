@@ -30,6 +30,21 @@ MISSING = frozenset(
      "ObjectNotFoundException", "RepositoryNotFoundException", "ImageNotFoundException"}
 )  # fmt: skip
 
+_PREFIXES = {
+    "application-auto-scaling": "application-autoscaling", "cloudwatch-logs": "logs",
+    "sagemaker-runtime": "sagemaker", "service-quotas": "servicequotas",
+}  # fmt: skip
+"""What IAM calls services that botocore calls otherwise."""
+_S3 = {
+    "HeadBucket": "ListBucket", "ListObjectsV2": "ListBucket", "HeadObject": "GetObject",
+    "DeleteObjects": "DeleteObject", "CreateMultipartUpload": "PutObject", "UploadPart": "PutObject",
+    "CompleteMultipartUpload": "PutObject", "PutPublicAccessBlock": "PutBucketPublicAccessBlock",
+}  # fmt: skip
+"""S3's operations whose permission has another name.
+
+https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazons3.html
+"""
+
 _ACTION = re.compile(r"not authorized to perform:? ([\w-]+:\w+)(?: on resource:? (\S+))?")
 _TRACE = re.compile(r"\n\nTraceback .*?(?=, exit code: \d+$|\Z)", re.DOTALL)
 """What a container adds below its sentence in /opt/ml/output/failure, and SageMaker shows the beginning of."""
@@ -78,6 +93,11 @@ def refused(service: str, operation: str, error: dict[str, Any]) -> AwsError:
     return AwsError(_sentence(service, operation, code, text), code, operation, text)
 
 
+def iam_action(service: str, operation: str) -> str:
+    """The permission that a call needs; `service` as botocore calls it: `s3`, `HeadBucket` -> `s3:ListBucket`."""
+    return f"{_PREFIXES.get(service, service)}:{_S3.get(operation, operation) if service == 's3' else operation}"
+
+
 def failure_advice(reason: str) -> str:
     """What to do about the FailureReason of a job or endpoint; empty where it speaks for itself."""
     if "CapacityError" in reason or "insufficient capacity" in reason.lower() or "Unable to provision" in reason:
@@ -88,7 +108,8 @@ def failure_advice(reason: str) -> str:
     if "ping health check" in reason:
         return (
             "The container did not answer /ping with 200 in time. If the log is empty it did not start: is the image "
-            "for linux/amd64, and does its CUDA fit the host's driver (--ami)? `preflight` looks at both."
+            "for linux/amd64 (`make image` builds it so), and does its CUDA fit the host's driver (--ami; `preflight` "
+            "looks at it)?"
         )
     if "AlgorithmError" in reason:
         return "That is the training's own error; it is also at the end of the log."
@@ -107,7 +128,7 @@ def _sentence(service: str, operation: str, code: str, text: str) -> str:
         return f"AWS does not know these credentials ({call}: {text or code}); check `aws sts get-caller-identity`."
     if code in DENIED:
         found = _ACTION.search(text)
-        action, resource = found.groups() if found else (f"{service}:{operation}", None)
+        action, resource = found.groups() if found else (iam_action(service, operation), None)
         where = f" on {resource.rstrip('.')}" if resource else ""
         return (
             f"Permission {action}{where} is missing ({text or code}). Let the account's administrator add {action} to "

@@ -11,7 +11,7 @@ from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
 from training.launch import cost, data, images, jobs, roles, tuning
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
-from training.launch.names import Project
+from training.launch.names import Project, split_uri
 from training.launch.opening import Options, as_json, opened
 from training.launch.session import Aws
 from training.tuning.config import TuningConfig, split_tuning
@@ -24,20 +24,21 @@ PLACES = ("data", "validation", "output", "run_folder", "checkpoints", "cache_fo
 
 def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
     """The input channels, uploaded unless they are S3 addresses or this is a dry run. Raises: TrainingError."""
-    found = {
-        name: value if value.endswith("/") else f"{value}/"
-        for name, value in (("train", options.data), ("validation", options.validation), ("weights", options.weights))
-        if value and value.startswith("s3://")
-    }
-    weights = Path(options.weights) if is_file(options.weights) else None
-    if "train" in found:
-        local = [data.Channel("weights", ((weights.name, weights),))] if weights else []
-    else:
-        validation = None if "validation" in found or not options.validation else Path(options.validation)
-        log.info("data: %s", data.check(Path(options.data), validation))
-        local = data.channels_of(Path(options.data), validation, weights)
+    weights = None if options.weights in ("imagenet", "none") else options.weights
+    places = {"train": options.data, "validation": options.validation, "weights": weights}
+    there = {name: place for name, place in places.items() if place and place.startswith("s3://")}
+    here = {name: Path(place) for name, place in places.items() if place and name not in there}
+    if options.validation and ("train" in there) != ("validation" in there):
+        raise ConfigError(
+            f"--data {options.data} --validation {options.validation}: one is in S3 and the other here, so they cannot "
+            "be checked together; give two folders or two s3:// addresses."
+        )
+    local = [data.channel_of(name, place) for name, place in here.items()]
+    if "train" in here:
+        log.info("data: %s", data.check(here["train"], here.get("validation")))
     if not options.dry_run and local:
         data.ensure_bucket(aws, project)
+    found = {name: s3_channel(name, uri) for name, uri in there.items()}
     for channel in local:
         if options.dry_run:
             found[channel.name] = project.uri("data", data.prefix_of(channel))
@@ -49,9 +50,13 @@ def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
     return found
 
 
-def is_file(weights: str | None) -> bool:
-    """Whether --weights names a file, rather than `imagenet`, `none` or an S3 address."""
-    return bool(weights) and weights not in ("imagenet", "none") and not str(weights).startswith("s3://")
+def s3_channel(name: str, uri: str) -> str:
+    """The address as AWS takes it, as a prefix: that of a folder ends with a slash, weights may be one object.
+
+    Raises: ConfigError where it is no S3 address.
+    """
+    split_uri(uri)
+    return uri if name == "weights" or uri.endswith("/") else f"{uri}/"
 
 
 def hyperparameters(
@@ -77,23 +82,38 @@ def hyperparameters(
     return jobs.as_text({**values, **watching}), config, settings
 
 
-def training_of(aws: Aws, project: Project, options: Options, values: Mapping[str, str], **more: Any) -> jobs.Training:
-    """What the job runs, on what, with which data (uploaded now). Raises: TrainingError."""
-    machines = jobs.Machines(
+def machines_of(options: Options, keep_warm_minutes: int = 0) -> jobs.Machines:
+    """What the flags say the job runs on. Raises: ConfigError."""
+    return jobs.Machines(
         options.instance, options.instances, options.volume_gb, options.max_hours, options.spot,
-        retries=options.retries, keep_warm_minutes=more.pop("keep_warm_minutes", 0),
+        retries=options.retries, keep_warm_minutes=keep_warm_minutes,
     )  # fmt: skip
+
+
+def training_of(
+    aws: Aws, project: Project, options: Options, values: Mapping[str, str], machines: jobs.Machines, **more: Any
+) -> jobs.Training:
+    """What the job runs, with which data (uploaded now). Raises: TrainingError."""
     role = roles.find_role(aws, project, options.role)
     image = images.image_for("train", options.image).uri
-    return jobs.Training(image, role, channels(aws, project, options), values, machines, **more)
+    places = channels(aws, project, options)
+    others = sorted({split_uri(uri)[0] for uri in places.values()} - {project.bucket})
+    if others and not options.role:
+        log.warning(
+            "bucket %s: the role that iam-role makes reads %s alone; give a --role that may read it, or --bucket",
+            ", ".join(others), project.bucket,
+        )  # fmt: skip
+    return jobs.Training(image, role, places, values, machines, **more)
 
 
 def run_train(options: Options, rest: Sequence[str]) -> None:
-    """See `jobs`."""
+    """Start the training job, or find it again; follow it, and bring its model home."""
     values, _, _ = hyperparameters(options, rest, "train", tune=False)
+    if options.mlflow:
+        values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
     aws, project = opened(options)
     training = training_of(
-        aws, project, options, values, keep_warm_minutes=options.keep_warm_minutes, debugger=options.debugger,
+        aws, project, options, values, machines_of(options, options.keep_warm_minutes), debugger=options.debugger,
         mlflow=options.mlflow,
     )  # fmt: skip
     wanted = jobs.request(project, training, aws.region)
@@ -109,12 +129,12 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
 
 
 def run_tune(options: Options, rest: Sequence[str]) -> None:
-    """See `tuning`."""
+    """Start the tuning job, or find it again; follow its trials, and bring the best one home."""
     values, config, settings = hyperparameters(options, rest, "tune", tune=True)
     aws, project = opened(options)
     search = tuning.Search(settings, options.parallel, options.strategy, not options.no_early_stopping)
     tuning.ranges(settings, values)  # what cannot be tuned is said before anything is uploaded
-    training = training_of(aws, project, options, values)
+    training = training_of(aws, project, options, values, machines_of(options))
     wanted = tuning.request(project, training, search, aws.region)
     log.info(
         "cost: %d trials, %d at once; each %s", settings.trials, min(search.parallel, settings.trials),

@@ -1,6 +1,8 @@
 """The command line: `python -m training.launch COMMAND`, one command a step of the journey."""
 
 import argparse
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from training.entry import positive
@@ -27,15 +29,21 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     one = add("preflight", "look at everything that could go wrong before anything costs")
-    one.add_argument("--image", help=f"in ECR {PUSHED}")
+    one.add_argument(
+        "--image", help="in ECR, for training and the endpoint alike (default: those that make push noted)"
+    )
     one.add_argument("--role", help=ROLE)
     one.add_argument("--instance", default=jobs.INSTANCE, help="for training (default: %(default)s)")
+    one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")
+    one.add_argument("--parallel", type=positive, default=1, help="trainings at once (default: %(default)s)")
+    one.add_argument("--max", type=positive, default=1, dest="max_count", help="of the endpoint (default: %(default)s)")
     one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
     one.add_argument("--spot", action="store_true", help="look at the quota of spot training instead")
     one.add_argument("--ami", help="InferenceAmiVersion of the endpoint (default: the one CUDA 13 needs)")
     one.add_argument("--startup-seconds", type=positive, default=endpoint.STARTUP_S, help="default: %(default)s")
 
     one = add("iam-role", "make the role that jobs and endpoints run as, with the permissions they need and no more")
+    one.add_argument("--mlflow", type=mlflow_arn, metavar="ARN", help="MLflow app or server that jobs may report to")
     _dry_run(one)
 
     one = add("upload", "check data and bring it to S3; sends only what is not there")
@@ -46,10 +54,13 @@ def parser() -> argparse.ArgumentParser:
     _job(one)
     one.add_argument("--output", type=Path, default=Path("artifacts/sagemaker"), help="default: %(default)s")
     one.add_argument(
-        "--keep-warm-minutes", type=int, default=0, help="keep the instance for the next job; it is billed"
+        "--keep-warm-minutes", type=between(0, 60), default=0, help="keep the instance for the next job; it is billed"
     )
     one.add_argument("--debugger", action="store_true", help="SageMaker Debugger's hook, rules and profiler")
-    one.add_argument("--mlflow", metavar="ARN", help="SageMaker MLflow app or tracking server to report to")
+    one.add_argument(
+        "--mlflow", type=mlflow_arn, metavar="ARN",
+        help="SageMaker MLflow app or tracking server to report to (`iam-role --mlflow ARN` permits it)",
+    )  # fmt: skip
 
     one = add("tune", "search learning rate, batch size and epochs in parallel jobs", epilog=TRAINING_HELP)
     _job(one)
@@ -65,11 +76,19 @@ def parser() -> argparse.ArgumentParser:
     _model(one)
     one.add_argument("--kind", choices=("realtime", "serverless", "async"), default="realtime")
     one.add_argument("--instance", default=endpoint.INSTANCE, help="default: %(default)s")
-    one.add_argument("--min", type=int, default=1, dest="min_count", help="instances at least (default: %(default)s)")
-    one.add_argument("--max", type=int, dest="max_count", help="instances at most (default: --min, no autoscaling)")
+    one.add_argument(
+        "--min", type=between(0, 1000), default=1, dest="min_count", help="instances at least (default: %(default)s)"
+    )
+    one.add_argument(
+        "--max", type=positive, dest="max_count", help="instances at most (default: --min, no autoscaling)"
+    )
     one.add_argument("--ami", help="InferenceAmiVersion (default: the one CUDA 13 needs)")
-    one.add_argument("--startup-seconds", type=positive, default=endpoint.STARTUP_S, help="default: %(default)s")
-    one.add_argument("--capture-percent", type=int, default=0, help="share of requests stored in S3 (default: none)")
+    one.add_argument(
+        "--startup-seconds", type=between(60, 3600), default=endpoint.STARTUP_S, help="default: %(default)s"
+    )
+    one.add_argument(
+        "--capture-percent", type=between(0, 100), default=0, help="share of requests stored in S3 (default: none)"
+    )
     one.add_argument("--memory", type=int, default=4096, help="MB of a serverless endpoint (default: %(default)s)")
     one.add_argument(
         "--max-concurrency", type=positive, default=5, help="of serverless and async (default: %(default)s)"
@@ -103,8 +122,47 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-PUSHED = "(default: what make push noted in artifacts/image.json)"
+def options_of(command: str) -> list[str]:
+    """A command's flags, as they are typed."""
+    (commands,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    actions = commands.choices[command]._actions
+    return [text for action in actions for text in action.option_strings if text.startswith("--")]
+
+
+PUSHED_HELP = "(default: what make push noted in artifacts/image.json)"
 ROLE = "ARN or name of the role jobs run as (default: the project's, else this machine's)"
+
+
+def above_zero(text: str) -> float:
+    """A flag's number above 0. Raises: argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"given {text}, allowed are numbers above 0")
+    return value
+
+
+def between(low: int, high: int) -> Callable[[str], int]:
+    """What reads a flag's whole number from `low` to `high`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"given {text}, allowed are whole numbers from {low} to {high}")
+        return int(text)
+
+    return number
+
+
+def mlflow_arn(text: str) -> str:
+    """A flag's ARN of SageMaker's MLflow. Raises: argparse.ArgumentTypeError."""
+    if not re.fullmatch(r"arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:mlflow-(app|tracking-server)/.+", text):
+        raise argparse.ArgumentTypeError(
+            f"given {text}, allowed is an ARN such as arn:aws:sagemaker:REGION:ACCOUNT:mlflow-app/NAME; a server at an "
+            "address is --mlflow-uri"
+        )
+    return text
 
 
 def _common(one: argparse.ArgumentParser) -> None:
@@ -112,7 +170,9 @@ def _common(one: argparse.ArgumentParser) -> None:
     one.add_argument("--region", help="default: as in ~/.aws or AWS_DEFAULT_REGION")
     one.add_argument("--profile", help="of ~/.aws (default: AWS_PROFILE)")
     one.add_argument("--bucket", help="default: SageMaker's own, sagemaker-REGION-ACCOUNT")
-    one.add_argument("--poll-seconds", type=float, default=POLL_S, help="how often AWS is asked (default: %(default)g)")
+    one.add_argument(
+        "--poll-seconds", type=above_zero, default=POLL_S, help="how often AWS is asked (default: %(default)g)"
+    )
 
 
 def _dry_run(one: argparse.ArgumentParser) -> None:
@@ -129,12 +189,12 @@ def _data(one: argparse.ArgumentParser, required: bool) -> None:
 
 def _job(one: argparse.ArgumentParser) -> None:
     _data(one, required=True)
-    one.add_argument("--image", help=f"in ECR; it must understand `train` {PUSHED}")
+    one.add_argument("--image", help=f"in ECR; it must understand `train` {PUSHED_HELP}")
     one.add_argument("--role", help=ROLE)
     one.add_argument("--instance", default=jobs.INSTANCE, help="default: %(default)s")
     one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")
     one.add_argument("--volume-gb", type=positive, default=50, help="default: %(default)s")
-    one.add_argument("--max-hours", type=float, default=24.0, help="AWS ends the job then (default: %(default)g)")
+    one.add_argument("--max-hours", type=above_zero, default=24.0, help="AWS ends the job then (default: %(default)g)")
     one.add_argument("--spot", action="store_true", help="spare capacity: cheaper; goes on from checkpoints")
     one.add_argument("--retries", type=positive, default=1, help="after AWS's own failures (default: %(default)s)")
     one.add_argument("--no-wait", action="store_true", help="start and return; the same command waits later")
@@ -145,7 +205,7 @@ def _model(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--model", help="artifact folder, model.tar.gz, s3:// address, or training job (default: the newest job's)"
     )  # fmt: skip
-    one.add_argument("--image", help=f"in ECR; it must understand `serve` {PUSHED}")
+    one.add_argument("--image", help=f"in ECR; it must understand `serve` {PUSHED_HELP}")
     one.add_argument("--role", help=ROLE)
     one.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the container; repeatable")
     _dry_run(one)

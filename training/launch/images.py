@@ -11,6 +11,8 @@ from training.launch.amis import IMAGE_CUDA, has_gpu
 
 PUSHED = Path("artifacts/image.json")
 """Written by `make push`: {"train": {"uri", "cuda", ...}, "serve": ..., "serve-cpu": ...}."""
+PUSH = "make image TARGET={0} && make push TARGET={0}"
+"""What brings an image there. Each can one thing: `serve` and `serve-cpu` refuse `train`."""
 
 Target = Literal["train", "serve", "serve-cpu"]
 
@@ -32,13 +34,13 @@ def image_for(target: Target, given: str | None, pushed: Path = PUSHED) -> Image
         entry = json.loads(pushed.read_bytes())[target]
         return Image(str(entry["uri"]), _version(entry.get("cuda")))
     except FileNotFoundError as exc:
-        raise ConfigError("--image is missing: give the URI of one in ECR, or `make push` first.") from exc
+        raise ConfigError(f"--image is missing: give the URI of one in ECR, or `{PUSH.format(target)}` first.") from exc
     except KeyError as exc:
         raise ConfigError(
-            f"--image is missing, and {pushed} has no {target}: python -m container.push --target {target}."
+            f"--image is missing, and {pushed} has no {target}: give a URI, or `{PUSH.format(target)}` first."
         ) from exc
     except (OSError, ValueError, TypeError) as exc:
-        raise ConfigError(f"{pushed} cannot be read ({exc}); `make push` again, or give --image.") from exc
+        raise ConfigError(f"{pushed} cannot be read ({exc}); `{PUSH.format(target)}` again, or give --image.") from exc
 
 
 def hosting_target(kind: str, instance: str) -> Target:

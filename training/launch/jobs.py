@@ -26,7 +26,7 @@ from training.metric_lines import METRIC_DEFINITIONS
 log = logging.getLogger("training")
 
 INSTANCE = "ml.g5.xlarge"
-"""One A10G: the cheapest that trains in bfloat16. ml.g4dn.xlarge (T4) costs half; ml.p3 has no CUDA 13."""
+"""One A10G, which trains in bfloat16, as ml.g6.xlarge (L4) does, which is cheaper; ml.g4dn.xlarge (T4) costs half."""
 OVER = ("Completed", "Failed", "Stopped")
 
 DEBUGGER_RULES = (
@@ -191,12 +191,14 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
     except ArtifactError as exc:
         raise LaunchError(str(exc)) from exc
     run = job["ModelArtifacts"]["S3ModelArtifacts"].rsplit("/", 1)[0] + "/output.tar.gz"
+    packed = output.with_name(f"{output.name}-run.tar.gz")
     try:
-        packed = data.fetch(aws, run, output.with_name(f"{output.name}-run.tar.gz"))
-        replace_folder(packed, output.with_name(f"{output.name}-run"))
-        packed.unlink()
-    except LaunchError as exc:  # the model is here; curves and report are a bonus
-        log.warning("the run's files were not brought home: %s", exc)
+        replace_folder(data.fetch(aws, run, packed), output.with_name(f"{output.name}-run"))
+    except (LaunchError, ArtifactError, OSError) as exc:
+        # The model is here; curves and report are a bonus. --debugger on fills more than is unpacked.
+        log.warning("the run's files (%s) were not brought home: %s", run, exc)
+    finally:
+        packed.unlink(missing_ok=True)
     log.info("%s version %s is in %s (packed: %s)", artifact.manifest.name, artifact.manifest.version, output, archive)
     return output
 

@@ -1,13 +1,15 @@
 """Preflight: everything that could stop the journey, looked at before anything costs. A table of PASS and FAIL."""
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from training.errors import TrainingError
-from training.launch import amis, cost, roles
+from container.registry import SCHEMA_2
+from training.errors import ConfigError, TrainingError
+from training.launch import amis, cost, images, roles
 from training.launch.errors import QUOTAS, AwsError, LaunchError
 from training.launch.names import Project
 from training.launch.session import Aws
@@ -16,10 +18,6 @@ log = logging.getLogger("training")
 
 Result = Literal["PASS", "FAIL", "WARN"]
 PAYLOAD_MB, TIMEOUT_S = 25, 60
-MANIFESTS = (
-    "application/vnd.docker.distribution.manifest.v2+json", "application/vnd.oci.image.manifest.v1+json",
-)  # fmt: skip
-"""What CreateModel takes. An image index (BuildKit's default, with its provenance) it refuses."""
 _ECR = re.compile(r"(\d{12})\.dkr\.ecr\.([\w-]+)\.amazonaws\.com(?:\.cn)?/([^:@]+)(?:[:@](.+))?")
 
 
@@ -37,23 +35,30 @@ class Check:
 class Plan:
     """What is going to be used."""
 
-    image: str | None
     training_instance: str
     hosting_instance: str
+    image: str | None = None
+    """For training and hosting alike; None: those that were pushed."""
     role: str | None = None
+    training_count: int = 1
+    """Instances of all trainings that run at once."""
+    hosting_count: int = 1
     spot: bool = False
     ami: str | None = None
     startup_s: int = 600
-    cuda: tuple[int, int] | None = amis.IMAGE_CUDA
-    """Of the image; None: it has none."""
+
+    @property
+    def hosting_target(self) -> images.Target:
+        """Which of the images the endpoint runs."""
+        return images.hosting_target("realtime", self.hosting_instance)
 
 
 def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
     """Every check, whatever the ones before it found."""
     steps: list[Callable[[], Iterator[Check]]] = [
         lambda: _identity(aws), lambda: _bucket(aws, project), lambda: _role(aws, project, plan),
-        lambda: _permissions(aws), lambda: _image(aws, plan), lambda: _driver(plan), lambda: _quotas(aws, plan),
-        lambda: _limits(plan), lambda: _prices(plan),
+        lambda: _permissions(aws, project), lambda: _images(aws, plan), lambda: _driver(plan),
+        lambda: _quotas(aws, plan), lambda: _limits(plan), lambda: _prices(plan),
     ]  # fmt: skip
     checks: list[Check] = []
     names = ("credentials", "bucket", "role", "permissions", "image", "driver", "quotas", "limits", "cost")
@@ -106,24 +111,32 @@ def _role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
     if roles.trusts_sagemaker(role):
         yield Check("role", "PASS", f"{arn}, which SageMaker may take")
     else:
-        yield Check("role", "FAIL", f"{arn} does not trust {roles.SERVICE}", f"Trust policy: {roles.trust_policy()}")
+        yield Check(
+            "role", "FAIL", f"{arn} does not trust {roles.SERVICE}", f"Trust policy: {json.dumps(roles.trust_policy())}"
+        )
 
 
-def _permissions(aws: Aws) -> Iterator[Check]:
+def _permissions(aws: Aws, project: Project) -> Iterator[Check]:
     arn = aws.identity["Arn"]
     if arn.endswith(":root"):
         yield Check("permissions", "WARN", "you are the account's root user, who may do all", "Use a role of your own.")
         return
     found = re.fullmatch(r"(arn:[^:]+):sts::(\d+):assumed-role/([^/]+)/.+", arn)
     source = f"{found[1]}:iam::{found[2]}:role/{found[3]}" if found else arn
+    # What a policy may ask of iam:PassRole.
+    service = {
+        "ContextKeyName": "iam:PassedToService", "ContextKeyType": "string", "ContextKeyValues": [roles.SERVICE]
+    }  # fmt: skip
+    denied: list[str] = []
+    unsure: list[str] = []
     try:
-        denied = []
-        for first in range(0, len(roles.CALLER_ACTIONS), 50):
-            names = list(roles.CALLER_ACTIONS[first : first + 50])
-            answer = aws.client("iam").simulate_principal_policy(PolicySourceArn=source, ActionNames=names)
-            denied += [
-                each["EvalActionName"] for each in answer["EvaluationResults"] if each["EvalDecision"] != "allowed"
-            ]
+        for resource, actions in roles.caller_actions(project, aws.partition, aws.region, aws.account).items():
+            answer = aws.client("iam").simulate_principal_policy(
+                PolicySourceArn=source, ActionNames=list(actions), ResourceArns=[resource], ContextEntries=[service]
+            )
+            for each in answer["EvaluationResults"]:
+                if each["EvalDecision"] != "allowed":
+                    (unsure if each.get("MissingContextValues") else denied).append(each["EvalActionName"])
     except AwsError as exc:
         yield Check(
             "permissions", "WARN", f"cannot be looked at ({exc.code})", "iam:SimulatePrincipalPolicy would tell."
@@ -131,26 +144,34 @@ def _permissions(aws: Aws) -> Iterator[Check]:
         return
     if denied:
         yield Check("permissions", "FAIL", f"{len(denied)} are missing", f"Ask for: {', '.join(denied)}")
-    else:
+    if unsure:
+        yield Check(
+            "permissions", "WARN", f"{len(unsure)} depend on conditions that cannot be simulated",
+            f"They are: {', '.join(unsure)}",
+        )  # fmt: skip
+    if not denied and not unsure:
         yield Check("permissions", "PASS", f"all {len(roles.CALLER_ACTIONS)} actions that the commands use")
 
 
-def _image(aws: Aws, plan: Plan) -> Iterator[Check]:
-    if plan.image is None:
-        yield Check("image", "FAIL", "none is given", "Build and push one (make push), then --image URI.")
-        return
-    parts = _ECR.fullmatch(plan.image)
+def _images(aws: Aws, plan: Plan) -> Iterator[Check]:
+    """One that is given is both; those that were pushed are two."""
+    targets: tuple[images.Target, ...] = (plan.hosting_target,) if plan.image else ("train", plan.hosting_target)
+    for target in targets:
+        try:
+            uri = images.image_for(target, plan.image).uri
+        except ConfigError as exc:
+            yield Check("image", "FAIL", f"none to {'train' if target == 'train' else 'host'}", str(exc))
+        else:
+            yield _image(aws, uri, images.PUSH.format(target))
+
+
+def _image(aws: Aws, uri: str, push: str) -> Check:
+    parts = _ECR.fullmatch(uri)
     if not parts:
-        yield Check(
-            "image", "FAIL", f"{plan.image} is not in ECR", "SageMaker pulls from there; make push prints the address."
-        )  # fmt: skip
-        return
+        return Check("image", "FAIL", f"{uri} is not in ECR", f"SageMaker pulls from there; `{push}` brings one.")
     account, region, repository, reference = parts.groups()
     if region != aws.region:
-        yield Check(
-            "image", "FAIL", f"it is in {region}, jobs run in {aws.region}", "Push it to the region of the jobs."
-        )
-        return
+        return Check("image", "FAIL", f"it is in {region}, jobs run in {aws.region}", "Push it to the jobs' region.")
     name = reference or "latest"
     wanted = {"imageDigest": name} if name.startswith("sha256:") else {"imageTag": name}
     try:
@@ -159,18 +180,15 @@ def _image(aws: Aws, plan: Plan) -> Iterator[Check]:
         )["imageDetails"][0]  # fmt: skip
     except AwsError as exc:
         if exc.is_denied and account != aws.account:
-            yield Check("image", "WARN", f"{plan.image} is another account's and cannot be looked at")
-            return
-        yield Check("image", "FAIL", f"{plan.image}: {exc.text or exc}", "make push puts it there.")
-        return
-    kind = details.get("imageManifestMediaType", MANIFESTS[0])
-    if kind not in MANIFESTS:
-        yield Check(
-            "image", "FAIL", f"its manifest is {kind}, which CreateModel refuses",
-            "Build with --provenance=false --platform linux/amd64 and push again.",
+            return Check("image", "WARN", f"{uri} is another account's and cannot be looked at")
+        return Check("image", "FAIL", f"{uri}: {exc.text or exc}", f"`{push}` brings one.")
+    kind = details.get("imageManifestMediaType", SCHEMA_2)
+    if kind != SCHEMA_2:
+        return Check(
+            "image", "FAIL", f"{uri} has the manifest {kind}; CreateModel takes {SCHEMA_2} alone",
+            f"`{push}` builds and sends such a one: no attestations, no index, no OCI media types.",
         )  # fmt: skip
-        return
-    yield Check("image", "PASS", f"{plan.image}, {details.get('imageSizeInBytes', 0) / 1e9:.1f} GB")
+    return Check("image", "PASS", f"{uri}, {details.get('imageSizeInBytes', 0) / 1e9:.1f} GB")
 
 
 def _driver(plan: Plan) -> Iterator[Check]:
@@ -178,7 +196,10 @@ def _driver(plan: Plan) -> Iterator[Check]:
     if not amis.has_gpu(instance):
         yield Check("driver", "PASS", f"{instance} has no GPU; take the image for CPUs")
         return
-    cuda = plan.cuda or amis.IMAGE_CUDA
+    try:
+        cuda = images.image_for(plan.hosting_target, plan.image).cuda or amis.IMAGE_CUDA
+    except ConfigError:  # said under "image"
+        cuda = amis.IMAGE_CUDA
     wanted = amis.ami_for(instance, cuda)
     chosen = plan.ami or wanted or ""
     known = {ami.name: ami for ami in amis.AMIS}
@@ -195,7 +216,8 @@ def _driver(plan: Plan) -> Iterator[Check]:
 
 def _quotas(aws: Aws, plan: Plan) -> Iterator[Check]:
     job = "spot training job" if plan.spot else "training job"
-    wanted = (f"{plan.training_instance} for {job} usage", f"{plan.hosting_instance} for endpoint usage")
+    training, hosting = f"{plan.training_instance} for {job} usage", f"{plan.hosting_instance} for endpoint usage"
+    wanted = {training: plan.training_count, hosting: plan.hosting_count}
     found: dict[str, float] = {}
     try:
         for page in aws.client("service-quotas").get_paginator("list_service_quotas").paginate(ServiceCode="sagemaker"):
@@ -203,14 +225,16 @@ def _quotas(aws: Aws, plan: Plan) -> Iterator[Check]:
     except AwsError as exc:
         yield Check("quotas", "WARN", f"cannot be looked at ({exc.code})", str(exc))
         return
-    for name in wanted:
+    for name, count in wanted.items():
         value = found.get(name)
         if value is None:
             yield Check("quota", "WARN", f"'{name}' is not listed", "Is this an instance type of this region?")
-        elif value < 1:
+        elif value < count:
+            yield Check("quota", "FAIL", f"'{name}' is {value:g}, {count} are wanted", f"Ask for more: {QUOTAS}")
+        elif name == hosting and value < 2 * count:
             yield Check(
-                "quota", "FAIL", f"'{name}' is {value:g}",
-                f"Ask for 1 or more: {QUOTAS}",
+                "quota", "WARN", f"'{name}' is {value:g}",
+                f"While an endpoint is updated its old and new instances run, {2 * count} in all: {QUOTAS}",
             )  # fmt: skip
         else:
             yield Check("quota", "PASS", f"'{name}' is {value:g}")

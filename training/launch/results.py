@@ -53,7 +53,7 @@ def report(counts: tuple[int, int], output: Path | None) -> None:
     if output:
         log.info("%d images, %d with a problem; in %s", count, bad, output)
     if bad:
-        raise LaunchError(f"{bad} of {count} images had a problem; the last column says which.")
+        raise LaunchError(f"{bad} of {count} images had a problem; `problem` in the results says which.")
 
 
 def _row(outcome: Outcome) -> list[str]:

@@ -13,31 +13,80 @@ log = logging.getLogger("training")
 SERVICE = "sagemaker.amazonaws.com"
 POLICY = "training-launch"
 
-CALLER_ACTIONS = (
-    "sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob", "sagemaker:ListTrainingJobs",
-    "sagemaker:StopTrainingJob", "sagemaker:CreateHyperParameterTuningJob",
-    "sagemaker:DescribeHyperParameterTuningJob", "sagemaker:ListHyperParameterTuningJobs",
-    "sagemaker:ListTrainingJobsForHyperParameterTuningJob", "sagemaker:StopHyperParameterTuningJob",
-    "sagemaker:CreateModel", "sagemaker:DescribeModel", "sagemaker:ListModels", "sagemaker:DeleteModel",
-    "sagemaker:CreateModelPackageGroup", "sagemaker:DescribeModelPackageGroup", "sagemaker:CreateModelPackage",
-    "sagemaker:ListModelPackages", "sagemaker:DescribeModelPackage", "sagemaker:UpdateModelPackage",
-    "sagemaker:DeleteModelPackage", "sagemaker:DeleteModelPackageGroup",
-    "sagemaker:CreateEndpointConfig", "sagemaker:DescribeEndpointConfig", "sagemaker:ListEndpointConfigs",
-    "sagemaker:DeleteEndpointConfig", "sagemaker:CreateEndpoint", "sagemaker:DescribeEndpoint",
-    "sagemaker:UpdateEndpoint", "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint",
-    "sagemaker:InvokeEndpointAsync", "sagemaker:CreateTransformJob", "sagemaker:DescribeTransformJob",
-    "sagemaker:ListTransformJobs", "sagemaker:StopTransformJob", "sagemaker:AddTags", "sagemaker:ListTags",
-    "iam:PassRole", "iam:GetRole", "s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:DeleteObject",
-    "s3:CreateBucket", "s3:PutBucketPublicAccessBlock", "logs:DescribeLogStreams", "logs:GetLogEvents",
-    "logs:DescribeLogGroups", "logs:DeleteLogGroup", "cloudwatch:TagResource",
-    "cloudwatch:PutMetricAlarm", "cloudwatch:DescribeAlarms", "cloudwatch:ListTagsForResource",
-    "cloudwatch:DeleteAlarms", "application-autoscaling:RegisterScalableTarget",
-    "application-autoscaling:DescribeScalableTargets", "application-autoscaling:DeregisterScalableTarget",
-    "application-autoscaling:PutScalingPolicy", "application-autoscaling:DescribeScalingPolicies",
-    "application-autoscaling:DeleteScalingPolicy", "ecr:DescribeImages", "ecr:BatchGetImage",
-    "servicequotas:ListServiceQuotas",
+_CALLER: dict[str, tuple[str, ...]] = {
+    "*": (
+        "sagemaker:ListTrainingJobs", "sagemaker:ListHyperParameterTuningJobs", "sagemaker:ListModels",
+        "sagemaker:ListModelPackages", "sagemaker:ListEndpointConfigs", "sagemaker:ListTransformJobs",
+        "logs:DescribeLogGroups", "cloudwatch:DescribeAlarms", "application-autoscaling:DescribeScalableTargets",
+        "application-autoscaling:DescribeScalingPolicies", "servicequotas:ListServiceQuotas",
+    ),
+    "sagemaker:{here}:training-job/{name}-train-0": (
+        "sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob", "sagemaker:StopTrainingJob",
+        "sagemaker:AddTags", "sagemaker:ListTags",
+    ),
+    "sagemaker:{here}:hyper-parameter-tuning-job/{name}-t-0": (
+        "sagemaker:CreateHyperParameterTuningJob", "sagemaker:DescribeHyperParameterTuningJob",
+        "sagemaker:StopHyperParameterTuningJob", "sagemaker:ListTrainingJobsForHyperParameterTuningJob",
+    ),
+    "sagemaker:{here}:model/{name}-model-0": (
+        "sagemaker:CreateModel", "sagemaker:DescribeModel", "sagemaker:DeleteModel",
+    ),
+    "sagemaker:{here}:model-package-group/{name}": (
+        "sagemaker:CreateModelPackageGroup", "sagemaker:DescribeModelPackageGroup",
+        "sagemaker:DeleteModelPackageGroup",
+    ),
+    "sagemaker:{here}:model-package/{name}/1": (
+        "sagemaker:CreateModelPackage", "sagemaker:DescribeModelPackage", "sagemaker:UpdateModelPackage",
+        "sagemaker:DeleteModelPackage",
+    ),
+    "sagemaker:{here}:endpoint-config/{name}-config-0": (
+        "sagemaker:CreateEndpointConfig", "sagemaker:DescribeEndpointConfig", "sagemaker:DeleteEndpointConfig",
+    ),
+    "sagemaker:{here}:endpoint/{name}": (
+        "sagemaker:CreateEndpoint", "sagemaker:DescribeEndpoint", "sagemaker:UpdateEndpoint",
+        "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint", "sagemaker:InvokeEndpointAsync",
+    ),
+    "sagemaker:{here}:transform-job/{name}-batch-0": (
+        "sagemaker:CreateTransformJob", "sagemaker:DescribeTransformJob", "sagemaker:StopTransformJob",
+    ),
+    "iam::{account}:role/{name}-sagemaker": ("iam:PassRole", "iam:GetRole"),
+    "s3:::{bucket}": ("s3:ListBucket", "s3:CreateBucket", "s3:PutBucketPublicAccessBlock"),
+    "s3:::{bucket}/{name}/0": ("s3:GetObject", "s3:PutObject", "s3:DeleteObject"),
+    "logs:{here}:log-group:/aws/sagemaker/Endpoints/{name}:log-stream:0": (
+        "logs:DescribeLogStreams", "logs:GetLogEvents", "logs:DeleteLogGroup",
+    ),
+    "cloudwatch:{here}:alarm:{name}-0": (
+        "cloudwatch:PutMetricAlarm", "cloudwatch:DeleteAlarms", "cloudwatch:TagResource",
+        "cloudwatch:ListTagsForResource",
+    ),
+    "application-autoscaling:{here}:scalable-target/0": (
+        "application-autoscaling:RegisterScalableTarget", "application-autoscaling:DeregisterScalableTarget",
+        "application-autoscaling:PutScalingPolicy", "application-autoscaling:DeleteScalingPolicy",
+    ),
+    "ecr:{here}:repository/resnet34-sagemaker": ("ecr:DescribeImages",),
+}  # fmt: skip
+"""What the commands call for whoever runs them, by a resource of the project such as they call it for."""
+
+CALLER_ACTIONS = tuple(action for actions in _CALLER.values() for action in actions)
+"""All of them. `preflight` would also like iam:SimulatePrincipalPolicy; for `iam-role` see ROLE_ACTIONS."""
+
+ROLE_ACTIONS = (
+    "iam:CreateRole", "iam:TagRole", "iam:PutRolePolicy", "iam:UpdateAssumeRolePolicy", "iam:DeleteRolePolicy",
+    "iam:DeleteRole",
 )  # fmt: skip
-"""What this package calls on behalf of whoever runs it."""
+"""What `iam-role` and `delete --role` call besides: an administrator's, whom not everyone is."""
+
+
+def caller_actions(project: Project, partition: str, region: str, account: str) -> dict[str, tuple[str, ...]]:
+    """CALLER_ACTIONS by the ARN of a thing of the project, or `*` where an action knows no resources.
+
+    A policy that is limited to the project allows nothing on `*`, so it must be asked about the project's own.
+    """
+    values = {"here": f"{region}:{account}", "account": account, "name": project.name, "bucket": project.bucket}
+    return {
+        "*" if resource == "*" else f"arn:{partition}:{resource.format_map(values)}": actions
+        for resource, actions in _CALLER.items()
+    }
 
 
 def role_name(project: Project) -> str:
@@ -51,8 +100,11 @@ def trust_policy() -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": [statement]}
 
 
-def permissions(project: Project, partition: str = "aws") -> dict[str, Any]:
-    """What jobs and endpoints of the project may do, and no more: its bucket, its images, logs, metrics."""
+def permissions(project: Project, partition: str = "aws", mlflow: str | None = None) -> dict[str, Any]:
+    """What jobs and endpoints of the project may do, and no more: its bucket, its images, logs, metrics.
+
+    `mlflow`: ARN of the MLflow app or tracking server that jobs report to.
+    """
     bucket = f"arn:{partition}:s3:::{project.bucket}"
     statements = [
         (["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"], f"{bucket}/*"),
@@ -67,11 +119,13 @@ def permissions(project: Project, partition: str = "aws") -> dict[str, Any]:
             f"arn:{partition}:logs:*:*:log-group:/aws/sagemaker/*",
         ),
     ]
+    if mlflow:  # an app asks for both
+        statements.append((["sagemaker:CallMlflowAppApi", "sagemaker-mlflow:*"], mlflow))
     listed = [{"Effect": "Allow", "Action": actions, "Resource": resource} for actions, resource in statements]
     return {"Version": "2012-10-17", "Statement": listed}
 
 
-def create_role(aws: Aws, project: Project) -> str:
+def create_role(aws: Aws, project: Project, mlflow: str | None = None) -> str:
     """Make the role, or bring it up to date; returns its ARN. Raises: AwsError."""
     iam, name = aws.client("iam"), role_name(project)
     try:
@@ -89,7 +143,7 @@ def create_role(aws: Aws, project: Project) -> str:
         )
         arn, what = str(made["Role"]["Arn"]), "is made (IAM takes some seconds to tell SageMaker of it)"
     iam.put_role_policy(
-        RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(permissions(project, aws.partition))
+        RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(permissions(project, aws.partition, mlflow))
     )  # fmt: skip
     log.info("role %s %s", arn, what)
     return arn
@@ -131,21 +185,30 @@ def find_role(aws: Aws, project: Project, given: str | None) -> str:
                 f"--role {given}: SageMaker may not take it; its trust policy must be {json.dumps(trust_policy())}"
             )
     raise LaunchError(
-        "There is no role for SageMaker to run as. `make iam-role` makes one, or give --role ARN. It needs this trust "
-        f"policy:\n{json.dumps(trust_policy(), indent=2)}\nand these permissions:\n"
-        f"{json.dumps(permissions(project), indent=2)}"
+        "There is no role for SageMaker to run as. "
+        f"`python -m training.launch iam-role --project {project.name}` makes one, or give --role ARN. It needs this "
+        f"trust policy:\n{json.dumps(trust_policy(), indent=2)}\nand these permissions:\n"
+        f"{json.dumps(permissions(project, aws.partition), indent=2)}"
     )
 
 
 def trusts_sagemaker(role: dict[str, Any]) -> bool:
-    """Whether the role's trust policy lets SageMaker take it."""
+    """Whether the role's trust policy lets SageMaker take it. Services must be named: a principal `*` is no service."""
     policy = role.get("AssumeRolePolicyDocument") or {}
     document = json.loads(policy) if isinstance(policy, str) else policy
-    for statement in document.get("Statement", ()):
-        services = statement.get("Principal", {}).get("Service", ())
-        if statement.get("Effect") == "Allow" and SERVICE in ([services] if isinstance(services, str) else services):
+    for statement in _listed(document.get("Statement")):
+        principal = statement.get("Principal")
+        services = principal.get("Service") if isinstance(principal, dict) else None
+        if statement.get("Effect") == "Allow" and SERVICE in _listed(services):
             return True
     return False
+
+
+def _listed(value: Any) -> list[Any]:
+    """What a policy may state as one thing or as a list of them."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _own_role(aws: Aws) -> list[str]:

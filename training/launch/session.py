@@ -6,30 +6,36 @@ passes on neither Debugger's hook nor rules. The requests are the same; tests/re
 against our image as a second client.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import boto3
+from boto3.exceptions import RetriesExceededError
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,
-    ConnectTimeoutError,
-    EndpointConnectionError,
     HTTPClientError,
+    IncompleteReadError,
+    InvalidRegionError,
     NoCredentialsError,
-    NoRegionError,
+    PartialCredentialsError,
     ProfileNotFound,
     SSOError,
 )
+from botocore.utils import validate_region_name
 
 from training.errors import ConfigError
-from training.launch.errors import AGAIN, AwsError, LaunchError, refused
+from training.launch.errors import AGAIN, AwsError, refused
 
 TRIES = 6
-"""How often a throttled or failed call is made in all, waiting twice as long each time (botocore's standard mode)."""
+"""How often a throttled or failed call is made in all, waiting twice as long each time (botocore's standard mode).
+
+An invocation is made once: `client.py` tries it again itself, as the container asks for.
+"""
 READ_TIMEOUT_S = 70
 """Above the 60 s that an invocation may take."""
 
@@ -49,21 +55,36 @@ class _Explaining:
             raise unreachable(service, operation, exc) from exc
 
 
-def unreachable(service: str, operation: str, exc: BotoCoreError) -> LaunchError:
+def unreachable(service: str, operation: str, exc: Exception) -> AwsError:
     """The sentence for a call that got no answer, or was not made."""
     if isinstance(exc, NoCredentialsError):
         return AwsError(
             "There are no AWS credentials; `aws configure`, `aws sso login`, or a role of this machine give some.",
             "NoCredentials", operation,
         )  # fmt: skip
+    if isinstance(exc, PartialCredentialsError):
+        return AwsError(
+            f"The AWS credentials are not whole ({exc}); `aws configure` or `aws sso login` give both parts.",
+            "NoCredentials", operation,
+        )  # fmt: skip
     if isinstance(exc, SSOError):
         return AwsError(f"The login has expired ({exc}); `aws sso login`, then {AGAIN}", "ExpiredToken", operation)
-    if isinstance(exc, EndpointConnectionError | ConnectTimeoutError | ConnectionError | HTTPClientError):
+    if isinstance(exc, ConnectionError | HTTPClientError | IncompleteReadError):
         return AwsError(
             f"{service} cannot be reached ({exc}); is there network, and is the service in this region? Then {AGAIN}",
             "Unreachable", operation,
         )  # fmt: skip
+    if isinstance(exc, RetriesExceededError):
+        return unreachable(service, operation, exc.last_exception)
     return AwsError(f"{service} {operation}: {exc}", type(exc).__name__, operation)
+
+
+def read_body(answer: Mapping[str, Any], service: str, operation: str) -> bytes:
+    """All of an answer's Body, which arrives after the call has returned. Raises: AwsError."""
+    try:
+        return bytes(answer["Body"].read())
+    except BotoCoreError as exc:
+        raise unreachable(service, operation, exc) from exc
 
 
 @dataclass(frozen=True)
@@ -97,20 +118,31 @@ class Aws:
         return {}
 
     def client(self, service: str, region: str | None = None) -> Any:
-        """A client of `service`, made once. Its calls raise AwsError; InvokeEndpoint's ModelError passes through."""
+        """A client of `service`, made once. Its calls raise AwsError; InvokeEndpoint's ModelError passes through.
+
+        Not to be called by several threads at once, which boto3's sessions do not bear; clients do.
+
+        Raises: AwsError where the credentials are not whole or the settings in ~/.aws are wrong.
+        """
         key = (service, region or self.region)
         if key not in self._clients:
-            self._clients[key] = self.boto.client(
-                service,
-                region_name=key[1],
-                config=Config(
-                    retries={"mode": "standard", "total_max_attempts": TRIES},
-                    connect_timeout=10,
-                    read_timeout=READ_TIMEOUT_S,
-                    max_pool_connections=64,
-                    user_agent_extra="resnet34-sagemaker",
-                ),
-            )
+            try:
+                self._clients[key] = self.boto.client(
+                    service,
+                    region_name=key[1],
+                    config=Config(
+                        retries={
+                            "mode": "standard",
+                            "total_max_attempts": 1 if service == "sagemaker-runtime" else TRIES,
+                        },
+                        connect_timeout=10,
+                        read_timeout=READ_TIMEOUT_S,
+                        max_pool_connections=64,
+                        user_agent_extra="resnet34-sagemaker",
+                    ),
+                )
+            except (BotoCoreError, ValueError) as exc:  # ValueError: AWS_ENDPOINT_URL is no URL
+                raise unreachable(service, "cannot be called", exc) from exc
         return self._clients[key]
 
 
@@ -120,10 +152,14 @@ def connect(region: str | None = None, profile: str | None = None) -> Aws:
         session = boto3.Session(region_name=region, profile_name=profile)
     except ProfileNotFound as exc:
         raise ConfigError(f"--profile {profile}: {exc}; `aws configure list-profiles` lists them.") from exc
-    except NoRegionError:  # pragma: no cover - boto3 raises it later
-        session = boto3.Session(region_name=region)
+    except BotoCoreError as exc:
+        raise ConfigError(f"The settings in ~/.aws cannot be used: {exc}") from exc
     if not session.region_name:
         raise ConfigError("No AWS region is set: give --region eu-central-1, say, or set AWS_DEFAULT_REGION.")
+    try:
+        validate_region_name(session.region_name)
+    except InvalidRegionError as exc:
+        raise ConfigError(f"Region {session.region_name}: regions look like eu-central-1; give --region.") from exc
     session.events.register("creating-client-class", _explain)
     return Aws(session)
 

@@ -1,9 +1,14 @@
 """TensorBoard's files and MLflow's store hold what happened; neither can end a run."""
 
 import logging
+import os
 import subprocess
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +89,56 @@ def test_a_server_that_fails_costs_one_warning(
         run = train(small(), points(100), [logger], epochs=2)
     assert len(run.losses) == 10
     assert len([record for record in caplog.records if "MLflow" in record.getMessage()]) == 1
+
+
+@contextmanager
+def mlflow_server() -> Iterator[tuple[str, list[tuple[str, dict[str, str]]]]]:
+    """A server that knows nothing and says so; its address, and the requests with their headers."""
+    asked: list[tuple[str, dict[str, str]]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+            body = b'{"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}'
+            self.send_response(400)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("arn", ["arn:aws:sagemaker:eu-central-1:123456789012:mlflow-app/app-1", None])
+def test_sagemakers_mlflow_is_asked_in_its_name_and_other_servers_as_ever(
+    arn: str | None,
+) -> None:
+    pytest.importorskip("sagemaker_mlflow", reason="the group mlflow is not installed")
+    script = (
+        "import logging, sys\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "from types import SimpleNamespace\n"
+        "from training.debugging.mlflow_log import MlflowLog\n"
+        "MlflowLog(sys.argv[1]).on_run_start(SimpleNamespace())\n"
+    )
+    with mlflow_server() as (url, asked):
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", script, arn or url], capture_output=True, text=True, check=True,
+            env={**os.environ, **keys, "SAGEMAKER_MLFLOW_CUSTOM_ENDPOINT": url},
+        )  # fmt: skip
+    (path, headers), *_ = asked
+    assert "experiments/get-by-name" in path
+    assert headers.get("x-sm-mlflow-app-arn") == arn
+    assert ("AWS4-HMAC-SHA256" in headers.get("authorization", "")) == (arn is not None)
+    assert done.stderr.count("WARNING") == 1 and "nothing more is sent" in done.stderr, done.stderr
 
 
 def test_importing_the_modules_imports_no_optional_package() -> None:

@@ -1,0 +1,58 @@
+"""What a job made comes home: the model always, the run's files where they can be unpacked."""
+
+import logging
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.model.archive import MAX_MEMBERS
+from tests.rehearsal.start import REGION, Rehearsal
+from training.launch.jobs import bring_home, pack
+from training.launch.session import Aws
+
+BUCKET = "home"
+
+
+@pytest.fixture
+def job(cloud: Rehearsal, artifact: Path, tmp_path: Path) -> Iterator[Callable[[int], dict[str, Any]]]:
+    """A job's description, with its model and so many files of its run in S3."""
+    s3 = cloud.client("s3")
+    s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
+    keys = ("output/model.tar.gz", "output/output.tar.gz")
+
+    def made(files: int) -> dict[str, Any]:
+        s3.upload_file(str(pack(artifact, tmp_path / "model.tar.gz")), BUCKET, keys[0])
+        run = tmp_path / "files"
+        run.mkdir()
+        (run / "metrics.jsonl").write_text("{}\n")
+        for number in range(files - 1):
+            (run / str(number)).touch()
+        with tarfile.open(tmp_path / "output.tar.gz", "w:gz") as tar:
+            for path in run.iterdir():
+                tar.add(path, path.name)
+        s3.upload_file(str(tmp_path / "output.tar.gz"), BUCKET, keys[1])
+        return {"ModelArtifacts": {"S3ModelArtifacts": f"s3://{BUCKET}/{keys[0]}"}}
+
+    yield made
+    for key in keys:
+        s3.delete_object(Bucket=BUCKET, Key=key)
+    s3.delete_bucket(Bucket=BUCKET)
+
+
+@pytest.mark.parametrize("files", [3, MAX_MEMBERS + 1])
+def test_the_model_comes_home_whatever_the_run_left(
+    job: Callable[[int], dict[str, Any]], files: int, aws: Aws, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out" / "model"
+    with caplog.at_level(logging.INFO, "training"):
+        bring_home(aws, job(files), output)
+    assert (output / "manifest.json").is_file()
+    here = {path.name for path in output.parent.iterdir()}
+    if files > MAX_MEMBERS:
+        assert here == {"model", "model.tar.gz"}
+        assert "run's files (s3://home/output/output.tar.gz) were not brought home: " in caplog.text
+    else:
+        assert here == {"model", "model.tar.gz", "model-run"}

@@ -1,0 +1,93 @@
+"""What goes wrong outside of AWS's answers: credentials, region, an answer that breaks off."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.errors import ConfigError
+from training.launch.client import EndpointTarget, Unanswered
+from training.launch.data import fetch
+from training.launch.errors import AwsError
+from training.launch.session import Aws, connect
+
+KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No credentials, no settings of whoever runs the tests."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", *KEYS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
+    """An account whose every answer breaks off after ten of a hundred bytes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(b"0123456789")
+
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def do_HEAD(self) -> None:
+            self.do_POST()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        yield connect("eu-central-1")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_half_of_the_credentials_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    with pytest.raises(AwsError, match=r"not whole .*missing: AWS_SECRET_ACCESS_KEY"):
+        connect("eu-central-1").client("sts")
+
+
+def test_a_region_that_can_be_none_and_a_broken_configuration_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Region eu central: regions look like eu-central-1"):
+        connect("eu central")
+    with pytest.raises(ConfigError, match=r"--profile nobody: .*list-profiles"):
+        connect("eu-central-1", "nobody")
+    (tmp_path / "config").write_text("[broken\n")
+    with pytest.raises(ConfigError, match=r"settings in ~/\.aws cannot be used"):
+        connect("eu-central-1")
+
+
+def test_an_endpoint_url_that_is_none_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": "nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AwsError, match="Invalid endpoint: nowhere"):
+        connect("eu-central-1").client("sts")
+
+
+def test_a_download_that_breaks_off_is_a_sentence_and_leaves_nothing(breaking: Aws, tmp_path: Path) -> None:
+    with pytest.raises(AwsError, match="s3 cannot be reached"):
+        fetch(breaking, "s3://bucket/key", tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_of_the_endpoint_that_breaks_off_may_be_asked_for_again(breaking: Aws) -> None:
+    with pytest.raises(Unanswered, match="cannot be reached"):
+        EndpointTarget(breaking, "mine").ask(b"image", "image/png")
