@@ -104,6 +104,9 @@ class Containers:
         self.ready.wait(LIMIT_S)
         return _Service("SICK" not in env)
 
+    def close(self) -> None:
+        """Nothing is left of them."""
+
 
 @dataclass(frozen=True)
 class Account:

@@ -16,7 +16,7 @@ from training.launch.opening import Options
 
 def hosted(here: Account, project: Project, artifact: Path, approval: str) -> str | None:
     data.ensure_bucket(here.aws, project)
-    options = Options(approval=approval, env=[])
+    options = Options(approval=approval, env=[], startup_seconds=1000)
     with registry.located(here.aws, project, str(artifact)) as model:
         return deployment.hosted(
             here.aws, project, model, Image(IMAGE, None), options, "arn:aws:iam::123456789012:role/r"

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
-from training.launch.roles import trust_policy, trusts_sagemaker
+from tests.launch.in_process import Account
+from training.launch.errors import LaunchError
+from training.launch.names import Project
+from training.launch.roles import create_role, find_role, trust_policy, trusts_sagemaker
 
 OURS: dict[str, Any] = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}
 OTHER: dict[str, Any] = {"Effect": "Allow", "Principal": {"AWS": "*"}}
@@ -34,3 +37,33 @@ def test_a_trust_policy_is_understood_in_every_form(statement: object, trusted: 
 def test_the_policy_that_iam_role_writes_is_one_of_them() -> None:
     assert trusts_sagemaker({"AssumeRolePolicyDocument": trust_policy()})
     assert not trusts_sagemaker({})
+
+
+def test_a_role_is_found_by_its_arn_its_name_or_the_project_and_refused_where_sagemaker_may_not_take_it(
+    here: Account,
+) -> None:
+    project, iam = Project("found", "bucket"), here.client("iam")
+    arn = "arn:aws:iam::123456789012:role/service-role/elsewhere"
+    assert find_role(here.aws, project, arn) == arn
+    with pytest.raises(LaunchError, match=r"iam-role --project found` makes one") as nothing:
+        find_role(here.aws, project, None)
+    for part in ("sts:AssumeRole", "s3:GetObject", "sagemaker.amazonaws.com"):
+        assert part in str(nothing.value)
+    made = create_role(here.aws, project)
+    assert find_role(here.aws, project, None) == made == create_role(here.aws, project)
+    trusting = json.dumps(trust_policy())
+    iam.create_role(RoleName="named", Path="/service-role/", AssumeRolePolicyDocument=trusting)
+    assert find_role(here.aws, project, "named") == "arn:aws:iam::123456789012:role/service-role/named"
+    of_ec2 = {**OURS, "Principal": {"Service": "ec2.amazonaws.com"}}
+    iam.create_role(RoleName="of-ec2", AssumeRolePolicyDocument=json.dumps({"Statement": [of_ec2]}))
+    with pytest.raises(LaunchError, match="SageMaker may not take it; its trust policy must be"):
+        find_role(here.aws, project, "of-ec2")
+
+
+def test_a_role_of_that_name_that_somebody_else_made_is_left_as_it_is(here: Account) -> None:
+    iam, policy = here.client("iam"), json.dumps({"Statement": [OTHER]})
+    iam.create_role(RoleName="taken-sagemaker", AssumeRolePolicyDocument=policy)
+    with pytest.raises(LaunchError, match="was not made by these commands"):
+        create_role(here.aws, Project("taken", "bucket"))
+    assert iam.get_role(RoleName="taken-sagemaker")["Role"]["AssumeRolePolicyDocument"] == json.loads(policy)
+    assert not iam.list_role_policies(RoleName="taken-sagemaker")["PolicyNames"]

@@ -15,9 +15,12 @@ from training.launch.session import Aws
 
 log = logging.getLogger("training")
 
+STARTUP_MARGIN_S = 30
+"""So much before SageMaker gives a container up, the service ends its start with a sentence."""
+
 
 def run_deploy(options: Options, _: Sequence[str]) -> None:
-    """See `registry`, `endpoint`, `autoscaling`, `smoke`."""
+    """Register the model, bring the endpoint to it, let it scale, and compare its answers with local ones."""
     aws, project = opened(options)
     image = images.image_for(images.hosting_target(options.kind, options.instance), options.image)
     hosting = endpoint.Hosting(
@@ -68,8 +71,11 @@ def hosted(
     if approval != "Approved":
         return None
     container: dict[str, Any] = {"ModelPackageName": package}
-    if environment(options):
-        container["Environment"] = environment(options)
+    variables = environment(options)
+    if options.startup_seconds > endpoint.STARTUP_S:  # the service gives a start up by itself, in less than that
+        variables.setdefault("CLASSIFIER_START_TIMEOUT_S", str(options.startup_seconds - STARTUP_MARGIN_S))
+    if variables:
+        container["Environment"] = variables
     return registry.create_model(aws, project, container, role)
 
 
@@ -143,7 +149,7 @@ def target_of(aws: Aws, project: Project, asynchronous: bool, name: str | None =
 
 
 def run_batch(options: Options, _: Sequence[str]) -> None:
-    """See `batch`. Raises: LaunchError where an image had a problem."""
+    """Classify images by a batch transform. Raises: LaunchError where an image had a problem."""
     kind = results.format_of(options.output, options.format)
     good, bad = batch.readable(images_in(options.images))
     for outcome in bad:
@@ -160,8 +166,8 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
         container: dict[str, Any] = {"Image": image, "ModelDataUrl": registry.upload(aws, project, model)}
-        if environment(options):
-            container["Environment"] = environment(options)
+        if variables := environment(options):
+            container["Environment"] = variables
         name = registry.create_model(aws, project, container, role, "batchmodel")
     place, keys = batch.upload(aws, project, good)
     wanted = batch.request(project, name, place, options.instance, options.instances)

@@ -121,7 +121,7 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
     if options.dry_run:
         log.info("would start a training job with: %s", as_json([training.hyperparameters, training.channels]))
         return
-    name = TRAINING_JOBS.start(aws, project, wanted)
+    name = TRAINING_JOBS.start(aws, project, wanted, options.poll_seconds)
     if options.no_wait:
         log.info("it runs; the same command without --no-wait follows it and brings the model home")
         return
@@ -143,7 +143,7 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     if options.dry_run:
         log.info("would start a tuning job with: %s", as_json([wanted["HyperParameterTuningJobConfig"]]))
         return
-    name = TUNING_JOBS.start(aws, project, wanted)
+    name = TUNING_JOBS.start(aws, project, wanted, options.poll_seconds)
     if options.no_wait:
         log.info("it runs; the same command without --no-wait follows it and brings the result home")
         return

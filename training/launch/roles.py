@@ -6,6 +6,7 @@ from typing import Any
 
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
+from training.launch.ownership import has_tags
 from training.launch.session import Aws
 
 log = logging.getLogger("training")
@@ -126,10 +127,19 @@ def permissions(project: Project, partition: str = "aws", mlflow: str | None = N
 
 
 def create_role(aws: Aws, project: Project, mlflow: str | None = None) -> str:
-    """Make the role, or bring it up to date; returns its ARN. Raises: AwsError."""
+    """Make the role, or bring it up to date; returns its ARN.
+
+    Raises: LaunchError where somebody else made the role of that name; AwsError.
+    """
     iam, name = aws.client("iam"), role_name(project)
     try:
-        arn = str(iam.get_role(RoleName=name)["Role"]["Arn"])
+        found = iam.get_role(RoleName=name)["Role"]
+        arn = str(found["Arn"])
+        if not has_tags(project, found.get("Tags", [])):
+            raise LaunchError(
+                f"The role {arn} was not made by these commands, so it is left as it is; use it with --role {arn}, or "
+                "give another --project."
+            )
         iam.update_assume_role_policy(RoleName=name, PolicyDocument=json.dumps(trust_policy()))
         what = "was there, its policies are up to date"
     except AwsError as exc:
