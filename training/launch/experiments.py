@@ -9,7 +9,7 @@ from training.config import FILES, TrainingConfig, merged
 from training.errors import ConfigError
 from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
-from training.launch import cost, data, images, jobs, roles, tuning
+from training.launch import cost, data, images, jobs, roles, source, tuning
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.names import Project, split_uri
 from training.launch.opening import Options, as_json, opened
@@ -94,8 +94,12 @@ def training_of(
     aws: Aws, project: Project, options: Options, values: Mapping[str, str], machines: jobs.Machines, **more: Any
 ) -> jobs.Training:
     """What the job runs, with which data (uploaded now). Raises: TrainingError."""
+    if options.send_code and not options.image:
+        raise ConfigError("--send-code is for an image without our code: give its URI with --image.")
     role = roles.find_role(aws, project, options.role)
     image = images.image_for("train", options.image).uri
+    if options.send_code:
+        values = {**values, **source.hyperparameters(aws, project, options.dry_run)}
     places = channels(aws, project, options)
     others = sorted({split_uri(uri)[0] for uri in places.values()} - {project.bucket})
     if others and not options.role:

@@ -190,6 +190,11 @@ def _data(one: argparse.ArgumentParser, required: bool) -> None:
 def _job(one: argparse.ArgumentParser) -> None:
     _data(one, required=True)
     one.add_argument("--image", help=f"in ECR; it must understand `train` {PUSHED_HELP}")
+    one.add_argument(
+        "--send-code", action="store_true",
+        help="--image is AWS's PyTorch image, or another with SageMaker's training toolkit: it gets our code and "
+        "installs what that needs",
+    )  # fmt: skip
     one.add_argument("--role", help=ROLE)
     one.add_argument("--instance", default=jobs.INSTANCE, help="default: %(default)s")
     one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")

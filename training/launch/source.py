@@ -1,0 +1,83 @@
+"""Our code for images that have none of it: AWS's PyTorch images, or others with SageMaker's training toolkit.
+
+The toolkit unpacks an archive from S3, installs its requirements.txt and runs the program that hyperparameters name
+(https://github.com/aws/sagemaker-training-toolkit, README; the SDK's `SourceCode` does the same). torch and torchvision
+are the image's own.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import tarfile
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from training.errors import ConfigError
+from training.launch import data
+from training.launch.names import Project
+from training.launch.session import Aws
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("service", "training")
+ENDINGS = (".py", ".toml", ".html", ".j2", ".css", ".js")
+OF_THE_IMAGE = ("torch", "torchvision")
+PROGRAM = "sagemaker_entry.py"
+ARCHIVE = "sourcedir.tar.gz"
+
+_ENTRY = '''"""What the training toolkit starts: the same as `python -m training`, with our folder to import from."""
+import sys
+from training.__main__ import main
+sys.exit(main())
+'''
+
+
+def archive(root: Path = ROOT) -> bytes:
+    """The tar.gz of our packages, their requirements and the program; the same bytes for the same content."""
+    contents = {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for package in PACKAGES
+        for path in sorted((root / package).rglob("*"))
+        if path.suffix in ENDINGS and path.is_file()
+    }
+    contents |= {PROGRAM: _ENTRY.encode(), "requirements.txt": requirements(root).encode()}
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
+        for name, content in sorted(contents.items()):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(content), 0o644
+            tar.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def requirements(root: Path = ROOT) -> str:
+    """What the training needs beside torch, in the versions installed here.
+
+    Raises: ConfigError where one of them is not installed.
+    """
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["training"]]
+    names = [re.split(r"[^\w.-]", each, maxsplit=1)[0] for each in wanted if isinstance(each, str)]
+    try:
+        lines = [f"{name}=={metadata.version(name)}" for name in names if name not in OF_THE_IMAGE]
+    except metadata.PackageNotFoundError as exc:
+        raise ConfigError(f"--send-code: {exc.name} is not installed here; `make setup` first.") from exc
+    return "\n".join([*lines, ""])
+
+
+def hyperparameters(aws: Aws, project: Project, dry_run: bool) -> dict[str, str]:
+    """What tells the toolkit where our code is, which is uploaded now. Raises: ConfigError, AwsError."""
+    packed = archive()
+    key = f"code/{hashlib.sha256(packed).hexdigest()[:16]}/{ARCHIVE}"
+    if not dry_run:
+        data.ensure_bucket(aws, project)
+        aws.client("s3").put_object(Bucket=project.bucket, Key=project.key(key), Body=packed)
+    values = {
+        "sagemaker_program": PROGRAM,
+        "sagemaker_submit_directory": project.uri(key),
+        "sagemaker_container_log_level": 20,
+        "sagemaker_region": aws.region,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
