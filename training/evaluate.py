@@ -93,7 +93,7 @@ def open_images(manifest: Manifest, data: Path, validation: Path | None, split: 
         validation_root=validation,
     )
     unknown = [name for name in dataset.classes if name not in set(manifest.classes)]
-    absent = [name for name in manifest.classes if name not in set(dataset.classes)]
+    absent = absent_classes(manifest, dataset)
     if unknown:
         raise DataError(
             f"{data} has classes unknown to the model {manifest.name}: {_listed(unknown)}; name the folders as the "
@@ -107,6 +107,11 @@ def open_images(manifest: Manifest, data: Path, validation: Path | None, split: 
     places = {name: k for k, name in enumerate(manifest.classes)}
     in_model = np.asarray([places[name] for name in dataset.classes], np.int64)  # [K]
     return dataset, Relabelled(images, in_model[images.labels])
+
+
+def absent_classes(manifest: Manifest, dataset: Dataset) -> list[str]:
+    """The model's classes that the data set does not have, in the model's order."""
+    return [name for name in manifest.classes if name not in set(dataset.classes)]
 
 
 def facts_of(dataset: Dataset) -> dict[str, Any]:

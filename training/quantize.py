@@ -19,8 +19,8 @@ from service.model.network import network_of
 from training.data.loader import Loader
 from training.devices import pick_device
 from training.entry import add_machine_flags, positive, run_command
-from training.errors import TrainingError
-from training.evaluate import compare, open_images
+from training.errors import DataError, TrainingError
+from training.evaluate import absent_classes, compare, open_images
 from training.figures import figures
 from training.logits import logits_of
 from training.quantization import CALIBRATION_IMAGES, add_quantized, require
@@ -48,6 +48,11 @@ def quantize(options: argparse.Namespace) -> None:
     require_writable(artifact.folder, "model")
     manifest = artifact.manifest
     dataset, images = open_images(manifest, options.data, options.validation, "validation")
+    if absent := absent_classes(manifest, dataset):
+        raise DataError(
+            f"Missing in the data: {', '.join(absent[:10])}; int8 is calibrated and judged on all of the model's "
+            f"{len(manifest.classes)} classes: give the data it was trained on."
+        )
     side_px = manifest.preprocessing.side_px
     train = Loader(dataset.train, side_px, options.loader_workers, "train", device)
     validation = Loader(images, side_px, options.loader_workers, "validation", device)

@@ -382,7 +382,7 @@ def test_no_model_no_data_and_other_classes_end_with_a_sentence(
     fewer = Path(shutil.copytree(pictures, tmp_path / "data"))
     shutil.rmtree(fewer / "red")
     assert run(model, fewer) == 1
-    assert "missing in the data: red" in sentence(caplog)
+    assert "Missing in the data: red; int8 is calibrated and judged on all" in sentence(caplog)
 
 
 @pytest.mark.parametrize("flags", [["--calibration-images", "0"], ["--device", "tpu"], ["--split", "test"]])
