@@ -139,7 +139,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     above.plot(np.asarray(time_s) / 60, memory)
     above.set(ylabel="memory, MiB (PSS)", ylim=(0, 1.1 * max(memory)), title="At 80 % of capacity")
     below.plot(np.asarray(time_s) / 60, files)
-    below.set(ylabel="file descriptors (connections among them)", ylim=(0, None), xlabel="minutes")
+    below.set(ylabel="file descriptors", ylim=(0, None), xlabel="minutes")
     figure.savefig(path, dpi=120)
 
 
