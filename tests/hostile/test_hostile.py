@@ -19,6 +19,9 @@ from tests.hostile.mutations import mutations
 
 ROOT = Path(__file__).parents[2]
 QUICKLY_S = 10
+"""Not speed, but the bound that the service promises whatever the file; it sets a tenth of it here (`hardened`)."""
+PING_S = 2
+"""SageMaker's (https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html)."""
 COMES_BACK_MIB = 150
 GOOD = {"image/jpeg": encoded(picture(), "JPEG"), "image/png": encoded(picture(), "PNG")}
 
@@ -124,7 +127,7 @@ def test_ping_is_answered_while_bombs_are_decoded(hardened: Any) -> None:
         while not all(request.done() for request in busy):
             started_s = time.monotonic()
             assert hardened.ask("GET", "/ping").status == 200
-            assert time.monotonic() - started_s < 2
+            assert time.monotonic() - started_s < PING_S
             jpeg = hardened.ask("POST", "/invocations", GOOD["image/jpeg"], {"Content-Type": "image/jpeg"})
             assert jpeg.status == 200  # a plain one needs no decoder process
         assert {request.result() for request in busy} == {413}
