@@ -18,7 +18,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Self
@@ -255,24 +254,25 @@ class Supervisor:
         self._states.forget(index)
         self._killed.discard(index)
         self._silent.pop(index, None)
-        with ExitStack() as until_passed_on:
-            ours, theirs = pair()
-            until_passed_on.callback(theirs.close)
-            undo = until_passed_on.enter_context(ExitStack())
-            undo.callback(ours.close)
-            slots_fd = slots(self._connections_each)
-            until_passed_on.callback(os.close, slots_fd)
-            worker = Worker(
-                index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._states_fd,
-                self._metrics_fd, theirs.fileno(), slots_fd,
-            )  # fmt: skip
+        ours, theirs = pair()
+        slots_fd = slots(self._connections_each)
+        worker = Worker(
+            index, len(self._sockets), os.getpid(), self._sockets[index].fileno(), self._states_fd, self._metrics_fd,
+            theirs.fileno(), slots_fd,
+        )  # fmt: skip
+        try:
             self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
                 [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
                 pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
                 start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
             )
-            undo.pop_all()
             self._held[index] = Held(ours, slots_fd)
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(slots_fd)
         self._talk.register(ours, selectors.EVENT_READ, self._held[index])
         self._ready_by_s[index] = time.monotonic() + self._start_timeout_s
         if self._stopping:  # the signal came before the process was in the table
