@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Images:
 
     def __init__(self, bodies: list[bytes], side_px: int, ahead: int) -> None:
         self.bodies, self.side_px = cycle(bodies), side_px
+        self.users = ExitStack()
+        """What is to be done before they are closed."""
         self.pool = ThreadPoolExecutor(cores())
         self.waiting: deque[Future[np.ndarray]] = deque(self._next() for _ in range(ahead))
 
@@ -64,6 +67,7 @@ class Images:
         return np.stack(taken)
 
     def close(self) -> None:
+        self.users.close()
         self.pool.shutdown(cancel_futures=True)
 
 
@@ -111,6 +115,8 @@ def asynchronous(compiled: Any, images: Images, size: int) -> Callable[[], int]:
         finished.append(len(top_five(request.get_output_tensor(0).data)))
 
     queue.set_callback(done)
+    # A queue that is destroyed while a request runs hangs: its destructor waits, in the callback, for that very request.
+    images.users.callback(queue.wait_all)
 
     def step() -> int:
         queue.start_async({0: images.batch(size)})
