@@ -3,7 +3,7 @@
 # And of the images TARGET (serve, serve-cpu, train), IMAGE and BASE_IMAGE: make image TARGET=train. FRESH=1 builds them
 # without any layer from before, and so with the security upgrades of today.
 
-# (Only there, but for BASE_IMAGE: HOST and the like mean other things in many environments.)
+# Set these on the command line: variables of the environment are ignored, except BASE_IMAGE.
 MODEL = artifacts/model
 DATA = data
 HOST = 127.0.0.1

@@ -155,8 +155,9 @@ class Ecr:
         return f"AWS refused {action}: {text or code} ({code})."
 
 
-def policy(account: str, region: str, repository: str, partition: str = "aws") -> str:
+def policy(account: str, region: str, repository: str) -> str:
     """The smallest IAM policy with which a push works, as JSON."""
+    partition = {"cn": "aws-cn", "us-gov": "aws-us-gov"}.get(region.rsplit("-", 2)[0], "aws")
     arn = f"arn:{partition}:ecr:{region}:{account}:repository/{repository}"
     statements = [
         {"Effect": "Allow", "Action": ["ecr:GetAuthorizationToken"], "Resource": "*"},

@@ -142,11 +142,12 @@ def note(path: Path, target: str, entry: dict[str, Any]) -> None:
     try:
         entries = json.loads(path.read_text()) if path.is_file() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".image-", delete=False) as file:
-            json.dump({**entries, target: entry}, file, indent=2)
-            file.write("\n")
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_text(json.dumps({**entries, target: entry}, indent=2) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except (OSError, ValueError, TypeError) as exc:
         raise ContainerError(f"The image is pushed as {entry['uri']}, and {path} cannot be written: {exc}.") from exc
 

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--worker" in arguments:
         return serve(settings, Worker.parse(arguments[arguments.index("--worker") + 1]))
     log.info("settings: %s", shown(settings.model_dump()))
-    workers = settings.workers or choose_count(settings.model)
+    workers = settings.workers or choose_count(settings.model, settings.engine)
     log.info(
         "layout: %d worker%s, %d engine threads and %d decoding threads%s, on %d cores",
         workers, "s" * (workers > 1), settings.engine_threads, settings.decode_threads,

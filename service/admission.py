@@ -6,7 +6,7 @@ What is over a bound is refused at once, so that those who were let in are answe
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from service.errors import DeadlineExceeded, NotReady, Overloaded
@@ -21,17 +21,25 @@ WEIGHT = 0.1
 class Admission:
     """The bounds, and what is held of them. Used from the event loop alone."""
 
-    def __init__(self, max_requests: int, max_bytes: int, deadline_s: float, max_queue_s: float = math.inf) -> None:
-        """`max_requests` predictions, and no more than are answered in `max_queue_s` at the rate seen of late;
+    def __init__(
+        self,
+        max_images: int,
+        max_bytes: int,
+        deadline_s: float,
+        max_queue_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_images` predictions, and no more than are answered in `max_queue_s` at the rate seen of late;
         `max_bytes` of bodies, `deadline_s` for each request.
         """
         self.under_way = 0
         """Predictions that hold a place, the further images of a request included."""
         self.bytes_held = 0
-        self._max_requests = max_requests
+        self._max_images = max_images
         self._max_bytes = max_bytes
         self._deadline_s = deadline_s
         self._max_queue_s = max_queue_s
+        self._clock = clock
         self._seconds_each = 0.0
         self._stops_at_s: float | None = None
         self._deadlines: set[asyncio.Timeout] = set()
@@ -48,13 +56,13 @@ class Admission:
         In a queue of N that is answered one after the other, an answer takes N times the seconds between two answers
         (Little's law); these are taken from what the last answers took and from how many were under way with them.
         """
-        if self._seconds_each * self._max_requests <= self._max_queue_s:
-            return self._max_requests
-        return min(self._max_requests, max(LEAST_PLACES, int(self._max_queue_s / self._seconds_each)))
+        if self._seconds_each * self._max_images <= self._max_queue_s:
+            return self._max_images
+        return min(self._max_images, max(LEAST_PLACES, int(self._max_queue_s / self._seconds_each)))
 
     def require_room(self) -> None:
         """Raises: Overloaded, when a body need not be read because there is no place for it."""
-        if self.under_way >= self._max_requests:
+        if self.under_way >= self._max_images:
             raise Overloaded(f"{self.under_way} images are under way, as many as allowed; try again in a moment.")
         if self.under_way >= self.allowed:
             raise Overloaded(
@@ -66,14 +74,14 @@ class Admission:
     def place(self) -> Iterator["Places"]:
         """Hold one place for a prediction. Raises: Overloaded."""
         self.require_room()
-        others, started_s = self.under_way, time.monotonic()
+        others, started_s = self.under_way, self._clock()
         places = Places(self, 1)
         self.under_way += 1
         try:
             yield places
         finally:
             self.under_way -= places.held
-        sample_s = (time.monotonic() - started_s) / (others + places.images)
+        sample_s = (self._clock() - started_s) / (others + places.images)
         self._seconds_each += WEIGHT * (sample_s - self._seconds_each)
 
     @contextmanager
@@ -133,7 +141,7 @@ class Places:
 
     def take_more(self, wanted: int) -> None:
         """Hold up to `wanted` more, as many as are free: they say how many of its images are under way at once."""
-        more = max(0, min(wanted, self._admission._max_requests - self._admission.under_way))
+        more = max(0, min(wanted, self._admission.allowed - self._admission.under_way))
         self._admission.under_way += more
         self.held += more
 

@@ -11,7 +11,7 @@ from service.engines.base import Engine, Logits
 from service.model.artifact import Artifact, SelfCheck
 from service.model.errors import ArtifactError
 from service.model.images import RgbImage
-from service.model.preprocess import crop_resize_all
+from service.model.resize import crop_resize_all
 
 
 @dataclass(frozen=True)

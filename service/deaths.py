@@ -70,7 +70,7 @@ def cause_of(returned: int, memory_kill: bool) -> Death:
         return Death(
             "out_of_memory",
             "signal SIGKILL: out of memory, the kernel killed it; give it more memory, or set fewer CLASSIFIER_WORKERS "
-            "or a smaller CLASSIFIER_MAX_REQUESTS",
+            "or a smaller CLASSIFIER_MAX_IMAGES",
         )
     cause, meaning = _SIGNALS.get(-returned, ("other_signal", "sent by another process"))
     return Death(cause, f"signal {name}: {meaning}")

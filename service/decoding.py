@@ -68,7 +68,7 @@ SEND_BUFFER_BYTES = 4 * 2**20
 
 NO_PROCESS = "No process can be started to decode the image; try again in a moment."
 
-NO_PLACE = "What decodes such images has been busy with others for {:g} s; try again in a moment."
+NO_PLACE = "What decodes such images is busy with others; try again in a moment."
 
 REFUSALS: dict[Outcome, type[ImageError]] = {
     Outcome.UNREADABLE: UnreadableImage,
@@ -111,7 +111,7 @@ class Decoders:
 
         Cancelled while it waits for a process, it costs no more; later, its process still finishes.
         Returns: uint8 `[side_px, side_px, 3]`.
-        Raises: ImageError; Overloaded when no process is free within `patience_s`, or can be started.
+        Raises: ImageError; Overloaded when no process is free within `patience_s` altogether, or can be started.
         """
         size = plain_size(payload) if len(payload) <= IN_PROCESS_BYTES else None
         few = size is not None and size.height * size.width <= IN_PROCESS_PIXELS
@@ -121,13 +121,14 @@ class Decoders:
             image = decode() if tiny else await asyncio.get_running_loop().run_in_executor(self._threads, decode)
             if image is not None:
                 return image
+        until_s = None if patience_s is None else asyncio.get_running_loop().time() + patience_s
         try:
-            return await self._in_process(payload, side_px, ORDINARY_PIXELS, patience_s, self._places)
+            return await self._in_process(payload, side_px, ORDINARY_PIXELS, until_s, self._places)
         except ImageTooLarge:
-            return await self._in_process(payload, side_px, MAX_PIXELS, patience_s, self._large, self._places)
+            return await self._in_process(payload, side_px, MAX_PIXELS, until_s, self._large, self._places)
 
     async def _in_process(
-        self, payload: bytes, side_px: int, max_pixels: int, patience_s: float | None, *places: asyncio.Semaphore
+        self, payload: bytes, side_px: int, max_pixels: int, until_s: float | None, *places: asyncio.Semaphore
     ) -> RgbImage:
         held: list[asyncio.Semaphore] = []
 
@@ -139,13 +140,13 @@ class Decoders:
                 _ = job.cancelled() or job.exception()  # seen, also where nobody waits for it any more
 
         try:
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout_at(until_s):
                 for place in places:
                     await place.acquire()
                     held.append(place)
         except TimeoutError as exc:
             release()
-            raise Overloaded(NO_PLACE.format(patience_s)) from exc
+            raise Overloaded(NO_PLACE) from exc
         except BaseException:
             release()
             raise

@@ -83,7 +83,7 @@ class Exposition(Collector):
         total = HistogramMetricFamily(
             "classifier_request_duration_seconds",
             "From the head of an invocation to the end of its answer, by outcome: answered 2xx, refused 4xx, failed "
-            "5xx. Near 55 s requests meet the deadline.",
+            "5xx, gone for clients that hung up. Near 55 s requests meet the deadline.",
             labels=["outcome"],
         )
         for outcome, cells in metrics.TOTAL.items():
@@ -114,8 +114,8 @@ class Exposition(Collector):
             value=sum(self._column(metrics.QUEUE_DEPTH)),
         )
         yield GaugeMetricFamily(
-            "classifier_requests_under_way",
-            "Images that hold places, from decoding to the answer; at CLASSIFIER_MAX_REQUESTS per worker, or before "
+            "classifier_images_under_way",
+            "Images that hold places, from decoding to the answer; at CLASSIFIER_MAX_IMAGES per worker, or before "
             "where answers are slow, more are refused.",
             value=sum(self._column(metrics.UNDER_WAY)),
         )

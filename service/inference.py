@@ -6,8 +6,9 @@ same parts (it decodes straight to the model's side), AWS's inference toolkit ca
 has more than these).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from service.answers import TOP_K, Outcome, write_answer
 from service.classifier import Classifier, Prediction
@@ -18,6 +19,16 @@ from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError, ImageError
 from service.model.images import RgbImage, decode
 from service.payloads import payloads_of
+
+T = TypeVar("T")
+
+
+class InOrder(list[T]):
+    """What there is of each image of a request; `several`: whether the answer is a list of results, also of one."""
+
+    def __init__(self, values: Iterable[T], several: bool) -> None:
+        super().__init__(values)
+        self.several = several
 
 
 def model_fn(model_dir: str | Path) -> Classifier:
@@ -40,7 +51,7 @@ def load_model(folder: Path, engine: Wanted = "auto", layout: Layout | None = No
         return _load(newer, engine, layout)  # a training replaced the model while it was being read
 
 
-def input_fn(body: bytes, content_type: str | None) -> list[RgbImage | ImageError]:
+def input_fn(body: bytes, content_type: str | None) -> InOrder[RgbImage | ImageError]:
     """Decode a request body: an image's bytes, the files of a form, or base64 in JSON.
 
     Returns: the images in order, uint8 `[H, W, 3]` each; among several, one that cannot be read is its error.
@@ -48,24 +59,29 @@ def input_fn(body: bytes, content_type: str | None) -> list[RgbImage | ImageErro
     """
     payloads = payloads_of(body, content_type)
     if not payloads.several:
-        return [decode(payloads.images[0])]
-    return [_decoded(payload) for payload in payloads.images]
+        return InOrder([decode(payloads.images[0])], several=False)
+    return InOrder(map(_decoded, payloads.images), several=True)
 
 
-def predict_fn(images: Sequence[RgbImage | ImageError], model: Classifier) -> list[Outcome]:
+def predict_fn(images: Sequence[RgbImage | ImageError], model: Classifier) -> InOrder[Outcome]:
     """Predict the images, in order; an error stays what it is. Raises: ImageError, if there is nothing else."""
     readable = [image for image in images if not isinstance(image, ImageError)]
     if not readable:
         raise next(image for image in images if isinstance(image, ImageError))
     predictions = iter(model.classify(readable))
-    return [image if isinstance(image, ImageError) else next(predictions) for image in images]
+    outcomes = [image if isinstance(image, ImageError) else next(predictions) for image in images]
+    return InOrder(outcomes, _several(images))
 
 
 def output_fn(outcomes: Sequence[Outcome], accept: str | None) -> tuple[bytes, str]:
     """Write the answer in the type that `accept` prefers. Returns: body and content type. Raises: NotAcceptable."""
     media_type = negotiate(accept)
     card = next(outcome.model for outcome in outcomes if isinstance(outcome, Prediction))
-    return write_answer(outcomes, card, len(outcomes) > 1, media_type, TOP_K), media_type
+    return write_answer(outcomes, card, _several(outcomes), media_type, TOP_K), media_type
+
+
+def _several(values: Sequence[object]) -> bool:
+    return values.several if isinstance(values, InOrder) else len(values) > 1
 
 
 def _decoded(payload: bytes) -> RgbImage | ImageError:

@@ -92,7 +92,7 @@ async def _answer(runtime: Runtime, given: dict[str, str], query: bytes, receive
         raise UnsupportedMediaType(
             f"The body must not be compressed, given: Content-Encoding {given['content-encoding'][:40]}; send it plain."
         )
-    runtime.require_ready()
+    predictor = runtime.require_ready()
     runtime.admission.require_room()
     record = telemetry.current()
     async with runtime.admission.deadline():
@@ -102,7 +102,7 @@ async def _answer(runtime: Runtime, given: dict[str, str], query: bytes, receive
             with runtime.admission.place() as places, _given_up_if_gone(receive):
                 payloads = await runtime.read(payload, given.get("content-type"))
                 del payload  # a form or JSON, which takes as much again as its images
-                answered = await runtime.predict(payloads, places)
+                answered = await predictor.predict(payloads, places)
             record.images = len(answered.outcomes) if answered.several else None
             record.decode_ms, record.queue_ms, record.infer_ms, record.batch_size = (
                 answered.decode_ms, answered.queue_ms, answered.infer_ms, answered.batch_size

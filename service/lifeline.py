@@ -20,8 +20,8 @@ from contextlib import suppress
 
 from service.errors import RETRY_AFTER_S, error_body
 
-MAX_CONNECTIONS = 8192
-"""Of a worker that are held, at most; one beyond is served all the same, and reset if the worker dies."""
+MAX_CONNECTIONS = 4096
+"""Of a worker. Beyond it, those that have been idle longest are closed for new ones."""
 
 MOST_FILES = 65536
 FILES_BESIDES = 256

@@ -1,7 +1,7 @@
 """Log lines: one handler on stdout, as text for people or one JSON object a line for programs; times in UTC.
 
 Everything the process says goes through here: our lines, the libraries', warnings, and exceptions nobody caught.
-Neither query strings nor header values are ever logged, nor settings whose name tells of a secret.
+Of query strings and headers, only the request's id is ever logged; of settings, none whose name tells of a secret.
 """
 
 import io

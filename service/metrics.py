@@ -36,7 +36,7 @@ REASONS = (
     *sorted({"client_gone", "internal_error", *CONNECTION_ERRORS} | {code for _, code in HTTP_ERRORS.values()}),
     OTHER,
 )
-OUTCOMES = ("answered", "refused", "failed")
+OUTCOMES = ("answered", "refused", "failed", "gone")
 """Of an invocation: 2xx, 4xx, 5xx."""
 STATES = ("loading", "warming_up", "ready", "failing", "stuck", "stopping", "failed")
 CAUSES = ("out_of_memory", "stood_still", "sigkill", "sigsegv", "sigabrt", "sigbus", "other_signal", "exit_status")
@@ -214,4 +214,6 @@ def _observe(cells: "memoryview[float]", at: int, duration_ms: float) -> None:
 
 
 def _outcome(status: int) -> str:
-    return OUTCOMES[0] if 200 <= status < 400 else OUTCOMES[1] if status < 500 else OUTCOMES[2]
+    if status == 0:  # nobody was there any more to be answered
+        return "gone"
+    return "answered" if status < 400 else "refused" if status < 500 else "failed"

@@ -45,10 +45,6 @@ Reading = Literal["nothing", "head", "body"]
 """Of which part of a message the parser has read last; trailers count as body."""
 
 
-MAX_CONNECTIONS = 4096
-"""In this process. Beyond it, those that have been idle longest are closed for new ones."""
-
-
 @dataclass(frozen=True)
 class _Refusal:
     """What ends a connection."""

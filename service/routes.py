@@ -35,7 +35,7 @@ async def execution_parameters(request: Request) -> ExecutionParameters:
     settings = request.app.state.runtime.settings
     payload_bytes = min(settings.max_payload_bytes, BATCH_BYTES)
     return ExecutionParameters(
-        MaxConcurrentTransforms=max(1, min(settings.max_requests, BATCH_BYTES // payload_bytes)),
+        MaxConcurrentTransforms=max(1, min(settings.max_images, BATCH_BYTES // payload_bytes)),
         MaxPayloadInMB=max(1, payload_bytes // 2**20),
     )
 

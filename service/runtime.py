@@ -7,19 +7,17 @@ import asyncio
 import logging
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from threading import Barrier
 from typing import Literal
 
 import numpy as np
 
-from service.admission import Admission, Places
-from service.answers import Outcome
-from service.batcher import Batched, Batcher
-from service.classifier import Classifier, ExampleFile, ModelCard, Prediction
+from service.admission import Admission
+from service.batcher import Batcher
+from service.classifier import Classifier, ExampleFile, Prediction
 from service.decoding import Decoders
 from service.engines.base import EngineUnavailable
 from service.engines.choose import Layout
@@ -27,11 +25,12 @@ from service.errors import NotReady
 from service.inference import load_model
 from service.metrics import Gauges
 from service.model.archive import model_folder
-from service.model.errors import ArtifactError, ImageError
+from service.model.errors import ArtifactError
 from service.model.images import RgbImage
 from service.model.machine import gpus
 from service.model.resize import decode_resized
 from service.payloads import Payloads, is_image, payloads_of
+from service.predictor import Predictor
 from service.settings import Settings
 from service.workers import Worker
 
@@ -42,10 +41,6 @@ ENGINE_THREADS = 64
 
 SMALL_FORM_BYTES = 64 * 2**10
 """Forms and JSON up to this size are taken apart on the event loop."""
-
-DECODER_WAIT_S = 5.0
-"""A request of one image that finds no decoder process free for so long is refused: hostile files hold them for seconds
-each. The images of one request wait for one another as long as the deadline allows."""
 
 WATCH_S = 1.0
 """How often it is looked whether the engine has come back."""
@@ -65,31 +60,6 @@ MEANING: dict[State, str] = {
     "failed": "The model cannot be served; the log says why.",
 }
 """What /ping says of each state that is not "ready"."""
-
-
-@dataclass
-class Answered:
-    """What became of the images of one request."""
-
-    card: ModelCard
-    several: bool
-    outcomes: list[Outcome]
-    """One for each image, in order."""
-    decode_ms: float | None = None
-    queue_ms: float | None = None
-    infer_ms: float | None = None
-    batch_size: int | None = None
-    """Of several images, each the longest, and the largest batch; but for the first, None where none could be read."""
-
-    def note_decode(self, decode_ms: float) -> None:
-        """Take in how long one of the images took to decode, readable or not."""
-        self.decode_ms = max(self.decode_ms or 0.0, decode_ms)
-
-    def note(self, batched: Batched[Prediction]) -> None:
-        """Take the other times of one of the images in."""
-        self.queue_ms = max(self.queue_ms or 0.0, batched.queue_ms)
-        self.infer_ms = max(self.infer_ms or 0.0, batched.infer_ms)
-        self.batch_size = max(self.batch_size or 0, batched.batch_size)
 
 
 class Runtime:
@@ -116,13 +86,13 @@ class Runtime:
         self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch)
         self._on_failure = on_failure
         self.admission = Admission(
-            settings.max_requests, settings.max_body_bytes, settings.deadline_s, settings.max_queue_s
+            settings.max_images, settings.max_body_bytes, settings.deadline_s, settings.max_queue_s
         )
         self.stopping = False
         self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
         decoders = worker.share(settings.decode_threads) if worker else settings.decode_threads
         self._decoders = Decoders(decoders, settings.decode_limit_s)
-        self._serving: tuple[Classifier, Batcher[RgbImage, Prediction]] | None = None
+        self._predictor: Predictor | None = None
         self._starting: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._held = ExitStack()
@@ -139,8 +109,8 @@ class Runtime:
             return "stopping"
         if self._states is not None and not self._states.all_were_ready():
             return "warming_up"
-        assert self._serving is not None
-        batcher = self._serving[1]
+        assert self._predictor is not None
+        batcher = self._predictor.batcher
         if batcher.failures >= FAILING_AFTER:
             return "failing"
         return "stuck" if batcher.busy_s() > self.settings.deadline_s else "ready"
@@ -150,14 +120,14 @@ class Runtime:
         """What /metrics shows of it."""
 
         def model() -> tuple[str, str, str] | None:
-            if self._serving is None:
+            if self._predictor is None:
                 return None
-            classifier = self._serving[0]
+            classifier = self._predictor.classifier
             return classifier.card.name, classifier.card.version, classifier.engine.name
 
         return Gauges(
             state=lambda: self.state,
-            queue_depth=lambda: self._serving[1].waiting if self._serving else 0,
+            queue_depth=lambda: self._predictor.batcher.waiting if self._predictor else 0,
             under_way=lambda: self.admission.under_way,
             model=model,
         )
@@ -165,7 +135,7 @@ class Runtime:
     @property
     def example(self) -> ExampleFile | None:
         """The model's own image to try, if it came with one. Raises: NotReady."""
-        return self.require_ready()[0].example
+        return self.require_ready().classifier.example
 
     async def open(self) -> None:
         """Begin to load; `state` tells how far it is.
@@ -184,8 +154,8 @@ class Runtime:
             await self._starting
         if self._watching is not None:
             self._watching.cancel()
-        if self._serving is not None:
-            await self._serving[1].close()
+        if self._predictor is not None:
+            await self._predictor.batcher.close()
         self._engine_threads.shutdown(wait=False)
         await self._decoders.close()
         self._held.close()
@@ -205,41 +175,12 @@ class Runtime:
             return payloads_of(body, content_type)
         return await asyncio.to_thread(payloads_of, body, content_type)
 
-    async def predict(self, payloads: Payloads, places: Places) -> Answered:
-        """Decode, crop and resize, then predict in batches with what else is there.
-
-        Raises: Unavailable, ImageError.
-        """
-        classifier, batcher = self.require_ready()
-        answered = Answered(classifier.card, payloads.several, [])
-        patience_s = None if payloads.several else DECODER_WAIT_S
-
-        async def outcome(payload: bytes) -> Outcome:
-            started_s = time.perf_counter()
-            try:
-                image = await self._decoders.decode(payload, classifier.side_px, patience_s)
-            except ImageError as exc:
-                return exc
-            finally:
-                answered.note_decode((time.perf_counter() - started_s) * 1000)
-            batched = await batcher.submit(image)
-            answered.note(batched)
-            return batched.value
-
-        if payloads.several:
-            places.images = len(payloads.images)
-            places.take_more(min(len(payloads.images), self.settings.max_batch) - places.held)
-            answered.outcomes += await _gather(outcome, payloads.images, places.held)
-        else:
-            answered.outcomes.append(await outcome(payloads.images[0]))
-        return answered
-
-    def require_ready(self) -> tuple[Classifier, Batcher[RgbImage, Prediction]]:
+    def require_ready(self) -> Predictor:
         """What answers. Raises: NotReady."""
         # Requests accepted before a stop are still answered: the batcher refuses when it closes.
-        if self._serving is None:
+        if self._predictor is None:
             raise NotReady(f"The service is not ready (state: {self.state}); GET /ping tells when it is.")
-        return self._serving
+        return self._predictor
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -275,12 +216,12 @@ class Runtime:
             self._engine_threads,
             lanes=classifier.engine.lanes,
             max_batch=self._max_batch(classifier),
-            max_queue=self.settings.max_requests,
+            max_queue=self.settings.max_images,
             max_wait_ms=self.settings.max_wait_ms,
             on_failure=self._note_failure,
         )
         batcher.open()
-        self._serving = (classifier, batcher)
+        self._predictor = Predictor(classifier, batcher, self._decoders, self.settings.max_batch)
         self._watching = loop.create_task(self._watch_engine(batcher), name="engine watch")
         self._state = "ready"
         if not self.stopping:
@@ -361,23 +302,3 @@ def _is_out_of_memory(exc: Exception) -> bool:
     """Python says so by a class, native libraries by their words."""
     words = ("bad_alloc", "cannot allocate memory", "failed to map segment", "out of memory")
     return isinstance(exc, MemoryError) or any(word in str(exc).lower() for word in words)
-
-
-async def _gather(
-    outcome: Callable[[bytes], Awaitable[Outcome]], payloads: Sequence[bytes], at_once: int
-) -> list[Outcome]:
-    """The outcomes of `payloads`, `at_once` under way; a failure ends them all."""
-    outcomes: dict[int, Outcome] = {}
-    left = iter(enumerate(payloads))
-
-    async def work() -> None:
-        for index, payload in left:
-            outcomes[index] = await outcome(payload)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(at_once):
-                group.create_task(work())
-    except BaseExceptionGroup as exc:
-        raise exc.exceptions[0] from exc
-    return [outcomes[index] for index in range(len(payloads))]

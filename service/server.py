@@ -10,8 +10,8 @@ from typing import Any
 
 import uvicorn
 
-from service.lifeline import FILES_BESIDES, Lifeline, allow_files, take_no_more
-from service.protocol import MAX_CONNECTIONS, Protocol, sweep_all
+from service.lifeline import FILES_BESIDES, MAX_CONNECTIONS, Lifeline, allow_files, take_no_more
+from service.protocol import Protocol, sweep_all
 from service.runtime import Runtime
 from service.settings import Settings
 

@@ -15,10 +15,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.engines.names import Wanted
 from service.logs import Format
-from service.model.machine import cores
+from service.model.machine import SAGEMAKER_MODEL, cores
 
 PREFIX = "CLASSIFIER_"
-SAGEMAKER_MODEL = Path("/opt/ml/model")
 LOCAL_MODEL = Path("artifacts/model")
 
 
@@ -63,12 +62,12 @@ class Settings(BaseSettings):
     """A request body that is not there by then gets 408, so that slow senders do not hold memory."""
     deadline_s: float = Field(55.0, gt=0)
     """A request not answered by then gets 504; below SageMaker's 60 s, so that the client reads the reason."""
-    max_requests: int = Field(256, ge=1)
+    max_images: int = Field(256, ge=1)
     """Images under way at once in a worker, from decoding to the answer; requests for which there is no place get 503
     at once."""
-    max_queue_s: float = Field(2.5, gt=0)
+    max_queue_s: float = Field(1.25, gt=0)
     """Of these places, no more are given than are answered within this time at the rate seen of late, but 32 at least;
-    so the service is back to normal that long after an overload."""
+    at half the load, the service is back to normal within twice that after an overload."""
     overload_status: Annotated[Literal[503, 429], BeforeValidator(_number)] = 503
     """The status of those answers, both with Retry-After; 429 for clients that take 503 for a broken server."""
     drain_s: float = Field(0.0, ge=0, le=20)

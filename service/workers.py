@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Self
 
 from service.deaths import STOOD_STILL, MemoryKills, cause_of
+from service.engines.names import Wanted
 from service.lifeline import (
     FILES_BESIDES,
     MAX_CONNECTIONS,
@@ -75,11 +76,11 @@ Listen = Callable[[bool], socket.socket]
 """Opens a listening socket; the argument tells whether to share the port (SO_REUSEPORT)."""
 
 
-def choose_count(model: Path) -> int:
-    """How many workers serve the model best on this machine."""
+def choose_count(model: Path, engine: Wanted) -> int:
+    """How many workers serve the model best on this machine with that engine."""
     if sys.platform != "linux":  # elsewhere the socket that was bound last gets every connection
         return 1
-    if gpus():
+    if engine in ("auto", "torch-cuda") and gpus():
         return gpus()
     busy = cores() if _side_px(model) <= SMALL_SIDE_PX else -(-cores() // CORES_PER_WORKER)
     return max(1, min(MAX_WORKERS, busy, memory_bytes() // WORKER_BYTES))

@@ -5,7 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from service.errors import HTTP_ERRORS
+from service.errors import CONNECTION_ERRORS, HTTP_ERRORS
 from service.settings import Settings, names
 from training.config import FILES, TrainingConfig
 from training.instrumentation import Instrumentation
@@ -40,7 +40,10 @@ def test_the_table_of_errors_has_every_code_with_its_status() -> None:
         for status in re.findall(r"\d{3}", statuses)
         for code in re.findall(r"`(\w+)`", codes)
     }
-    assert {(status, code) for status, code in HTTP_ERRORS.values()} <= stated
+    given = {*HTTP_ERRORS.values(), *((status, code) for code, status in CONNECTION_ERRORS.items())}
+    given |= {(404, "not_found"), (405, "method_not_allowed"), (500, "internal_error")}
+    given |= {(429, code) for status, code in given if status == 503}  # by setting
+    assert stated == given
 
 
 def test_every_make_command_of_the_readme_is_a_target() -> None:
@@ -82,12 +85,14 @@ def test_every_file_the_documents_name_exists() -> None:
 
 
 def test_the_folder_table_names_every_module() -> None:
-    table = "\n".join(line for line in ARCHITECTURE.splitlines() if line.startswith("| `"))
-    packages = ("data", "tuning", "debugging", "profiling", "report", "launch")
-    folders = ("service/model", "service/engines", "training", *(f"training/{name}" for name in packages))
-    modules = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    rows = dict(re.findall(r"^\| `([\w/]+)/` \| (.*)", ARCHITECTURE, re.MULTILINE))
+    folders = {path.parent for name in ("service", "training", "container") for path in (ROOT / name).rglob("*.py")}
+    modules = [path.relative_to(ROOT) for folder in folders for path in folder.glob("*.py")]
+    assert modules
     unnamed = [
-        path.stem for path in modules if path.stem not in ("__init__", "errors", "progress") and path.stem not in table
+        str(path)
+        for path in modules
+        if path.stem not in ("__init__", "errors", "progress") and f"`{path.stem}`" not in rows[str(path.parent)]
     ]
     assert unnamed == []
 
@@ -103,3 +108,15 @@ def test_top_level_holds_the_agreed_names_and_nothing_else() -> None:
     agreed = {"container", "service", "training", "tests", "docker-compose.yml", "Makefile", "README.md"}
     usual = {"pyproject.toml", "uv.lock", "ARCHITECTURE.md", "CHANGELOG.md", "LICENSE"}
     assert {name for name in tops if not name.startswith(".")} <= agreed | usual
+
+
+def test_no_advice_makes_uv_remove_what_is_installed() -> None:
+    """`uv sync` alone removes every group that it does not name."""
+    advice = {
+        (path.name, line.strip())
+        for folder in ("service", "training", "container", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"uv sync (?!--frozen|--inexact)--", line) and path != Path(__file__)
+    }
+    assert advice == set()

@@ -7,10 +7,10 @@ other flags are those of what runs. Exit status: that of what runs, see there; 2
 import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from training.entry import configure_logging
+from training.command_line import configure_logging
 from training.environment import ENTRY, ROOT, SageMakerJob, ranks, sagemaker_job, write_failure
 from training.errors import ConfigError
 from training.torchrun import command, run_child, variables, wait_for_name
@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             return int(importlib.import_module(ENTRIES[entry]).main(rest))
         if job is not None and len(job.hosts) > 1:
             wait_for_name(job.hosts[0])
-        return run_child(command(ENTRIES[entry], rest, processes, job), log_start(processes, job))
+        environment = variables(processes, job)
+        log_start(processes, job, environment)
+        return run_child(command(ENTRIES[entry], rest, processes, job), environment)
     except ConfigError as exc:
         log.error("%s", exc)
         write_failure(str(exc), root=root)
@@ -78,15 +80,13 @@ def gpus(device: str) -> int:
     return torch.cuda.device_count()
 
 
-def log_start(processes: int, job: SageMakerJob | None) -> dict[str, str]:
-    """Say how many processes start where. Returns: what they need in their environment."""
-    extra = variables(processes, job)
+def log_start(processes: int, job: SageMakerJob | None, environment: Mapping[str, str]) -> None:
+    """Say how many processes start where, and what is added to their environment."""
     hosts = ("this machine",) if job is None else job.hosts
     log.info(
         "torchrun: %d process(es) on each of %d host(s) (%s), %s",
-        processes, len(hosts), ", ".join(hosts), " ".join(f"{name}={value}" for name, value in extra.items()),
+        processes, len(hosts), ", ".join(hosts), " ".join(f"{name}={value}" for name, value in environment.items()),
     )  # fmt: skip
-    return extra
 
 
 if __name__ == "__main__":

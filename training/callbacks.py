@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from service.model.network import Network
 from training.config import TrainingConfig
 from training.data.dataset import Dataset
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 
 log = logging.getLogger(__name__)
 

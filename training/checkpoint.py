@@ -142,8 +142,11 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Forget the checkpoint: its run is over."""
-    (folder / FILE).unlink(missing_ok=True)
+    """Forget the checkpoint: its run is over, and the artifact there, so a failure costs a line."""
+    try:
+        (folder / FILE).unlink(missing_ok=True)
+    except OSError as exc:
+        log.warning("%s cannot be removed (%s); remove it before another run.", folder / FILE, exc.strerror)
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from training import checkpoint
 from training.callbacks import Callback, StopTraining, tell
 from training.config import TrainingConfig
 from training.distributed import Group
-from training.evaluation import EpochMetrics, Evaluation
+from training.epoch_metrics import EpochMetrics, Evaluation
+from training.errors import CheckpointError
 from training.features import fingerprint, frozen_digest
 from training.interruption import Interrupted
 from training.loop import Trainer
@@ -102,9 +103,9 @@ class Epochs:
                 progress.stopped = progress.stopped or str(exc)
             self._stop_early()
             if time.monotonic() - self._saved_s >= config.checkpoint_every_s:
-                self.save()
+                self._save_if_possible()
         if self._checkpoints:
-            self.save()  # what follows takes a pass over the validation images, and may fail
+            self._save_if_possible()  # what follows takes a pass over the validation images, and may fail
         trainer.stop_if_interrupted()  # the signal may have come after the last look
         if self.stopped and self._group.is_first:
             log.info("stopped after epoch %d of %d: %s", len(self.history), config.epochs, self.stopped)
@@ -152,8 +153,15 @@ class Epochs:
             return prepared.features
         return ImageSource(prepared.train, self._config), ImageSource(prepared.validation, self._config)
 
+    def _save_if_possible(self) -> None:
+        """A full disk costs a warning, not the run."""
+        try:
+            self.save()
+        except CheckpointError as exc:
+            log.warning("%s The training goes on without it; stopped now, it would lose what came after the last.", exc)
+
     def save(self) -> None:
-        """Write a checkpoint (the first process does)."""
+        """Write a checkpoint (the first process does). Raises: CheckpointError."""
         self._saved_s = time.monotonic()
         if self._checkpoints and self._group.is_first:
             state = {"trainer": self._trainer.state_dict()}

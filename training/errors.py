@@ -6,7 +6,7 @@ TrainingError
 ├── WeightsError     pretrained weights cannot be had or do not fit
 ├── DivergedError    the loss is no longer a number
 ├── CheckpointError  a checkpoint cannot be written, read, or is of another run
-├── ExportError      the artifact cannot be written
+├── ExportError      the artifact, or the result of a tuning, cannot be written
 └── QuantizationError    no int8 network can be made; the float32 one is there
 """
 
@@ -40,4 +40,4 @@ class QuantizationError(TrainingError):
 
 
 class ExportError(TrainingError):
-    """The artifact cannot be written: disk full, no permission."""
+    """The artifact, or the result of a tuning, cannot be written: disk full, no permission."""

@@ -4,7 +4,7 @@ Runs the network over the images, in float32 unless --engine names another, logs
 report.html and PNGs. On the images that the model was validated on in training, the figures are compared with the
 manifest's of that network. The images may lack some of the model's classes.
 
-Exit status: see `training.entry`; 1 also when the figures differ from the manifest's.
+Exit status: see `training.command_line`; 1 also when the figures differ from the manifest's.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +26,11 @@ from service.model.images import RgbImage
 from service.model.machine import cores
 from service.model.manifest import Manifest
 from service.model.network import network_of
+from training.command_line import add_machine_flags, positive, run_command
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
 from training.devices import pick_device
-from training.entry import add_machine_flags, positive, run_command
 from training.errors import ConfigError, DataError, TrainingError
 from training.figures import Figures, figures
 from training.logits import BATCH, logits_of
@@ -114,21 +113,13 @@ def absent_classes(manifest: Manifest, dataset: Dataset) -> list[str]:
     return [name for name in manifest.classes if name not in set(dataset.classes)]
 
 
-def facts_of(dataset: Dataset) -> dict[str, Any]:
-    """What a manifest says of the data set (see `training.export`)."""
-    return {
-        "name": dataset.name, "train_images": len(dataset.train), "validation_images": len(dataset.validation),
-        **dataset.facts,
-    }  # fmt: skip
-
-
 def compare(manifest: Manifest, dataset: Dataset, split: str, measured: Figures, engine: str = "torch") -> bool | None:
     """Whether the figures are those of the manifest; None where it tells of other images. Logs which."""
     if engine == "openvino-int8" and manifest.quantization is not None:  # its accuracy is stated, its loss is not
         stated = {"accuracy": manifest.quantization.accuracy, "loss": measured.loss}
     else:
         stated = numbers(manifest.metrics.get("validation"))
-    facts = json.loads(json.dumps(facts_of(dataset)))
+    facts = json.loads(json.dumps(dataset.described()))
     same_data = facts == {name: value for name, value in manifest.dataset.items() if name in facts}
     if split != "validation" or not same_data or not {"accuracy", "loss"} <= set(stated):
         log.warning(
@@ -177,7 +168,7 @@ def evaluate(options: argparse.Namespace) -> None:
         log.info("int8, as the manifest states: %s", described(manifest.quantization))
     write_report(
         options.output or default_output(options.model), manifest, images, measured,
-        split=options.split, dataset={**facts_of(dataset), "engine": options.engine},
+        split=options.split, dataset={**dataset.described(), "engine": options.engine},
     )  # fmt: skip
     if compare(manifest, dataset, options.split, measured, options.engine) is False:
         raise TrainingError(

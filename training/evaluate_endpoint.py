@@ -20,9 +20,9 @@ from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.images import MEDIA_TYPES
 from service.model.manifest import Manifest
+from training.command_line import run_command
 from training.data.dataset import Dataset, LabelledImages
 from training.data.layouts import open_dataset
-from training.entry import configure_logging
 from training.errors import ConfigError, DataError, TrainingError
 from training.progress import progress
 
@@ -81,9 +81,7 @@ def open_validation(manifest: Manifest, data: Path, validation: Path | None = No
     trained = manifest.hyperparameters
     dataset = open_dataset(
         data,
-        validation_fraction=trained["validation_fraction"],
-        seed=trained["seed"],
-        broken_files=trained["broken_files"],
+        **{name: trained[name] for name in ("validation_fraction", "seed", "broken_files") if name in trained},
         validation_root=validation,
     )
     if dataset.facts["split"] != manifest.dataset["split"]:
@@ -106,23 +104,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the running service (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.2, help="points of accuracy (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    configure_logging()
+    return run_command(parser, arguments, compare)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """What the command does. Raises: TrainingError, also where service and manifest differ."""
     try:
         with model_folder(options.model) as folder:
             manifest = open_artifact(folder).manifest
-        dataset = open_validation(manifest, options.data, options.validation)
-        measured = 100 * accuracy_over_http(dataset.validation, dataset.classes, options.url)
-    except (TrainingError, ArtifactError) as exc:
-        log.error("%s", exc)
-        return 1
+    except ArtifactError as exc:
+        raise DataError(str(exc)) from exc
+    dataset = open_validation(manifest, options.data, options.validation)
+    measured = 100 * accuracy_over_http(dataset.validation, dataset.classes, options.url)
     claimed = 100 * manifest.metrics["validation"]["accuracy"]
-    agrees = abs(measured - claimed) <= options.tolerance
-    log.info(
-        "accuracy over HTTP %.2f %%, manifest %.2f %%, n=%d: %s",
-        measured, claimed, len(dataset.validation), "they agree" if agrees else "THEY DIFFER",
-    )  # fmt: skip
-    return 0 if agrees else 1
+    figures = f"accuracy over HTTP {measured:.2f} %, manifest {claimed:.2f} %, n={len(dataset.validation)}"
+    if abs(measured - claimed) > options.tolerance:
+        raise TrainingError(f"{figures}: THEY DIFFER, by more than --tolerance {options.tolerance:g} points.")
+    log.info("%s: they agree", figures)
 
 
 if __name__ == "__main__":

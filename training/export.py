@@ -15,8 +15,8 @@ from service.model.preprocess import Preprocessing
 from training.config import LOCAL, TrainingConfig
 from training.data.dataset import Dataset
 from training.data.loader import Loader
+from training.epoch_metrics import EpochMetrics
 from training.errors import ExportError
-from training.evaluation import EpochMetrics
 from training.figures import Figures
 
 SELF_CHECK_INPUTS = 4
@@ -57,10 +57,7 @@ def export(
             **config.model_dump(mode="json", exclude=set(LOCAL)),
             "weights": pretrained, "freeze": network.architecture.frozen,
         },
-        "dataset": {
-            "name": dataset.name, "train_images": len(dataset.train), "validation_images": len(dataset.validation),
-            **dataset.facts,
-        },
+        "dataset": dataset.described(),
         "metrics": metrics(history, figures, len(dataset.train), stopped),
         "packages": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
     }  # fmt: skip

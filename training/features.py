@@ -159,7 +159,7 @@ def _key(network: Network, loader: Loader, views: Views, engine: PrefixEngine) -
     digest.update(network.mean.cpu().numpy().tobytes() + network.std.cpu().numpy().tobytes())
     facts = [
         FORMAT, network.prefix, loader.side_px, views, augment.CROP_SHARE, engine.name, metadata.version("pillow"),
-        metadata.version("simplejpeg"),         fingerprint(loader.images),
+        metadata.version("simplejpeg"), fingerprint(loader.images),
     ]  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:32]

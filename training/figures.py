@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from training.epoch_metrics import Evaluation
 from training.errors import DivergedError
-from training.evaluation import Evaluation
 
 BINS = 15
 """Of the calibration error, as Guo et al. 2017 have them (https://arxiv.org/abs/1706.04599, section 5)."""

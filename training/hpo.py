@@ -2,7 +2,7 @@
 
 On one's own machine: a study of ten trials, which ends with best.json for `train_model --from-tuning`. In a job that
 SageMaker's tuner has started: the one training with the hyperparameters it gave, without instrumentation, and its
-artifact. With the hyperparameter `trials` a job makes a study of its own. Exit status: see `training.entry`.
+artifact. With the hyperparameter `trials` a job makes a study of its own. Exit status: see `training.command_line`.
 """
 
 import logging
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from training.command_line import configure_logging, exit_status
 from training.config import FILES, TrainingConfig
-from training.entry import configure_logging, exit_status
 from training.environment import ranks, sagemaker_values
 from training.errors import ConfigError
 from training.flags import parse_flags

@@ -4,12 +4,14 @@ The same flags and hyperparameters as the training's own settings (see `training
 trained, unless a rule with the action "stop" ends the run.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from training.environment import SageMakerJob
+from training.errors import ConfigError
 from training.flags import Settings
 
 if TYPE_CHECKING:
@@ -49,15 +51,28 @@ class Instrumentation(Settings):
     )
 
     def callbacks(self, job: SageMakerJob | None) -> "list[Callback]":
-        """The instruments, in the order in which they are told. Raises: ConfigError for rules that are none."""
+        """The instruments, in the order in which they are told.
+
+        Raises: ConfigError for rules that are none, and for what was asked for by name and is not installed.
+        """
         from training.debugging.configuration import create_rules, read_rules
         from training.debugging.mlflow_log import MlflowLog
         from training.debugging.observer import Observer
-        from training.debugging.smdebug_hook import SmdebugHook
+        from training.debugging.smdebug_hook import SmdebugHook, import_smdebug
         from training.debugging.tensorboard import TensorBoardLog
         from training.metrics_log import MetricsLog
         from training.profiling.profiler import Profiler
 
+        if self.debugger == "on" and import_smdebug() is None:
+            raise ConfigError(
+                "--debugger on needs smdebug, which cannot be imported: `uv sync --inexact --group debugger` installs "
+                "it; the rules run without, and --debugger auto saves tensors only where it is there."
+            )
+        if self.mlflow_uri and importlib.util.find_spec("mlflow") is None:
+            raise ConfigError(
+                f"--mlflow-uri {self.mlflow_uri} needs mlflow, which is not installed: `uv sync --inexact --group "
+                "mlflow` installs it; TensorBoard's files are written without."
+            )
         chosen: list[Callback] = [MetricsLog()]
         hook_config = job.debug_hook_config if job else None
         if self.debugger == "on" or (self.debugger == "auto" and hook_config is not None):

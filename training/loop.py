@@ -17,15 +17,15 @@ from training.checkpoint import Progress
 from training.config import TrainingConfig
 from training.data import augment
 from training.distributed import Group, share_statistics
+from training.epoch_metrics import Evaluation
 from training.errors import DivergedError
-from training.evaluation import Evaluation
 from training.interruption import Interrupted, Interruption
 from training.metric_lines import TRAIN, pass_title
 from training.optimization import Ema, make_optimizer, schedule, set_rate
 from training.progress import BatchLines
 from training.randomness import Draws, generator
 from training.sources import Source, StepPlan
-from training.validation import evaluate
+from training.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ class Trainer:
             rate = self._config.learning_rate * self._config.unfreeze_rate
             self._start_phase(rate, first=self._frozen_epochs + 1, last=self._config.epochs)
 
-    def train_epoch(self, source: Source) -> tuple[float, float]:
-        """The steps of this epoch that are left, in random order. Returns: loss and accuracy over the epoch's images.
+    def train_epoch(self, source: Source) -> None:
+        """The steps of this epoch that are left, in random order; `progress` has their sums.
 
         Raises: DivergedError, Interrupted, StopTraining.
         """
@@ -137,7 +137,6 @@ class Trainer:
                     lines.show(done.seen, step.loss, step.accuracy)
                     self._stop_together(stop)
                 started_s = time.perf_counter()
-        return done.loss_sum / done.seen, done.hits / done.seen
 
     def _told(self, step: Step) -> StopTraining | None:
         """Tell the callbacks of a step's end; a request to stop is kept until all processes can follow it."""
@@ -219,7 +218,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.swap()
         try:
-            return evaluate(
+            return validate(
                 self.network, source, self._device, title,
                 bf16=self._bf16, group=self._group, watch=self.stop_if_interrupted,
             )  # fmt: skip

@@ -10,7 +10,7 @@ never taken for it. What stands before a line (a time, a host, a rank) does no h
     epoch=1/70 train_loss=3.9120 train_accuracy=0.1010 validation_loss=... seconds=31.2
 """
 
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 
 TRAIN, VALIDATION = "train", "validation"
 """The passes that batch lines are written in."""

@@ -18,7 +18,7 @@ from typing import IO
 
 from service.model.files import replace
 from training.callbacks import Callback, RunContext, Step
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
 from service.model.machine import cores
-from service.model.openvino_graph import build, core
-from service.model.preprocess import PixelBatch
+from service.model.openvino_graph import build, core, has_bf16, read_int8
+from service.model.resize import PixelBatch
 from training.errors import ConfigError
 
 Run = Callable[[PixelBatch], npt.NDArray[np.float32]]
@@ -26,17 +26,14 @@ def openvino_runner(artifact: Artifact, precision: str) -> Run:
     ImportError without OpenVINO.
     """
     manifest = artifact.manifest
-    if precision == "bf16" and "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if precision == "bf16" and not has_bf16():
         raise ConfigError("This processor does not compute in bfloat16; evaluate with --engine openvino-fp32.")
     if precision != "int8":
         model: Any = build(manifest.architecture, manifest.preprocessing, artifact.weights())
     elif manifest.quantization is None:
         raise ArtifactError("The artifact has no int8 network; `python -m training.quantize` adds one.")
     else:
-        try:
-            model = core().read_model(artifact.read("int8_graph"), artifact.read("int8_weights"))
-        except RuntimeError as exc:  # its hash was right, so whoever wrote it wrote no such model
-            raise ArtifactError(f"{artifact.path('int8_graph')} is not a model OpenVINO can read.") from exc
+        model = read_int8(artifact)
     hints = {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",  # of int8: what is not quantized
         "NUM_STREAMS": 1,

@@ -29,9 +29,10 @@ from service.model.architecture import Architecture
 from service.model.artifact import Artifact, Int8Network, SelfCheck, Weights, add_int8
 from service.model.errors import ArtifactError
 from service.model.machine import cores
-from service.model.manifest import MAX_LOSS_POINTS, Quantization
+from service.model.manifest import Quantization
 from service.model.openvino_graph import build, core, no_telemetry
-from service.model.preprocess import PixelBatch, Preprocessing
+from service.model.preprocess import Preprocessing
+from service.model.resize import PixelBatch
 from training.config import Quantize
 from training.data.dataset import LabelledImages, Labels
 from training.data.loader import Loader
@@ -135,10 +136,10 @@ def int8_network(
         self_check_difference=self_check.difference(run(self_check.inputs)),
     )
     log.info("int8: %s; it took %.1f s", described(found), time.monotonic() - started_s)
-    if found.loss_points > MAX_LOSS_POINTS:
+    if found.doubt is not None:
         log.warning(
-            "int8 loses %.2f points of accuracy, more than %.1f: the service will run it only when asked to by name",
-            found.loss_points, MAX_LOSS_POINTS,
+            "int8 loses %.2f points of accuracy; %s: the service will run it only when asked to by name",
+            found.loss_points, found.doubt,
         )  # fmt: skip
     return Int8Network(graph, constants, found)
 

@@ -1,7 +1,7 @@
 """`python -m training.quantize --model DIR --data DIR`: add the int8 network to an artifact that has been written.
 
 For models trained without nncf or with `--quantize off`. The float32 network, its version and everything else the
-manifest states stay; a service that runs meanwhile does not notice. Exit status: see `training.entry`.
+manifest states stay; a service that runs meanwhile does not notice. Exit status: see `training.command_line`.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.machine import cores
 from service.model.network import network_of
+from training.command_line import add_machine_flags, positive, run_command
 from training.data.loader import Loader
 from training.devices import pick_device
-from training.entry import add_machine_flags, positive, run_command
 from training.errors import DataError, TrainingError
 from training.evaluate import absent_classes, compare, open_images
 from training.figures import figures

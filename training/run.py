@@ -20,9 +20,9 @@ from training.callbacks import Callback, RunContext, StopTraining, tell
 from training.config import TrainingConfig
 from training.devices import pick_device
 from training.distributed import ALONE, Group
+from training.epoch_metrics import EpochMetrics, Evaluation
 from training.epochs import Epochs
 from training.errors import ConfigError, DivergedError, QuantizationError, TrainingError
-from training.evaluation import EpochMetrics, Evaluation
 from training.export import export
 from training.figures import Figures, figures
 from training.interruption import watched

@@ -11,10 +11,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.command_line import configure_logging, exit_status
 from training.config import TrainingConfig, read_recipe
 from training.data import cifar100, sample
 from training.data.layouts import SAMPLE
-from training.entry import configure_logging, exit_status
 from training.errors import DataError, WeightsError
 from training.pretrained import imagenet_state
 from training.run import run

@@ -1,14 +1,14 @@
 """`python -m training.train_model --data DIR --output DIR`: fine-tune, watched by Debugger and profiler.
 
-The same training as a trial of `training.hpo`, and instrumentation. Exit status: see `training.entry`.
+The same training as a trial of `training.hpo`, and instrumentation. Exit status: see `training.command_line`.
 """
 
 import logging
 import sys
 from collections.abc import Sequence
 
+from training.command_line import configure_logging, exit_status
 from training.config import FILES, TrainingConfig, merged
-from training.entry import configure_logging, exit_status
 from training.environment import ranks, sagemaker_job, sagemaker_values
 from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation

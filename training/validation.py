@@ -7,7 +7,7 @@ from torch import nn
 
 from service.model.network import Network
 from training.distributed import ALONE, Group
-from training.evaluation import Evaluation
+from training.epoch_metrics import Evaluation
 from training.progress import BatchLines
 from training.sources import Source
 
@@ -15,7 +15,7 @@ VALIDATION_BATCH = 256
 """Images per forward pass of a validation: figures do not depend on it."""
 
 
-def evaluate(
+def validate(
     network: Network,
     source: Source,
     device: torch.device,

@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.model.preprocess import PixelBatch
+from service.model.resize import PixelBatch
 
 Logits = npt.NDArray[np.float32]
 """float32 `[N, K]`."""

@@ -11,8 +11,8 @@ from service.engines.base import Engine, EngineUnavailable
 from service.engines.names import NAMES, EngineName, Wanted
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
-from service.model.machine import cores, gpus
-from service.model.manifest import MAX_LOSS_POINTS, MIN_IMAGES, Manifest
+from service.model.machine import SAGEMAKER_MODEL, cores, gpus
+from service.model.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def load(artifact: Artifact, wanted: Wanted = "auto", layout: Layout | None = No
             classifier = Classifier.of(artifact, create(artifact, name, layout))
             difference = classifier.check(check)
         except (ArtifactError, EngineUnavailable) as exc:
-            level = logging.WARNING if isinstance(exc, ArtifactError) else logging.INFO
+            expected = isinstance(exc, EngineUnavailable) and name != "torch-cuda"
+            level = logging.INFO if expected else logging.WARNING
             log.log(level, "engine %s is passed over: %s", name, exc)
             failure = exc
             continue
@@ -69,7 +70,8 @@ def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
     """What `auto` tries, the fastest first, each with the reason."""
     if gpus():
         yield "torch-cuda", f"there is a GPU ({gpus()} seen)"
-        return  # a GPU that is paid for and cannot be used is an error, no reason to run on the CPU
+        if SAGEMAKER_MODEL.is_dir():
+            return  # a GPU that is paid for by the hour and cannot be used is an error, no reason to run on the CPU
     if importlib.util.find_spec("openvino") is not None:
         int8 = manifest.quantization
         if int8 is None:
@@ -77,12 +79,12 @@ def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
         else:
             why = (
                 f"int8 agrees with float32 on {int8.top1_agreement:.2%} of {int8.n:,} validation images and loses "
-                f"{int8.loss_points:.2f} points of accuracy, allowed are {MAX_LOSS_POINTS}"
+                f"{int8.loss_points:.2f} points of accuracy"
             )
-            if int8.n < MIN_IMAGES:
-                why += f"; fewer than {MIN_IMAGES} images cannot tell"
-            elif int8.loss_points <= MAX_LOSS_POINTS:
+            if int8.doubt is None:
                 yield "openvino-int8", why
+            else:
+                why += f"; {int8.doubt}"
         yield "openvino-bf16", why
         yield "openvino-fp32", why
     if importlib.util.find_spec("torch") is not None:

@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock
 from service.engines.base import EngineUnavailable, Logits
 from service.model.artifact import Artifact
 from service.model.network import Network, network_of
-from service.model.preprocess import PixelBatch
+from service.model.resize import PixelBatch
 
 WARM_UP = 3
 """Passes before a graph is captured: cuDNN chooses its algorithms in the first (PyTorch notes, CUDA graphs)."""

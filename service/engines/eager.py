@@ -6,7 +6,7 @@ import torch
 from service.engines.base import Logits
 from service.model.artifact import Artifact
 from service.model.network import network_of
-from service.model.preprocess import PixelBatch
+from service.model.resize import PixelBatch
 
 
 class EagerEngine:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from service.engines.base import Logits
-from service.model.preprocess import PixelBatch
+from service.model.resize import PixelBatch
 
 
 class FakeEngine:

@@ -9,8 +9,8 @@ import numpy as np
 from service.engines.base import EngineUnavailable, Logits
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
-from service.model.openvino_graph import build, core, no_telemetry
-from service.model.preprocess import PixelBatch
+from service.model.openvino_graph import build, core, has_bf16, no_telemetry, read_int8
+from service.model.resize import PixelBatch
 
 with no_telemetry():
     import openvino
@@ -51,7 +51,7 @@ class OpenVinoEngine:
         if precision == "int8":
             if manifest.quantization is None:
                 raise ArtifactError("The artifact has no int8 network; 'python -m training.quantize' adds one.")
-            model = _read(artifact)
+            model = read_int8(artifact)
             self.tolerance = 2 * manifest.quantization.self_check_difference + TOLERANCES["bf16"]
         else:
             bf16 = precision == "bf16"
@@ -101,11 +101,6 @@ class OpenVinoEngine:
         return request
 
 
-def has_bf16() -> bool:
-    """Whether this processor has instructions for bfloat16; without, OpenVINO would imitate them, slowly."""
-    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
 def _give_back() -> None:
     """Return to the system what was freed: glibc keeps blocks below 32 MB once it has freed one (mallopt(3)).
 
@@ -114,18 +109,3 @@ def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # not every C library has it
         trim(0)
-
-
-def _read(artifact: Artifact) -> openvino.Model:
-    graph, weights = artifact.read("int8_graph"), artifact.read("int8_weights")
-    try:
-        model = core().read_model(graph, weights)
-        shapes = [model.input(0).partial_shape.to_string(), model.output(0).partial_shape.to_string()]
-    except RuntimeError as exc:  # its hash was right, so whoever wrote it wrote no such model
-        detail = ascii(" ".join(str(exc).split())[:300])
-        raise ArtifactError(f"{artifact.path('int8_graph')} is not a model OpenVINO can read: {detail}") from exc
-    side, classes = artifact.manifest.preprocessing.side_px, len(artifact.manifest.classes)
-    expected = [f"[?,{side},{side},3]", f"[?,{classes}]"]
-    if shapes != expected:
-        raise ArtifactError(f"{artifact.path('int8_graph')} maps {' to '.join(shapes)}, not {' to '.join(expected)}.")
-    return model

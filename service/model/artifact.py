@@ -31,7 +31,7 @@ import safetensors.numpy
 from service.model.errors import ArtifactError
 from service.model.files import replace
 from service.model.manifest import FORMAT_VERSION, FileEntry, Manifest, Quantization, Role, parse_manifest, sealed
-from service.model.preprocess import PixelBatch
+from service.model.resize import PixelBatch
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20

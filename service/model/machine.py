@@ -9,6 +9,9 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 
+SAGEMAKER_MODEL = Path("/opt/ml/model")
+"""A folder of this name is where SageMaker started us, or someone who starts containers as it does."""
+
 
 def cores(cgroup: Path = CGROUP) -> int:
     """Cores this process may use: its affinity, or less where the container's quota is less. At least 1."""

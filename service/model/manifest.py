@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from datetime import datetime
 from pathlib import Path
@@ -18,11 +19,17 @@ READABLE = (1, 2)
 """1 had no `quantization`."""
 MAX_TEXT = 256
 
-MIN_IMAGES = 200
-"""Validation images, with fewer of which int8 is not used by itself: one of them is more than half a point."""
+INT8_MAX_LOSS_POINTS = 0.5
+"""An int8 network that lost more percentage points of accuracy than this runs only when it is asked for by name."""
 
-MAX_LOSS_POINTS = 0.5
-"""An int8 network that loses more percentage points of accuracy than this runs only when it is asked for by name."""
+INT8_MAX_LIKELY_LOSS_POINTS = 1.0
+"""Likewise one that may lose more than this, as far as its validation images can tell (`Quantization`)."""
+
+INT8_MIN_IMAGES = 200
+"""Likewise one that was measured on fewer validation images: one of them is more than half a point."""
+
+ONE_SIDED_95 = 1.645
+"""Standard errors above the mean, below which 95 % of a normal distribution lie."""
 
 Role = Literal["weights", "self_check", "example", "int8_graph", "int8_weights"]
 REQUIRED: tuple[Role, ...] = ("weights", "self_check", "example")
@@ -76,6 +83,29 @@ class Quantization(_FrozenModel):
     def loss_points(self) -> float:
         """Percentage points of accuracy lost; negative where int8 is the better one."""
         return round(100 * (self.accuracy_float32 - self.accuracy), 6)
+
+    @property
+    def likely_loss_points(self) -> float:
+        """What the loss does not exceed with 95 % confidence.
+
+        The networks differ on a share d of n images, each of which adds or takes one right answer at most, so that the
+        standard error of the difference is sqrt(d / n) at most (McNemar 1947, https://doi.org/10.1007/BF02295996).
+        """
+        return round(self.loss_points + 100 * ONE_SIDED_95 * math.sqrt((1 - self.top1_agreement) / self.n), 6)
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the int8 network runs only when it is asked for by name; None where it may run by itself."""
+        if self.n < INT8_MIN_IMAGES:
+            return f"fewer than {INT8_MIN_IMAGES} images cannot tell"
+        if self.loss_points > INT8_MAX_LOSS_POINTS:
+            return f"allowed are {INT8_MAX_LOSS_POINTS}"
+        if self.likely_loss_points > INT8_MAX_LIKELY_LOSS_POINTS:
+            return (
+                f"so few images leave up to {self.likely_loss_points:.2f} possible (95 % confidence), allowed are "
+                f"{INT8_MAX_LIKELY_LOSS_POINTS:g}"
+            )
+        return None
 
 
 class Manifest(_FrozenModel):

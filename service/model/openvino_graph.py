@@ -20,6 +20,8 @@ from service.model.preprocess import Preprocessing
 if TYPE_CHECKING:
     import openvino
 
+    from service.model.artifact import Artifact
+
 BLOCK_SIZES = {"layer1": 3, "layer2": 4, "layer3": 6, "layer4": 3}
 """Residual units per block of ResNet-34 (He et al. 2015, https://arxiv.org/abs/1512.03385, table 1)."""
 
@@ -79,6 +81,27 @@ def build(
         return _Builder(architecture, weights, bf16).model(preprocessing)
     except KeyError as exc:
         raise ArtifactError(f"The weights do not fit the architecture stated: {exc.args[0]} is missing.") from exc
+
+
+def has_bf16() -> bool:
+    """Whether this processor has instructions for bfloat16; without, OpenVINO would imitate them, slowly."""
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def read_int8(artifact: "Artifact") -> "openvino.Model":
+    """The artifact's int8 network, of the input and output that `build` gives. Raises: ArtifactError; ImportError."""
+    graph, weights = artifact.read("int8_graph"), artifact.read("int8_weights")
+    try:
+        model = core().read_model(graph, weights)
+        shapes = [model.input(0).partial_shape.to_string(), model.output(0).partial_shape.to_string()]
+    except RuntimeError as exc:  # its hash was right, so whoever wrote it wrote no such model
+        detail = ascii(" ".join(str(exc).split())[:300])
+        raise ArtifactError(f"{artifact.path('int8_graph')} is not a model OpenVINO can read: {detail}") from exc
+    side, classes = artifact.manifest.preprocessing.side_px, len(artifact.manifest.classes)
+    expected = [f"[?,{side},{side},3]", f"[?,{classes}]"]
+    if shapes != expected:
+        raise ArtifactError(f"{artifact.path('int8_graph')} maps {' to '.join(shapes)}, not {' to '.join(expected)}.")
+    return model
 
 
 class _Builder:

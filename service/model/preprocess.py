@@ -1,22 +1,10 @@
-"""Preprocess: uint8 `[H, W, 3]` -> uint8 `[S, S, 3]` (`resize`), and the numbers that normalise it.
+"""What the manifest says of preprocessing: the side, and the numbers with which the network normalises.
 
-Second stage of the flow. Training's evaluation and serving both call `decode_resized`; the network normalises
-(`service.model.network`), so what travels between the stages stays small uint8.
+The second stage of the flow itself is `service.model.resize`. The network normalises (`service.model.network`), so that
+what travels between the stages stays small uint8.
 """
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from service.model.resize import PixelBatch, crop_resize, crop_resize_all, decode_resized
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "PixelBatch",
-    "Preprocessing",
-    "crop_resize",
-    "crop_resize_all",
-    "decode_resized",
-]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Per-channel mean of ImageNet in 0..1, as ResNet34_Weights.IMAGENET1K_V1 expects (torchvision, its `transforms`)."""

@@ -26,7 +26,7 @@ from service.engines.choose import Layout, create
 from service.model.artifact import open_artifact
 from service.model.images import decode
 from service.model.machine import cores
-from service.model.preprocess import crop_resize, decode_resized
+from service.model.resize import crop_resize, decode_resized
 from tests.bench.inputs import payloads
 from tests.bench.serving import CACHE
 from tests.bench.subjects import models

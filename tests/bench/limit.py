@@ -23,7 +23,7 @@ import numpy as np
 
 from service.model.images import decode
 from service.model.machine import cores, gpus
-from service.model.preprocess import crop_resize
+from service.model.resize import crop_resize
 from tests.bench.inputs import payloads
 
 ENGINES = ("torch", "openvino-fp32", "openvino-bf16", "openvino-int8")
@@ -115,7 +115,7 @@ def asynchronous(compiled: Any, images: Images, size: int) -> Callable[[], int]:
         finished.append(len(top_five(request.get_output_tensor(0).data)))
 
     queue.set_callback(done)
-    # A queue that is destroyed while a request runs hangs: its destructor waits, in the callback, for that very request.
+    # Destroyed while a request runs, a queue hangs: its destructor waits, in the callback, for that very request.
     images.users.callback(queue.wait_all)
 
     def step() -> int:

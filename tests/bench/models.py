@@ -30,7 +30,8 @@ from service.model.images import decode
 from service.model.manifest import Quantization
 from service.model.network import Network
 from service.model.openvino_graph import build, core
-from service.model.preprocess import Preprocessing, crop_resize_all
+from service.model.preprocess import Preprocessing
+from service.model.resize import crop_resize_all
 from training.quantization import quantized
 
 CLASSES = 100

@@ -5,6 +5,7 @@ instead, and so slows down with the server.
 """
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,32 +16,42 @@ from tests.bench.load import parse, percentile
 TICK_S = 0.002
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What became of one request."""
+
+    kind: str
+    """"200", "503" and so on, "closed" and "refused" for connections that ended."""
+    due_s: float
+    """When it was sent, in seconds from the start, and when it was over."""
+    over_s: float
+
+    @property
+    def latency_ms(self) -> float:
+        return 1000 * (self.over_s - self.due_s)
+
+
 @dataclass
 class Outcome:
-    """What became of the requests of one run."""
+    """What became of the requests of one run, or of a part of it."""
 
-    seconds: float
-    latencies_ms: dict[str, list[float]] = field(default_factory=dict)
-    """By "200", "503" and so on, "closed" and "refused" for connections that ended."""
-    done_s: list[tuple[float, str]] = field(default_factory=list)
-    """When each was over, in seconds from the start."""
+    answers: list[Answer] = field(default_factory=list)
 
-    def add(self, kind: str, at_s: float, latency_ms: float) -> None:
-        """One request is over."""
-        self.latencies_ms.setdefault(kind, []).append(latency_ms)
-        self.done_s.append((at_s, kind))
+    def sent(self, begin_s: float, end_s: float = math.inf) -> "Outcome":
+        """Of the requests that were due from `begin_s` until before `end_s`."""
+        return Outcome([answer for answer in self.answers if begin_s <= answer.due_s < end_s])
 
     def counts(self) -> dict[str, int]:
         """Requests by kind."""
-        return dict(Counter({kind: len(values) for kind, values in self.latencies_ms.items()}))
+        return dict(Counter(answer.kind for answer in self.answers))
 
-    def rate(self, kind: str = "200") -> float:
-        """So many a second."""
-        return len(self.latencies_ms.get(kind, ())) / self.seconds
+    def rate(self, begin_s: float, end_s: float, kind: str = "200") -> float:
+        """So many were over a second, from `begin_s` until before `end_s`."""
+        return sum(a.kind == kind and begin_s <= a.over_s < end_s for a in self.answers) / (end_s - begin_s)
 
     def quantile_ms(self, share: float, kind: str = "200") -> float:
-        """A percentile of the latencies."""
-        return percentile(sorted(self.latencies_ms.get(kind, ())), share)
+        """A percentile of the latencies; not a number where there are none."""
+        return percentile(sorted(a.latency_ms for a in self.answers if a.kind == kind), share)
 
 
 class _Connection(asyncio.Protocol):
@@ -94,7 +105,7 @@ class _Pool:
     def over(self, kind: str, sent_s: float) -> None:
         now_s = time.perf_counter()
         self.under_way -= 1
-        self.outcome.add(kind, now_s - self.begin_s, 1000 * (now_s - sent_s))
+        self.outcome.answers.append(Answer(kind, sent_s - self.begin_s, now_s - self.begin_s))
 
     def send(self, request: bytes) -> None:
         self.under_way += 1
@@ -119,18 +130,24 @@ class _Pool:
         connection.ask(request, due_s)
 
 
-def run(port: int, requests: Sequence[bytes], rate: float, seconds: float, wait_s: float = 70.0) -> Outcome:
-    """Send whole HTTP requests in turn, `rate` a second for `seconds`; wait for the answers."""
-    outcome = Outcome(seconds)
+def run(port: int, requests: Sequence[bytes], phases: Sequence[tuple[float, float]], wait_s: float = 70.0) -> Outcome:
+    """Send whole HTTP requests in turn; wait for the answers.
+
+    `phases`: so many requests a second for so many seconds each, without a pause in between.
+    """
+    outcome = Outcome()
 
     async def go() -> None:
         pool = _Pool(port, outcome)
-        sent = 0
-        while (now_s := time.perf_counter() - pool.begin_s) < seconds:
-            while sent < now_s * rate:
-                pool.send(requests[sent % len(requests)])
-                sent += 1
-            await asyncio.sleep(TICK_S)
+        sent, begin_s = 0, pool.begin_s
+        for rate, seconds in phases:
+            sent_before, end_s = sent, begin_s + seconds
+            while (now_s := time.perf_counter()) < end_s:
+                while sent - sent_before < (now_s - begin_s) * rate:
+                    pool.send(requests[sent % len(requests)])
+                    sent += 1
+                await asyncio.sleep(TICK_S)
+            begin_s = end_s
         until_s = time.perf_counter() + wait_s
         while pool.under_way and time.perf_counter() < until_s:
             await asyncio.sleep(0.01)

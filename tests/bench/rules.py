@@ -1,8 +1,9 @@
 """`python -m tests.bench.rules`: the debugging rules on real pictures: silent on a healthy run, loud on sick ones.
 
-Blocks are pretrained here on 5 classes of CIFAR-10; the runs fine-tune on the other 5, 400 training images of each,
-with the rules' default parameters unless the table says otherwise. Each sick run differs from the healthy one by the
-disease that is named (settings, data, or a network changed before the first step) and by having no augmentation.
+Weights are pretrained here on 5 classes of CIFAR-10, from torchvision's initial values, as ImageNet's were; the runs
+fine-tune on the other 5, 400 training images of each, blocks 1 to 3 frozen, with the rules' default parameters unless
+the table says otherwise. Each sick run differs from the healthy one by the disease that is named (settings, data, or a
+network changed before the first step) and by having no augmentation.
 """
 
 import argparse
@@ -19,17 +20,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from service.model.network import Network
 from tests.bench.pictures import selection, unpacked
 from tests.bench.table import save
 from tests.bench.transfer import FINE_TUNING, PRETRAINING, pretrain
 from training.callbacks import Callback, RunContext
+from training.command_line import configure_logging
 from training.config import TrainingConfig
 from training.debugging.configuration import RULES, create_rules
 from training.debugging.observer import Observer
 from training.debugging.verdicts import FILE
-from training.entry import configure_logging
 from training.errors import DivergedError
 from training.run import fit, prepare
 
@@ -101,6 +103,19 @@ CASES = (
 )  # fmt: skip
 
 
+class WholeBranches(Callback):
+    """Residual branches start at one, as torchvision's do where ImageNet's weights come from, and not at zero as ours.
+
+    With few epochs of pretraining, some would stay near zero, and what stands before them would hardly learn.
+    """
+
+    def on_run_start(self, context: RunContext) -> None:
+        """See `Callback`."""
+        for module in context.network.modules():
+            if isinstance(module, BasicBlock):
+                nn.init.ones_(module.bn2.weight)
+
+
 class Disease(Callback):
     """Changes the network before the first step, and lets one step hang."""
 
@@ -140,7 +155,8 @@ def measure(train: Path, scratch: Path, images: int, weights: Path | None, only:
     """Pretrain, run the cases; see `main`."""
     rows: list[list[object]] = []
     if weights is None:
-        weights = pretrain(selection(train, scratch / "first", PRETRAINING, 2000), scratch / "pretrained", epochs=4)
+        pictures = selection(train, scratch / "first", PRETRAINING, 2000)
+        weights = pretrain(pictures, scratch / "pretrained", epochs=4, callbacks=[WholeBranches()])
     validation = selection(train, scratch / "validation", FINE_TUNING, images, skip=images)
     right = True
     for number, case in enumerate(CASES):
@@ -207,7 +223,8 @@ def write(rows: list[list[object]], images: int) -> None:
         [
             f"CIFAR-10 training images as JPEG, 32 px, {images} of each of 5 classes to train on unless the name says "
             f"otherwise, {images} others of each to validate on (n = {5 * images}); one run each, seed 0.",
-            "Stem and blocks 1 to 3 frozen, pretrained here on the other 5 classes; settings of the healthy run: "
+            "Stem and blocks 1 to 3 frozen, all pretrained here on the other 5 classes, from torchvision's initial "
+            "values; settings of the healthy run: "
             + ", ".join(f"{name} {value}" for name, value in HEALTHY.items()) + "; the sick ones have no augmentation.",
             f"All twelve rules watch every run with their defaults, which are AWS's; observed every {OBSERVE_EVERY} "
             "steps. The healthy run must be judged by every rule and found ill by none.",

@@ -17,10 +17,10 @@ import torch
 
 from tests.bench.table import save
 from training.callbacks import Callback, Step
+from training.command_line import configure_logging
 from training.config import TrainingConfig
 from training.data import sample
-from training.entry import configure_logging
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 from training.features import Views, open_cache
 from training.instrumentation import Instrumentation
 from training.prefix_engines import choose_engine
@@ -29,7 +29,7 @@ from training.run import Fitted, fit
 from training.sources import ImageSource
 from training.tuning.config import TuningConfig
 from training.tuning.trials import Train, Tuner
-from training.validation import evaluate
+from training.validation import validate
 
 log = logging.getLogger("bench")
 
@@ -114,7 +114,7 @@ def first_pass(scratch: Path, rounds: int) -> list[Row]:
                 open_cache(scratch / f"pass{number}", network, prepared.train, Views(), engine)
                 filled.append(time.perf_counter() - started_s)
                 started_s = time.perf_counter()
-                evaluate(network, ImageSource(prepared.train, settings), prepared.device, "plain", bf16=prepared.bf16)
+                validate(network, ImageSource(prepared.train, settings), prepared.device, "plain", bf16=prepared.bf16)
                 forward.append(time.perf_counter() - started_s)
             one, other = statistics.median(filled), statistics.median(forward)
             rows.append(

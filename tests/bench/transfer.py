@@ -9,13 +9,15 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from service.model.artifact import open_artifact
 from tests.bench.pictures import selection, unpacked
 from tests.bench.table import save
+from training.callbacks import Callback
+from training.command_line import configure_logging
 from training.config import TrainingConfig
-from training.entry import configure_logging
 from training.run import run
 
 log = logging.getLogger("bench")
@@ -71,14 +73,15 @@ def _measure(scratch: Path) -> int:
     return 0 if margin >= 10 else 1
 
 
-def pretrain(data: Path, output: Path, epochs: int) -> Path:
+def pretrain(data: Path, output: Path, epochs: int, callbacks: Sequence[Callback] = ()) -> Path:
     """Train a whole network from random weights on `data`. Returns: its weights file, in the artifact `output`."""
     pretrained = run(
         TrainingConfig(
             data=data, output=output, weights="none", epochs=epochs, optimizer="adamw", learning_rate=1e-3,
             batch_size=64, weight_decay=0.01, schedule="one-cycle", precision="auto", augment="flip-crop",
             quantize="off",
-        )
+        ),
+        callbacks,
     )  # fmt: skip
     assert pretrained is not None
     return pretrained.path("weights")

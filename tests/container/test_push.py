@@ -430,3 +430,11 @@ def test_a_password_the_registry_does_not_take_is_one_sentence(
         registry.request("GET", "")  # it has read them again
     assert re.search(r"The registry refused https://\S+ \(401\)", said)
     assert PASSWORD not in said
+
+
+@pytest.mark.parametrize(
+    ("region", "partition"), [("eu-central-1", "aws"), ("cn-north-1", "aws-cn"), ("us-gov-west-1", "aws-us-gov")]
+)
+def test_the_policy_names_things_as_the_region_does(region: str, partition: str) -> None:
+    statements = json.loads(policy("111122223333", region, "pets"))["Statement"]
+    assert statements[1]["Resource"] == f"arn:{partition}:ecr:{region}:111122223333:repository/pets"

@@ -9,14 +9,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from service.model.images import decode
-from service.model.preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Preprocessing,
-    crop_resize,
-    crop_resize_all,
-    decode_resized,
-)
+from service.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from service.model.resize import crop_resize, crop_resize_all, decode_resized
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 

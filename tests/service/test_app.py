@@ -99,7 +99,7 @@ def test_an_unexpected_error_gives_500_in_the_same_shape_and_its_trace_to_the_lo
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with serve(FakeEngine(256)) as served:
-        served.app.state.runtime._serving[0].side_px = "not a number"
+        served.app.state.runtime._predictor.classifier.side_px = "not a number"
         assert_error(served.ask("POST", "/invocations", png()), 500, "internal_error")
     assert "Traceback" in caplog.text
 
@@ -108,7 +108,7 @@ def test_an_unexpected_error_gives_500_in_the_same_shape_and_its_trace_to_the_lo
 def test_more_requests_than_allowed_are_refused_at_once_and_none_is_lost(status: int) -> None:
     engine = FakeEngine(256)
     with (
-        serve(engine, max_requests=4, max_batch=2, overload_status=status) as served,
+        serve(engine, max_images=4, max_batch=2, overload_status=status) as served,
         ThreadPoolExecutor(24) as clients,
     ):
         engine.delay_s = 0.5

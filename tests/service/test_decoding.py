@@ -267,7 +267,7 @@ def test_an_image_that_waits_too_long_for_a_process_is_refused() -> None:
             await decoders.decode(FILES["png"], 32)
             busy = asyncio.create_task(decoders.decode(slow(), 32))
             await until(lambda: decoders._jobs)
-            with pytest.raises(Overloaded, match="busy with others for 0"):
+            with pytest.raises(Overloaded, match="busy with others"):
                 await decoders.decode(FILES["png"], 32, patience_s=0.05)
             assert (await busy).shape == (32, 32, 3)
             assert (await decoders.decode(FILES["png"], 32, patience_s=60)).shape == (32, 32, 3)

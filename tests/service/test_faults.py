@@ -152,29 +152,31 @@ def test_a_stop_at_the_moment_of_a_deadline_leaves_both_as_they_are() -> None:
 
 
 def test_no_more_are_let_in_than_are_answered_in_time_at_the_rate_seen_of_late() -> None:
-    async def scenario() -> None:
-        admission = Admission(256, 1, deadline_s=60, max_queue_s=2)
+    now_s = 0.0
+    admission = Admission(256, 1, deadline_s=60, max_queue_s=2, clock=lambda: now_s)
 
-        async def answer(took_s: float) -> None:
-            with admission.place():
-                await asyncio.sleep(took_s)
+    def answer(took_s: float) -> None:
+        nonlocal now_s
+        with admission.place():
+            now_s += took_s
 
-        assert admission.allowed == 256
-        for _ in range(60):
-            await answer(0.02)  # 50 a second
-        assert 32 <= admission.allowed <= 100
-        with ExitStack() as stack:
-            for _ in range(admission.allowed):
-                stack.enter_context(admission.place())
-            with pytest.raises(Overloaded, match="one more would wait for longer than 2 s"), admission.place():
-                pass
-        for _ in range(60):
-            await answer(0)
-        assert admission.allowed == 256
-        await answer(3)  # one that is slow by itself
-        assert admission.allowed == LEAST_PLACES
-
-    asyncio.run(scenario())
+    assert admission.allowed == 256
+    for _ in range(60):
+        answer(0.02)  # 50 a second
+    assert admission.allowed == 100
+    with ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(admission.place())
+        places = stack.enter_context(admission.place())
+        places.take_more(99)  # a request of a hundred images takes what is left, not more
+        assert (places.held, admission.under_way) == (50, 100)
+        with pytest.raises(Overloaded, match="one more would wait for longer than 2 s"), admission.place():
+            pass
+    for _ in range(60):
+        answer(0)
+    assert admission.allowed == 256
+    answer(3)  # one that is slow by itself
+    assert admission.allowed == LEAST_PLACES
 
 
 # Dead workers.
@@ -286,7 +288,7 @@ def test_ping_answers_within_sagemakers_two_seconds_under_full_load(artifact: Pa
     """The limit is the platform's: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html"""
     buffer = io.BytesIO()
     Image.effect_mandelbrot((1200, 900), (-2, -1, 1, 1), 60).convert("RGB").save(buffer, "JPEG")
-    with start_server(artifact, CLASSIFIER_MAX_REQUESTS="64") as server, ThreadPoolExecutor(96) as clients:
+    with start_server(artifact, CLASSIFIER_MAX_IMAGES="64") as server, ThreadPoolExecutor(96) as clients:
         ended = threading.Event()
 
         def ask() -> set[int]:

@@ -1,5 +1,6 @@
 """The four words: with the real artifact, and inside AWS's own inference toolkit."""
 
+import base64
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,16 @@ def test_a_bad_image_among_several_is_marked_in_the_answer(fake_model: Classifie
     good, bad = json.loads(body)["results"]
     assert good["predictions"][0]["label"] == "grey 1"
     assert bad["error"]["code"] == "unreadable_image"
+
+
+@pytest.mark.parametrize(("field", "answer"), [("image", "predictions"), ("images", "results")])
+def test_a_list_of_one_image_is_answered_with_a_list_as_the_service_does(
+    fake_model: Classifier, field: str, answer: str
+) -> None:
+    image = base64.b64encode(png(1)).decode()
+    document = json.dumps({field: image if field == "image" else [image]}).encode()
+    body, _ = output_fn(predict_fn(input_fn(document, "application/json"), fake_model), None)
+    assert list(json.loads(body)) == ["model", answer]
 
 
 def test_several_images_of_which_none_can_be_read_are_an_error(fake_model: Classifier) -> None:

@@ -21,7 +21,7 @@ from service import metrics
 from service.deaths import MemoryKills, cause_of
 from service.errors import HTTP_ERRORS
 from service.exposition import Exposition
-from service.metrics import Gauges, Metrics, Page
+from service.metrics import OUTCOMES, Gauges, Metrics, Page
 from service.model.artifact import open_artifact
 from service.record import RequestRecord
 from service.runtime import State
@@ -203,6 +203,14 @@ def test_every_error_of_the_table_is_counted_by_its_code(status: int, code: str)
     assert value(samples, "classifier_request_duration_seconds_count", outcome=outcome) == 1
 
 
+def test_a_client_that_hung_up_was_neither_refused_nor_failed() -> None:
+    counted = Metrics()
+    counted.record(record(status=0, code="client_gone", total_ms=1.0))
+    samples = samples_of(counted)
+    counts = {name: value(samples, "classifier_request_duration_seconds_count", outcome=name) for name in OUTCOMES}
+    assert counts == {"answered": 0, "refused": 0, "failed": 0, "gone": 1}
+
+
 def test_a_page_in_a_file_is_one_for_all_who_map_it_and_keeps_what_the_dead_counted(tmp_path: Path) -> None:
     with (tmp_path / "page").open("w+b") as file:
         file.truncate(Page.size(2))
@@ -222,7 +230,7 @@ def test_a_page_in_a_file_is_one_for_all_who_map_it_and_keeps_what_the_dead_coun
     assert value(samples, "classifier_requests_total", path="/invocations", status="200") == 4
     assert value(samples, "classifier_worker_deaths_total", cause="sigsegv") == 1
     assert value(samples, "classifier_queue_depth_images") == 2
-    assert value(samples, "classifier_requests_under_way") == 3
+    assert value(samples, "classifier_images_under_way") == 3
     assert value(samples, "classifier_workers_ready") == 1
 
 

@@ -150,7 +150,7 @@ def test_a_client_that_sends_nothing_or_half_a_head_is_given_up(monkeypatch: pyt
 
 
 def test_slow_bodies_hold_no_place_and_are_given_up() -> None:
-    with serve(FakeEngine(256), max_requests=2, body_timeout_s=3) as served, ExitStack() as stack:
+    with serve(FakeEngine(256), max_images=2, body_timeout_s=3) as served, ExitStack() as stack:
         slow = [stack.enter_context(closing(connect(served))) for _ in range(50)]
         for client in slow:
             client.sendall(request(png())[:-10])

@@ -146,7 +146,7 @@ def test_a_form_with_too_many_files_is_refused(service: Served) -> None:
 
 def test_several_images_share_the_places_there_are() -> None:
     engine = FakeEngine(256)
-    with serve(engine, max_requests=3) as served:
+    with serve(engine, max_images=3) as served:
         answer = several(served, "json", *[png(grey) for grey in range(20)])
         assert [r["predictions"][0]["index"] for r in answer["results"]] == list(range(20))
         assert max(engine.batch_sizes[2:]) <= 3

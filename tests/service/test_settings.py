@@ -62,7 +62,7 @@ def test_settings_cannot_be_changed() -> None:
 OTHERS = {
     "model": "elsewhere", "host": "::1", "port": "9000", "engine": "torch", "workers": "3", "engine_threads": "5",
     "max_payload_bytes": "1000", "max_body_bytes": "99999999", "body_timeout_s": "2.5", "start_timeout_s": "99",
-    "deadline_s": "7", "max_requests": "9", "max_queue_s": "1.5", "overload_status": "429", "drain_s": "1.5",
+    "deadline_s": "7", "max_images": "9", "max_queue_s": "1.5", "overload_status": "429", "drain_s": "1.5",
     "max_batch": "4", "max_wait_ms": "3", "decode_threads": "6", "decode_limit_s": "1.5", "page": "false",
     "log_level": "debug", "log_format": "json",
     "exit_with_parent": "false",

@@ -12,7 +12,6 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ import pytest
 from service.engines.base import Logits
 from service.engines.fake import FakeEngine
 from service.model.artifact import open_artifact
-from service.model.preprocess import PixelBatch
+from service.model.resize import PixelBatch
 from tests.conftest import environment, free_port
 from tests.service.served import serve
 
@@ -223,7 +222,7 @@ def test_an_address_that_is_not_this_machines(model: Path, host: str) -> None:
 
 
 def test_a_port_in_use(model: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, suppress(OSError):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
         result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)

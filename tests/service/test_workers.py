@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 
 from service import workers
 from service.engines.base import EngineUnavailable
+from service.engines.names import Wanted
 from service.lifeline import shared
 from service.model.architecture import Architecture
 from service.model.artifact import SelfCheck, open_artifact, write_artifact
@@ -53,11 +55,10 @@ def pair(artifact: Path, start_server: Any) -> Any:
         yield running
 
 
-def test_ping_is_200_only_when_every_worker_is_ready(pair: Any) -> None:
+def test_the_start_waits_for_both_workers(pair: Any) -> None:
     log = pair.log.read_text()
     assert "layout: 2 workers, " in log
-    first_200 = log.count("ready: http://")
-    assert first_200 == 2
+    assert log.count("ready: http://") >= 2
 
 
 def test_both_workers_answer(artifact: Path, pair: Any) -> None:
@@ -71,13 +72,13 @@ def test_both_workers_answer(artifact: Path, pair: Any) -> None:
 
 def test_a_worker_that_dies_is_replaced_while_the_other_answers(artifact: Path, pair: Any) -> None:
     body = open_artifact(artifact).read("example")
-    before = workers_of(pair)
+    before, starts = workers_of(pair), pair.log.read_text().count("ready: http://")
     os.kill(before[1], signal.SIGKILL)
     until(lambda: workers_of(pair).get(1) not in (None, before[1]))
     for _ in range(20):  # while the new one loads: its share waits until it is ready
         assert pair.ask("POST", "/invocations", body).status == 200
         assert pair.ask("GET", "/ping").status == 200
-    until(lambda: pair.log.read_text().count("ready: http://") == 3)
+    until(lambda: pair.log.read_text().count("ready: http://") == starts + 1)
     assert workers_of(pair)[0] == before[0]
     assert "worker 1 died (signal SIGKILL: " in pair.log.read_text()
 
@@ -130,9 +131,10 @@ def test_threads_are_shared_out_and_none_is_left_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("side_px", "cores", "gpus", "gib", "expected"),
-    [(32, 2, 0, 64, 2), (64, 24, 0, 64, 16), (65, 8, 0, 64, 1), (224, 9, 0, 64, 2), (32, 8, 4, 64, 4),
-     (None, 16, 0, 64, 2), (32, 16, 0, 4, 5), (32, 4, 0, 0.5, 1)],
+    ("side_px", "cores", "gpus", "gib", "engine", "expected"),
+    [(32, 2, 0, 64, "auto", 2), (64, 24, 0, 64, "auto", 16), (65, 8, 0, 64, "auto", 1), (224, 9, 0, 64, "auto", 2),
+     (32, 8, 4, 64, "auto", 4), (32, 8, 4, 64, "torch-cuda", 4), (32, 8, 4, 64, "openvino-int8", 8),
+     (None, 16, 0, 64, "auto", 2), (32, 16, 0, 4, "auto", 5), (32, 4, 0, 0.5, "auto", 1)],
 )  # fmt: skip
 def test_workers_follow_from_the_side_the_cores_the_gpus_and_the_memory(
     tmp_path: Path,
@@ -141,6 +143,7 @@ def test_workers_follow_from_the_side_the_cores_the_gpus_and_the_memory(
     cores: int,
     gpus: int,
     gib: float,
+    engine: Wanted,
     expected: int,
 ) -> None:
     if side_px is not None:
@@ -148,7 +151,7 @@ def test_workers_follow_from_the_side_the_cores_the_gpus_and_the_memory(
     monkeypatch.setattr(workers, "cores", lambda: cores)
     monkeypatch.setattr(workers, "gpus", lambda: gpus)
     monkeypatch.setattr(workers, "memory_bytes", lambda: int(gib * 2**30))
-    assert workers.choose_count(tmp_path / "model") == expected
+    assert workers.choose_count(tmp_path / "model", engine) == expected
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,8 @@ def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Pa
         assert server.process.wait(60) == 1
         killed = [line.split()[0] for line in server.log.read_text().splitlines() if "did not stop within 28 s" in line]
         assert len(killed) == 2
-        assert killed[0][:19] == killed[1][:19] or int(killed[1][17:19]) - int(killed[0][17:19]) == 1  # in one go
+        first, second = map(datetime.fromisoformat, killed)
+        assert second - first < timedelta(seconds=2)  # in one go
 
 
 def test_a_worker_that_stands_still_is_replaced(artifact: Path, start_server: Any) -> None:

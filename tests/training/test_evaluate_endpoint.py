@@ -40,7 +40,7 @@ def test_a_service_whose_model_is_another_is_told_apart(
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "https://127.0.0.1", "127.0.0.1:8080", "http://"])
 def test_an_address_that_is_none_is_refused(url: str, artifact: Path, sample_root: Path) -> None:
-    assert main(["--data", str(sample_root), "--model", str(artifact), "--url", url]) == 1
+    assert main(["--data", str(sample_root), "--model", str(artifact), "--url", url]) == 2
 
 
 def test_no_service_there_is_told_with_what_to_do(

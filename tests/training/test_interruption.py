@@ -17,8 +17,8 @@ from service.model.artifact import open_artifact
 from training.callbacks import Callback, RunContext, Step, StopTraining
 from training.checkpoint import FILE
 from training.config import TrainingConfig
+from training.epoch_metrics import EpochMetrics
 from training.errors import CheckpointError
-from training.evaluation import EpochMetrics
 from training.interruption import Interrupted
 from training.run import run
 
@@ -108,6 +108,31 @@ def test_a_checkpoint_at_each_epochs_end_changes_nothing_and_goes_with_the_run(
         run(settings(side=16, checkpoint_every_s=every_s, output=tmp_path / name))
     assert outcome(tmp_path / "often") == outcome(tmp_path / "never")
     assert not list(tmp_path.rglob(FILE))
+
+
+class FullDisk(Callback):
+    """From the first step on, checkpoints cannot be written: something is where they go."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_step_end(self, step: Step) -> None:
+        (self._path / "in the way").mkdir(parents=True, exist_ok=True)
+
+
+def test_checkpoints_that_cannot_be_written_cost_warnings_and_not_the_run(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(side=16, epochs=2, checkpoint_every_s=0)
+    run(config, [FullDisk(config.checkpoint_folder / FILE)])
+    assert len(open_artifact(config.output).manifest.metrics["history"]) == 2
+    warnings = [record.getMessage() for record in caplog.records if "The training goes on without it" in record.msg]
+    assert len(warnings) == 3 and "The checkpoint cannot be written into" in warnings[0]
+    with pytest.raises(CheckpointError, match="cannot be written into"):  # it would be said to go on, and could not
+        run(
+            settings(side=16, output=tmp_path / "other"),
+            [FullDisk(tmp_path / "other-run/checkpoints" / FILE), Signalled(2)],
+        )
 
 
 def test_a_run_that_goes_on_with_other_settings_is_refused_and_its_checkpoint_stays(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from service.model.preprocess import crop_resize
+from service.model.resize import crop_resize
 from training.data import augment, loader
 from training.data.dataset import FileImages
 from training.data.loader import Loader

@@ -12,8 +12,8 @@ from service.model.artifact import open_artifact
 from training.callbacks import Callback, RunContext, Step
 from training.config import TrainingConfig
 from training.data import augment
+from training.epoch_metrics import EpochMetrics
 from training.errors import DivergedError
-from training.evaluation import EpochMetrics
 from training.randomness import Draws
 from training.run import Fitted, fit, prepare, run
 

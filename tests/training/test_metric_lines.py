@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 from training.metric_lines import (
     METRIC_DEFINITIONS,
     OBJECTIVE,

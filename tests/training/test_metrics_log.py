@@ -14,7 +14,7 @@ from torch import nn
 from training.callbacks import Callback, RunContext, Step, tell
 from training.config import TrainingConfig
 from training.data.dataset import ArrayImages, Dataset
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 from training.metrics_log import FILE, STEP_LINES, MetricsLog
 
 BATCH = 10

@@ -27,12 +27,12 @@ from service.model.preprocess import Preprocessing
 from training.callbacks import RunContext, Step, StopTraining, tell
 from training.config import TrainingConfig
 from training.data.dataset import ArrayImages, Dataset
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 from training.profiling.gpu import Gpu, open_gpu
 from training.profiling.profiler import FILE, Profiler
-from training.profiling.series import Thinned
 from training.profiling.summary import Recorded, conclude
 from training.profiling.system import SystemSampler
+from training.profiling.thinned import Thinned
 from training.profiling.trace import FILE as TRACE_FILE
 from training.profiling.trace import plan
 

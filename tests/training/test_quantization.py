@@ -264,9 +264,7 @@ def test_a_network_that_loses_accuracy_is_kept_with_its_figures_and_a_warning(
     assert (made.accuracy_float32, made.calibration_images, made.n) == (1.0, 20, 100)
     assert made.top1_agreement == made.accuracy < 0.5
     assert made.loss_points > 50
-    assert re.search(
-        r"int8 loses \d\d\.\d\d points of accuracy, more than 0\.5: the service will run it only", caplog.text
-    )
+    assert re.search(r"int8 loses \d\d\.\d\d points of accuracy; fewer than 200 images cannot tell: the", caplog.text)
 
 
 # python -m training.quantize ------------------------------------------------------------------------------------
@@ -303,7 +301,7 @@ assert (logging.getLogger("nncf").level, logging.getLogger("torch.utils.cpp_exte
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if not re.match(r"\d\d:\d\d:\d\d INFO ", line)] == []
+    assert [line for line in done.stdout.splitlines() if not re.match(r"[\dT:-]{19}Z INFO ", line)] == []
     assert "nncf" not in done.stdout
     assert list(home.rglob("*")) == []
     assert open_artifact(copy).manifest == open_artifact(model).manifest

@@ -18,7 +18,7 @@ def model(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("run")
     flags = ["--weights", "none", "--freeze", "stem,layer1,layer2,layer3", "--epochs", "2", "--batch-size", "50"]
     flags += ["--cache-folder", str(home / "features"), "--feature-cache", "on", "--observe-every", "2"]
-    flags += ["--debugger", "on", "--debugger-interval", "4", "--quantize", "off"]
+    flags += ["--debugger", "on" if import_smdebug() else "off", "--debugger-interval", "4", "--quantize", "off"]
     assert main(["--data", str(sample_root), "--output", str(home / "model"), *flags]) == 0
     return home / "model"
 

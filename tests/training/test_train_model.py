@@ -25,7 +25,7 @@ from torch import nn
 from service.model.artifact import open_artifact
 from service.model.images import decode
 from service.model.network import Network
-from service.model.preprocess import crop_resize_all
+from service.model.resize import crop_resize_all
 from training.config import LOCAL, TrainingConfig
 from training.data import cifar100
 from training.environment import sagemaker_values

@@ -9,7 +9,6 @@ are right, and then by an unpickler that can build arrays and nothing else.
 import argparse
 import hashlib
 import json
-import logging
 import pickle
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
+from training.command_line import run_command
 from training.data.dataset import ArrayImages, Dataset
 from training.download import downloading
 from training.errors import DataError
@@ -164,14 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Download CIFAR-100; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m training.data.cifar100", description="Download CIFAR-100.")
     parser.add_argument("--output", type=Path, required=True, help=f"the folder to put {FOLDER}/ into")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-    try:
-        download(options.output)
-    except DataError as exc:
-        logging.getLogger(__name__).error("%s", exc)
-        return 1
-    return 0
+    return run_command(parser, arguments, lambda options: download(options.output))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 from service.model.errors import ImageError
 from service.model.images import RgbImage, decode
 from service.model.machine import cores
-from service.model.preprocess import crop_resize, decode_resized
+from service.model.resize import crop_resize, decode_resized
 from training.errors import DataError
 
 Labels = npt.NDArray[np.int64]
@@ -66,6 +66,12 @@ class Dataset:
     validation: LabelledImages
     facts: dict[str, object]
     """What else the manifest should say: where it came from, how it was split."""
+
+    def described(self) -> dict[str, object]:
+        """What a manifest says of it, and what tells it from others."""
+        return {
+            "name": self.name, "train_images": len(self.train), "validation_images": len(self.validation), **self.facts
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class Loader:
         self._size = len(images) * side_px * side_px * 3
         self.in_memory = self._size <= MEMORY_SHARE * memory_bytes() / processes
         self._pixels: Tensor | None = None
+        self._told = False
 
     def __len__(self) -> int:
         """The number of images."""
@@ -106,7 +107,8 @@ class Loader:
 
     def _resized(self) -> Tensor | None:
         """All images uint8 `[N, S, S, 3]`, decoded at the first call; None if they do not fit into memory."""
-        if self._pixels is None:
+        if self._pixels is None and not self._told:
+            self._told = True
             log.info(
                 "%s: %d images, %.2f GB at %d px, %s",
                 self._what,
@@ -115,9 +117,9 @@ class Loader:
                 self.side_px,
                 "held in memory" if self.in_memory else "decoded in every epoch",
             )
-            if self.in_memory:
-                pixels = _resize_all(self.images, self.side_px, self._what)
-                self._pixels = pixels.to(self.device) if fits_on(self.device, self._size) else pixels
+        if self._pixels is None and self.in_memory:
+            pixels = _resize_all(self.images, self.side_px, self._what)
+            self._pixels = pixels.to(self.device) if fits_on(self.device, self._size) else pixels
         return self._pixels
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from service.model.images import RgbImage
+from training.command_line import positive, run_command
 from training.data.cifar100 import FOLDER, SAMPLE_CHECKSUMS
 from training.errors import DataError
 from training.progress import progress
@@ -213,28 +214,14 @@ def _background(rng: np.random.Generator) -> Field:
     return shaded
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m training.data.sample", description="Generate the sample data set.")
     parser.add_argument("--output", type=Path, required=True, help=f"the folder to write {FOLDER}/ into")
-    parser.add_argument("--train-per-class", type=_positive, default=100)
-    parser.add_argument("--test-per-class", type=_positive, default=20)
+    parser.add_argument("--train-per-class", type=positive, default=100)
+    parser.add_argument("--test-per-class", type=positive, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        write(options.output, options.train_per_class, options.test_per_class, options.seed)
-    except DataError as exc:
-        log.error("%s", exc)
-        return 1
-    return 0
+    return run_command(parser, arguments, lambda o: write(o.output, o.train_per_class, o.test_per_class, o.seed))
 
 
 if __name__ == "__main__":

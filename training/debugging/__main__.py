@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from training.debugging import observations, trial
+from training.debugging import observations, smdebug_files
 from training.debugging.configuration import create_rules, read_rules
 from training.debugging.observations import Observation
-from training.debugging.verdicts import RuleSet, evaluate
+from training.debugging.verdicts import RuleSet, judge
 from training.errors import TrainingError
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         rules = read_rules(options.rules) if options.rules else create_rules()
-        evaluate(rules, seen_in(options.folder, rules.atol))
+        judge(rules, seen_in(options.folder, rules.atol))
     except TrainingError as exc:
         log.error("%s", exc)
         return WRONG_USAGE
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def seen_in(folder: Path, atol: float) -> Iterator[Observation]:
     """The observations in a folder of either kind. Raises: DataError."""
-    if not (folder / observations.FILE).exists() and trial.is_trial(folder):
-        return trial.read_trial(folder, atol)
+    if not (folder / observations.FILE).exists() and smdebug_files.is_trial(folder):
+        return smdebug_files.read_trial(folder, atol)
     return observations.read(folder / observations.FILE)
 
 

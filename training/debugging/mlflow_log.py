@@ -17,7 +17,7 @@ from training.callbacks import Callback, RunContext, Step, StopTraining
 from training.debugging import verdicts
 from training.debugging.observations import Observation
 from training.debugging.observer import Observer
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class MlflowLog(Callback):
                 from mlflow import MlflowClient, set_tracking_uri
                 from mlflow.entities import Param
         except ImportError:
-            log.info("mlflow is not installed: nothing is sent to it (uv sync --group mlflow).")
+            log.info("mlflow is not installed: nothing is sent to it (uv sync --inexact --group mlflow).")
             return
         if self._uri.startswith("arn:"):
             set_tracking_uri(self._uri)  # sagemaker-mlflow signs requests for this one, not for the client's

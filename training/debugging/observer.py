@@ -18,8 +18,8 @@ from training.debugging import observations as obs
 from training.debugging import statistics
 from training.debugging.observations import Observation, ObservationFile
 from training.debugging.verdicts import RuleSet
+from training.epoch_metrics import EpochMetrics
 from training.errors import TrainingError
-from training.evaluation import EpochMetrics
 
 log = logging.getLogger(__name__)
 

@@ -27,12 +27,10 @@ from typing import Any
 from torch import nn
 
 from training.callbacks import Callback, RunContext, Step
+from training.epoch_metrics import EpochMetrics
 from training.errors import ConfigError
-from training.evaluation import EpochMetrics
 
 log = logging.getLogger(__name__)
-
-"""Where SageMaker puts the configuration, unless SMDEBUG_CONFIG_FILE_PATH says otherwise."""
 
 Configuration = dict[str, Any]
 

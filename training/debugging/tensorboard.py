@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training.callbacks import Callback, RunContext, Step
 from training.debugging import verdicts
 from training.debugging.observer import observed_modules
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 
 log = logging.getLogger(__name__)
 

@@ -69,7 +69,7 @@ class Verdict:
 
 
 class RuleSet:
-    """Rules with their actions. Used live by `Observer`, or afterwards by `evaluate`."""
+    """Rules with their actions. Used live by `Observer`, or afterwards by `judge`."""
 
     def __init__(self, verdicts: Sequence[Verdict]) -> None:
         self.verdicts = list(verdicts)
@@ -130,7 +130,7 @@ class RuleSet:
             verdict.over = True
         self.write()
         if self._folder is None:
-            return  # evaluated afterwards: whoever asked shows the verdicts
+            return  # judged afterwards: whoever asked shows the verdicts
         found = [verdict.rule.name for verdict in self.verdicts if verdict.count]
         log.info(
             "rules: %d of %d found issues%s", len(found), len(self.verdicts), ": " + ", ".join(found) if found else ""
@@ -176,7 +176,7 @@ class RuleSet:
         return f"{verdict.rule.name}: {where}{firing.message} {firing.advice}"
 
 
-def evaluate(rules: RuleSet, observations: Iterable[Observation]) -> RuleSet:
+def judge(rules: RuleSet, observations: Iterable[Observation]) -> RuleSet:
     """Evaluate rules on a run that is over; actions do nothing."""
     for verdict in rules.verdicts:
         verdict.stop = False

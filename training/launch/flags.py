@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from training.entry import positive
+from training.command_line import positive
 from training.launch import batch, endpoint, jobs
 from training.launch.wait import POLL_S
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from service.model.artifact import open_artifact
 from service.model.images import MEDIA_TYPES
-from service.model.preprocess import decode_resized
+from service.model.resize import decode_resized
 from training.launch.client import Target, classify
 from training.launch.errors import LaunchError
 

@@ -4,7 +4,7 @@ import time
 from array import array
 
 from training.callbacks import Step
-from training.profiling.series import Thinned
+from training.profiling.thinned import Thinned
 
 STEPS_KEPT = 20_000
 """Step times kept for median and percentile; of longer runs an even part."""

@@ -25,7 +25,7 @@ from typing import Any
 from service.model.files import replace
 from training.callbacks import Callback, RunContext, Step
 from training.environment import ranks
-from training.evaluation import EpochMetrics
+from training.epoch_metrics import EpochMetrics
 from training.profiling.clock import RunClock
 from training.profiling.gpu import open_gpu
 from training.profiling.summary import Recorded, conclude

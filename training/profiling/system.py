@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from training.profiling.series import Thinned
+from training.profiling.thinned import Thinned
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from service.model.preprocess import crop_resize
+from service.model.resize import crop_resize
 from training.data.dataset import LabelledImages
 from training.errors import DataError
 

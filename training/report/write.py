@@ -24,7 +24,7 @@ from training.data.superclasses import superclasses
 from training.errors import ExportError
 from training.figures import Confused, Figures
 from training.report import charts
-from training.report.environment import hardware
+from training.report.hardware import hardware
 from training.report.headline import findings, headline
 from training.report.matrix import matrix, summed
 from training.report.pictures import pictures

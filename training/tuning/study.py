@@ -1,8 +1,8 @@
 """The study: trials in an SQLite file that survives every end, shared by all processes that open it.
 
-A trial is claimed, reported on and finished under one lock (`study_lock`), so that two processes together make the
-number of trials asked for, not twice that. One whose process died, or that was interrupted, is tried again with
-the same hyperparameters.
+A trial is claimed, reported on and finished under one lock (`training.tuning.lock`), so that two processes together
+make the number of trials asked for, not twice that. One whose process died, or that was interrupted, is tried again
+with the same hyperparameters.
 """
 
 import json

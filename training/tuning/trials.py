@@ -14,8 +14,8 @@ import torch
 
 from training.callbacks import Callback, RunContext, Step, StopTraining
 from training.config import TrainingConfig
-from training.errors import DivergedError, TrainingError
-from training.evaluation import EpochMetrics, Evaluation
+from training.epoch_metrics import EpochMetrics, Evaluation
+from training.errors import DivergedError, ExportError, TrainingError
 from training.interruption import Interrupted
 from training.tuning.best import settings_of, write_best
 from training.tuning.config import SOURCES, TuningConfig
@@ -150,8 +150,14 @@ class Tuner:
             "dataset": dataset,
         }
         path = self._folder / BEST_FILE
-        write_best(path, best.params, settings, facts)
-        plots = draw(trials, self._tuning, self._folder)
+        try:
+            write_best(path, best.params, settings, facts)
+            plots = draw(trials, self._tuning, self._folder)
+        except OSError as exc:
+            raise ExportError(
+                f"The result of the tuning cannot be written into {self._folder} ({exc.strerror}); free space and run "
+                "the same command again: the trials are kept."
+            ) from exc
         log.info("plots: %s", ", ".join(str(plot) for plot in plots))
         log.info("best hyperparameters: %s, %s=%.4f (trial %d of %d); wrote %s",
                  shown(best.params), self._tuning.metric, best.value, best.number, len(trials), path)  # fmt: skip

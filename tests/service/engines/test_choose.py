@@ -25,9 +25,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "gpus", lambda: 0)
 
 
-def quantized(manifest: Manifest, loss_points: float) -> Manifest:
+def quantized(manifest: Manifest, loss_points: float, n: int = 5000) -> Manifest:
     int8 = Quantization(
-        method="test", calibration_images=1, n=200, top1_agreement=0.99, accuracy=0.7 - loss_points / 100,
+        method="test", calibration_images=1, n=n, top1_agreement=0.99, accuracy=0.7 - loss_points / 100,
         accuracy_float32=0.7, self_check_difference=0.1,
     )  # fmt: skip
     return manifest.model_copy(update={"quantization": int8})
@@ -58,14 +58,45 @@ def test_the_order_follows_from_the_measured_loss(
 
 def test_the_reason_tells_how_good_int8_is(model: Artifact) -> None:
     reasons = [reason for _, reason in candidates(quantized(model.manifest, 0.7))]
-    assert "99.00% of 200 validation images and loses 0.70 points of accuracy, allowed are 0.5" in reasons[0]
+    assert "99.00% of 5,000 validation images and loses 0.70 points of accuracy; allowed are 0.5" in reasons[0]
 
 
-def test_a_gpu_goes_before_all_and_is_not_replaced_when_it_fails(
-    model: Artifact, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("loss_points", "n", "doubt"),
+    [
+        (0.0, 199, "fewer than 200 images cannot tell"),
+        (0.0, 200, "so few images leave up to 1.16 possible (95 % confidence), allowed are 1"),
+        (0.0, 400, None),
+        (0.5, 1000, "so few images leave up to 1.02 possible (95 % confidence), allowed are 1"),
+        (0.5, 1200, None),
+    ],
+)
+def test_int8_runs_by_itself_only_where_enough_images_say_that_it_may(
+    model: Artifact, loss_points: float, n: int, doubt: str | None
+) -> None:
+    (first, reason), *_ = candidates(quantized(model.manifest, loss_points, n))
+    assert first == ("openvino-int8" if doubt is None else "openvino-bf16")
+    assert doubt is None or reason.endswith(doubt)
+
+
+def test_a_gpu_goes_before_all_and_is_not_replaced_where_sagemaker_started_us(
+    model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choose, "gpus", lambda: 2)
+    monkeypatch.setattr(choose, "SAGEMAKER_MODEL", tmp_path)
     assert [*candidates(model.manifest)] == [("torch-cuda", "there is a GPU (2 seen)")]
+
+
+def test_elsewhere_a_gpu_that_cannot_be_used_is_a_warning(
+    model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choose, "gpus", lambda: 1)  # as an old driver shows it, which PyTorch cannot use
+    monkeypatch.setattr(choose, "SAGEMAKER_MODEL", tmp_path / "none")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with caplog.at_level(logging.INFO):
+        assert load(model, layout=Layout(1)).engine.name.startswith("openvino-")
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("engine torch-cuda is passed over: ")
 
 
 def test_an_engine_that_fails_its_self_check_is_passed_over_with_a_line(

@@ -18,8 +18,8 @@ from service.model.preprocess import Preprocessing
 from training.callbacks import Callback, RunContext, Step, StopTraining, tell
 from training.config import TrainingConfig
 from training.data.dataset import ArrayImages, Dataset
+from training.epoch_metrics import EpochMetrics
 from training.errors import DivergedError
-from training.evaluation import EpochMetrics
 
 FEATURES = 24
 

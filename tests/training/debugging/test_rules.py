@@ -15,7 +15,7 @@ from training.debugging.configuration import RULES, create_rules, read_rules
 from training.debugging.observations import Observation, read, scalar
 from training.debugging.observer import Observer
 from training.debugging.rules_metrics import StalledTrainingRule
-from training.debugging.verdicts import evaluate
+from training.debugging.verdicts import judge
 from training.errors import ConfigError
 
 
@@ -140,10 +140,10 @@ def test_a_stalled_run_is_reported_by_the_watchdog_and_stopped(train: Any, small
 
 def test_a_gap_in_the_times_is_found_afterwards() -> None:
     seen = [scalar(step, "scalar/batch_loss", 1.0, time_s) for step, time_s in ((1, 0.0), (2, 10.0), (3, 5000.0))]
-    rules = evaluate(create_rules(["StalledTrainingRule"]), seen)
+    rules = judge(create_rules(["StalledTrainingRule"]), seen)
     assert [firing.step for firing in rules.verdicts[0].firings] == [3]
     resumed = [seen[0], seen[1], Observation(2, "run", "start", 5000.0), seen[2]]
-    assert evaluate(create_rules(["StalledTrainingRule"]), resumed).verdicts[0].count == 0
+    assert judge(create_rules(["StalledTrainingRule"]), resumed).verdicts[0].count == 0
 
 
 def test_the_action_stop_ends_the_run(train: Any, small: Any, points: Any) -> None:
@@ -155,7 +155,7 @@ def test_the_action_stop_ends_the_run(train: Any, small: Any, points: Any) -> No
 
 def test_verdicts_are_the_same_live_and_afterwards(train: Any, small: Any, points: Any, tmp_path: Path) -> None:
     run = train(small(), points(200), [Observer(1, create_rules())], learning_rate=0.0)
-    afterwards = evaluate(create_rules(), read(run.folder / "observations.jsonl"))
+    afterwards = judge(create_rules(), read(run.folder / "observations.jsonl"))
     assert {v.rule.name: (v.status, v.count) for v in afterwards.verdicts} == {
         name: (entry["status"], entry["count"]) for name, entry in run.verdicts.items()
     }
@@ -197,7 +197,7 @@ def test_a_wrong_configuration_is_refused_with_what_is_known(given: object, prob
 def test_a_rule_that_cannot_judge_says_so(train: Any, small: Any, points: Any) -> None:
     run = train(small(), points(100), [Observer(1)], epochs=1)
     rules = create_rules([{"rule": "UnchangedTensor", "parameters": {"atol": 1e-3}}])
-    verdict = evaluate(rules, read(run.folder / "observations.jsonl")).verdicts[0]
+    verdict = judge(rules, read(run.folder / "observations.jsonl")).verdicts[0]
     assert verdict.status == "Error" and "atol" in str(verdict.error)
 
 

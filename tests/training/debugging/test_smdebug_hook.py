@@ -15,9 +15,9 @@ from training.debugging.__main__ import main
 from training.debugging.configuration import create_rules
 from training.debugging.observations import read
 from training.debugging.observer import Observer
+from training.debugging.smdebug_files import read_trial
 from training.debugging.smdebug_hook import SmdebugHook, import_smdebug
-from training.debugging.trial import read_trial
-from training.debugging.verdicts import evaluate
+from training.debugging.verdicts import judge
 from training.errors import ConfigError
 
 needs_smdebug = pytest.mark.skipif(import_smdebug() is None, reason="smdebug is not installed")
@@ -113,7 +113,7 @@ def test_sagemakers_configuration_decides(train: Any, small: Any, points: Any, t
 @needs_smdebug
 def test_rules_judge_smdebugs_files_too(train: Any, small: Any, points: Any) -> None:
     run = train(small(), points(200), [SmdebugHook(save_interval=1)], learning_rate=0.0)
-    rules = evaluate(create_rules(), read_trial(run.folder / "tensors"))
+    rules = judge(create_rules(), read_trial(run.folder / "tensors"))
     found = {verdict.rule.name for verdict in rules.verdicts if verdict.count}
     assert {"UnchangedTensor", "WeightUpdateRatio", "LossNotDecreasing"} <= found
     assert not found & {"ExplodingTensor", "VanishingGradient", "DeadRelu", "AllZero"}

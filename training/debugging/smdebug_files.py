@@ -30,7 +30,9 @@ def read_trial(folder: Path, atol: float = 1e-8) -> Iterator[Observation]:
     Raises: DataError.
     """
     if import_smdebug() is None:
-        raise DataError(f"{folder} is in smdebug's format and smdebug is not installed: uv sync --group debugger.")
+        raise DataError(
+            f"{folder} is in smdebug's format and smdebug is not installed: uv sync --inexact --group debugger."
+        )
     from smdebug.core.modes import ModeKeys  # type: ignore[import-untyped]
     from smdebug.trials import create_trial  # type: ignore[import-untyped]
 

@@ -10,6 +10,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -22,10 +23,12 @@ log = logging.getLogger("training")
 
 
 def configure_logging() -> None:
-    """Plain lines on stdout, where SageMaker reads them."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    """Plain lines on stdout, where SageMaker reads them; times in UTC, as the service's."""
+    formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def positive(text: str) -> int:
