@@ -92,7 +92,8 @@ def test_the_folder_table_names_every_module() -> None:
     unnamed = [
         str(path)
         for path in modules
-        if path.stem not in ("__init__", "__main__", "errors", "progress") and f"`{path.stem}`" not in rows[str(path.parent)]
+        if path.stem not in ("__init__", "__main__", "errors", "progress")
+        and f"`{path.stem}`" not in rows[str(path.parent)]
     ]
     assert unnamed == []
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import fmean
 
 from training.debugging.observations import Observation
 from training.debugging.rules import Firing, Rule, selected
@@ -74,9 +75,16 @@ class ExplodingTensor(Rule):
             yield self.fire(seen, nan + inf, 0, f"{nan + inf:.0f} values are NaN or infinite.")
 
 
+FIRST_LOSSES, FALLEN = 2, 0.01
+"""What `PoorWeightInitialization` takes for the loss at the start, and the share of it that counts as a fall."""
+
+
 @dataclass
 class PoorWeightInitialization(Rule):
-    """In the first `steps` observations the loss does not fall for `patience` of them, and the weights look guilty.
+    """In the first `steps` observations the loss does not fall, and the weights look guilty.
+
+    It does not fall if the mean of `patience` observed losses is not a hundredth below the mean of the first two: one
+    batch's loss says little, and of noise alone a third of healthy runs would look as if it did not.
 
     Guilty: the variances of the inputs of activations differ between layers by more than a factor of `threshold`, or
     the 5th and 95th percentile of some gradient are nearer to each other than `distribution_range`. AWS's page leaves
@@ -99,7 +107,8 @@ class PoorWeightInitialization(Rule):
     def __post_init__(self) -> None:
         self._step, self._observed = 0, 0
         self._variances: dict[str, float] = {}
-        self._range, self._best, self._waited = math.inf, math.inf, 0
+        self._range = math.inf
+        self._losses: list[float] = []
         self._done = False
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
@@ -112,20 +121,21 @@ class PoorWeightInitialization(Rule):
             self._observed += 1
             self._done = self._done or self._observed > self.steps
         if seen.kind == "loss":
-            loss = seen.stats.get("mean", seen.value)
-            self._waited = 0 if loss < self._best else self._waited + 1
-            self._best = min(self._best, loss)
+            self._losses.append(seen.stats.get("mean", seen.value))
         elif seen.kind == "activation_input" and selected(seen, None, self.activation_inputs_regex, ""):
             self._variances[seen.name] = seen.stats["std"] ** 2
         elif seen.kind == "gradient" and "p95" in seen.stats and seen.stats["size"] > 1:
             self._range = min(self._range, seen.stats["p95"] - seen.stats["p5"])
 
     def _judge(self, seen: Observation) -> Iterator[Firing]:
-        if self._waited < self.patience:
+        if len(self._losses) < FIRST_LOSSES + self.patience:
+            return
+        first, last = fmean(self._losses[:FIRST_LOSSES]), fmean(self._losses[-self.patience :])
+        if last < (1 - FALLEN) * first:
             return
         low, high = min(self._variances.values(), default=1.0), max(self._variances.values(), default=1.0)
         ratio = high / low if low > 0 else math.inf
-        stuck = f"the loss has not fallen for {self._waited} of the first observations"
+        stuck = f"the loss has not fallen in the first {len(self._losses)} observations ({first:.3g}, then {last:.3g})"
         if ratio > self.threshold or math.isnan(ratio):
             name = max(self._variances, key=lambda layer: self._variances[layer])
             message = f"{stuck}, and the variances of the inputs of activations differ by a factor of {ratio:.3g}."

@@ -142,7 +142,7 @@ def test_sagemakers_mlflow_is_asked_in_its_name_and_other_servers_as_ever(
 
 
 def test_importing_the_modules_imports_no_optional_package() -> None:
-    modules = "observer, configuration, verdicts, trial, smdebug_hook, tensorboard, mlflow_log"
+    modules = "observer, configuration, verdicts, smdebug_files, smdebug_hook, tensorboard, mlflow_log"
     code = (
         f"import sys\nfrom training.debugging import {modules}\n"
         "heavy = {'smdebug', 'mlflow', 'tensorboard', 'matplotlib', 'optuna', 'psutil', 'openvino'}\n"

@@ -67,10 +67,26 @@ def test_poor_initialization_fires_when_one_layer_is_far_too_large(train: Any, p
     with torch.no_grad():
         network[2].weight.mul_(1e-6)
         network[4].weight.mul_(1e-6)
+        network[4].bias.zero_()  # the loss of every batch is that of a guess
     rule = watched("PoorWeightInitialization", activation_inputs_regex=".*_input")
     run = train(network, points(400), [rule], epochs=1, learning_rate=1e-7)
     firing = run.verdicts["PoorWeightInitialization"]["firings"][0]
     assert firing["value"] > firing["threshold"] == 10
+
+
+@pytest.mark.parametrize(
+    ("losses", "count"),
+    [
+        ((1.7, 1.2, 1.3, 1.4, 1.3, 1.35, 1.25, 1.3, 1.4, 1.3), 0),  # one lucky batch, then what noise there is
+        ((1.61, 1.60, 1.61, 1.61, 1.60, 1.62, 1.61, 1.60, 1.61, 1.61), 1),
+    ],
+)
+def test_one_lucky_batch_does_not_make_the_loss_look_stuck(losses: tuple[float, ...], count: int) -> None:
+    seen = []
+    for step, loss in enumerate(losses, 1):
+        seen.append(Observation(step, "loss", "loss", 0.0, {"value": loss, "mean": loss}))
+        seen.append(Observation(step, "gradient/a.weight", "gradient", 0.0, {"size": 9, "p5": -1e-5, "p95": 1e-5}))
+    assert judge(create_rules(["PoorWeightInitialization"]), seen).verdicts[0].count == count
 
 
 def test_dead_relu_fires_when_biases_are_far_below_zero(train: Any, small: Any, points: Any) -> None:
