@@ -28,6 +28,7 @@ LEAST_FILES = 2 * FILES_BESIDES
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _keep_standard_files()
     settings = Settings.load(arguments)
     configure_logging(settings.log_level, settings.log_format)
     if "--worker" in arguments:
@@ -65,6 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = supervisor.run()
     log.info("stopped")
     return status
+
+
+def _keep_standard_files() -> None:
+    """Where 0, 1 or 2 were closed when we were started, no socket shall take their place: children would lose it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def serve(settings: Settings, worker: Worker) -> int:
@@ -130,5 +138,6 @@ if __name__ == "__main__":
         log.exception("the process ends on an error of its own")
     finally:
         logging.shutdown()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed when we were started
+            sys.stdout.flush()
         os._exit(status)  # everything is closed; a thread that is still in the engine must not hold the process

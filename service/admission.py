@@ -81,8 +81,9 @@ class Admission:
             yield places
         finally:
             self.under_way -= places.held
-        sample_s = (self._clock() - started_s) / (others + places.images)
-        self._seconds_each += WEIGHT * (sample_s - self._seconds_each)
+        together = others + places.images
+        if together >= LEAST_PLACES // 2:  # of fewer, it is not known how many more would have been answered meanwhile
+            self._seconds_each += WEIGHT * ((self._clock() - started_s) / together - self._seconds_each)
 
     @contextmanager
     def memory(self) -> Iterator["Memory"]:
@@ -140,8 +141,10 @@ class Places:
         self._admission = admission
 
     def take_more(self, wanted: int) -> None:
-        """Hold up to `wanted` more, as many as are free: they say how many of its images are under way at once."""
-        more = max(0, min(wanted, self._admission.allowed - self._admission.under_way))
+        """Hold up to `wanted` more: they say how many of its images are under way at once. Some stay for others."""
+        allowed = self._admission.allowed
+        for_others = min(allowed, LEAST_PLACES) // 2
+        more = max(0, min(wanted, allowed - for_others - self._admission.under_way))
         self._admission.under_way += more
         self.held += more
 

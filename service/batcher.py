@@ -57,11 +57,12 @@ class Batcher(Generic[In, Out]):
         max_queue: int,
         max_wait_ms: float = 0.0,
         on_failure: Callable[[int], None] = lambda failures: None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         """`run` returns one result per item, in order, called in `lanes` of the `threads` (the caller's to shut down).
 
         `max_queue` bounds the items that wait for the engine. `on_failure` is told, on the event loop, on how many
-        batches in a row it has failed.
+        batches in a row it has failed; `on_lost`, that a lane has ended by a fault of ours.
         """
         self._run = run
         self._max_batch = max_batch
@@ -74,6 +75,7 @@ class Batcher(Generic[In, Out]):
         self._threads = threads
         self._lanes = lanes
         self._on_failure = on_failure
+        self._on_lost = on_lost
         self.failures = 0
         """Batches in a row on which `run` failed, up to now."""
         self._running_since_s: dict[int, float] = {}  # by thread
@@ -95,6 +97,8 @@ class Batcher(Generic[In, Out]):
         """Start taking batches."""
         self._loop = asyncio.get_running_loop()
         self._work = [self._loop.run_in_executor(self._threads, self._serve) for _ in range(self._lanes)]
+        for lane in self._work:
+            lane.add_done_callback(self._note_end)
 
     async def close(self) -> None:
         """Refuse new items, answer those that wait, then stop."""
@@ -121,6 +125,11 @@ class Batcher(Generic[In, Out]):
             with suppress(ValueError):  # the thread has just taken it
                 self._queue.remove(waiting)
             raise
+
+    def _note_end(self, lane: asyncio.Future[None]) -> None:
+        if not lane.cancelled() and (exc := lane.exception()) is not None:  # a fault of ours: nobody answers there now
+            log.error("a lane of the engine ended", exc_info=exc)
+            self._on_lost()
 
     def _wake(self) -> None:
         with self._arrived:

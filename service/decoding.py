@@ -61,6 +61,9 @@ START_LIMIT_S = 60.0
 SLOWER_BY_THE_CLOCK = 1.5
 """An image may take so many times its processor time by the clock, on a machine that has other things to do."""
 
+ENDS_BY_ITSELF_S = 1.0
+"""So long a process that closed its socket has to end, before it is killed: its exit status tells why."""
+
 MAX_SENTENCE_BYTES = 4096
 
 SEND_BUFFER_BYTES = 4 * 2**20
@@ -155,22 +158,25 @@ class Decoders:
         job.add_done_callback(release)
         return await asyncio.shield(job)
 
-    async def _ask(self, payload: bytes, side_px: int, max_pixels: int, again: bool = False) -> RgbImage:
+    async def _ask(self, payload: bytes, side_px: int, max_pixels: int, until_s: float | None = None) -> RgbImage:
         """Have an idle process, or a new one, decode the image; a process that is lost over it is replaced.
 
-        One that was killed from outside may have been so before it saw the image, which is tried once more then.
+        One that was killed from outside may have been so before it saw the image, which is tried once more then, until
+        the loop's time is `until_s`.
         """
         request = REQUEST.pack(side_px, max_pixels, self._limit_s, len(payload))
         process = await self._taken()
+        again = until_s is not None
+        until_s = until_s or asyncio.get_running_loop().time() + SLOWER_BY_THE_CLOCK * self._limit_s
         try:
-            async with asyncio.timeout(SLOWER_BY_THE_CLOCK * self._limit_s):
+            async with asyncio.timeout_at(until_s):
                 outcome, content = await process.ask(request, payload, side_px)
         except (OSError, EOFError, ValueError) as exc:  # TimeoutError is an OSError
             slow, odd = isinstance(exc, TimeoutError), isinstance(exc, ValueError)
             error = await self._lost(process, len(payload), slow, odd)
             if slow or odd or again or process.poll() != -signal.SIGKILL:
                 raise error from None
-            return await self._ask(payload, side_px, max_pixels, again=True)
+            return await self._ask(payload, side_px, max_pixels, until_s)
         except BaseException:  # we are closing
             await process.end()
             raise
@@ -203,7 +209,7 @@ class Decoders:
 
     async def _lost(self, process: "_Process", payload_bytes: int, slow: bool, odd: bool) -> ImageError:
         """Tell what became of the process, and what the client is to know. `odd`: its answer was none."""
-        status = await process.end()
+        status = await process.end(0.0 if slow or odd else ENDS_BY_ITSELF_S)
         self._replace()
         if slow or status == -signal.SIGPROF:
             log.warning("decoder process %d: an image of %d bytes took too long", process.pid, payload_bytes)
@@ -283,9 +289,12 @@ class _Process:
         self.answered += 1
         return outcome, bytes(await self._receive(length))
 
-    async def end(self) -> int:
-        """Kill it if it lives, and take its exit status."""
+    async def end(self, grace_s: float = 0.0) -> int:
+        """Kill it if it lives on for `grace_s`, and take its exit status."""
         self._socket.close()
+        if grace_s:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, grace_s)
         self._process.kill()
         return await asyncio.to_thread(self._process.wait)
 

@@ -61,7 +61,7 @@ class Invocations:
         media_type = JSON
         try:
             status = 200
-            body, media_type = await _answer(runtime, given, scope.get("query_string", b""), receive)
+            body, media_type = await _answer(runtime, given, scope, receive)
         except ClientDisconnect:  # nobody would read an answer, the log line tells of it
             telemetry.current().code = "client_gone"
             return
@@ -84,10 +84,16 @@ class Invocations:
         await send({"type": "http.response.body", "body": body})
 
 
-async def _answer(runtime: Runtime, given: dict[str, str], query: bytes, receive: Receive) -> tuple[bytes, str]:
+async def _answer(runtime: Runtime, given: dict[str, str], scope: Scope, receive: Receive) -> tuple[bytes, str]:
     """The body of the answer, and its type."""
+    gone = scope.get("state", {}).get(telemetry.GONE)
+
+    def require_client() -> None:
+        if gone is not None and gone():
+            raise ClientDisconnect
+
     media_type = negotiate(given.get("accept"))
-    top_k = top_k_of(query, given.get(CUSTOM_ATTRIBUTES))
+    top_k = top_k_of(scope.get("query_string", b""), given.get(CUSTOM_ATTRIBUTES))
     if given.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
         raise UnsupportedMediaType(
             f"The body must not be compressed, given: Content-Encoding {given['content-encoding'][:40]}; send it plain."
@@ -102,7 +108,7 @@ async def _answer(runtime: Runtime, given: dict[str, str], query: bytes, receive
             with runtime.admission.place() as places, _given_up_if_gone(receive):
                 payloads = await runtime.read(payload, given.get("content-type"))
                 del payload  # a form or JSON, which takes as much again as its images
-                answered = await predictor.predict(payloads, places)
+                answered = await predictor.predict(payloads, places, require_client)
             record.images = len(answered.outcomes) if answered.several else None
             record.decode_ms, record.queue_ms, record.infer_ms, record.batch_size = (
                 answered.decode_ms, answered.queue_ms, answered.infer_ms, answered.batch_size
@@ -110,6 +116,7 @@ async def _answer(runtime: Runtime, given: dict[str, str], query: bytes, receive
             write = partial(write_answer, answered.outcomes, answered.card, answered.several, media_type, top_k)
             large = len(answered.outcomes) * top_k > LARGE_ANSWER
             body = await asyncio.to_thread(write) if large else write()
+    require_client()
     return body, media_type
 
 

@@ -47,6 +47,11 @@ def payloads_of(body: bytes, content_type: str | None) -> Payloads:
         return _from_json(body)
     if media_type in RAW_MEDIA_TYPES:
         return Payloads((body,), several=False)  # the decoder tells what it is not
+    if media_type == "application/x-www-form-urlencoded":
+        raise UnsupportedMediaType(
+            "The body came as an HTML form's text, which curl -d sends and which damages images; send the file's "
+            "bytes, as curl --data-binary @photo.jpg does with -H 'Content-Type: image/jpeg'."
+        )
     raise UnsupportedMediaType(
         f"The content type must be image/*, application/octet-stream, {FORM} or {JSON}, given: {content_type}."
     )

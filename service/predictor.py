@@ -55,9 +55,12 @@ class Predictor:
     at_once: int
     """Of the images of one request, so many are under way together."""
 
-    async def predict(self, payloads: Payloads, places: Places) -> Answered:
+    async def predict(
+        self, payloads: Payloads, places: Places, require_client: Callable[[], None] = lambda: None
+    ) -> Answered:
         """Decode, crop and resize, then predict in batches with what else is there.
 
+        `require_client` raises where the client has left: the engine does not work for it.
         Raises: Unavailable, ImageError.
         """
         answered = Answered(self.classifier.card, payloads.several, [])
@@ -71,6 +74,7 @@ class Predictor:
                 return exc
             finally:
                 answered.note_decode((time.perf_counter() - started_s) * 1000)
+            require_client()
             batched = await self.batcher.submit(image)
             answered.note(batched)
             return batched.value

@@ -19,7 +19,7 @@ from service.errors import RETRY_AFTER_S, error_body
 from service.lifeline import IDLE, WAITING, WRITING, Lifeline
 from service.metrics import Metrics
 from service.record import RequestRecord, request_id_of
-from service.telemetry import REFUSAL
+from service.telemetry import GONE, REFUSAL
 
 log = logging.getLogger("service.requests")
 
@@ -139,7 +139,10 @@ class Protocol(HttpToolsProtocol):
         """See `httptools.HttpRequestParser`."""
         if self.parser.should_upgrade():
             return
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # to be ignored there (RFC 9110, 10.1.1)
         super().on_headers_complete()  # raises where the URL is none: then nothing is due
+        self.scope["state"][GONE] = self.transport.is_closing
         self._reading, self._got_body = "body", True
         self._due += 1
         self._tell_lifeline()

@@ -219,6 +219,7 @@ class Runtime:
             max_queue=self.settings.max_images,
             max_wait_ms=self.settings.max_wait_ms,
             on_failure=self._note_failure,
+            on_lost=self._on_failure or (lambda: None),
         )
         batcher.open()
         self._predictor = Predictor(classifier, batcher, self._decoders, self.settings.max_batch)

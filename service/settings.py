@@ -74,12 +74,12 @@ class Settings(BaseSettings):
     """After SIGTERM, /ping answers 503 and requests are still taken for this long; then until none is under way."""
     max_batch: int = Field(32, ge=1)
     """Images the engine gets at once, at most; it gets fewer where more would not be faster."""
-    max_wait_ms: float = Field(0.0, ge=0)
+    max_wait_ms: float = Field(0.0, ge=0, le=60_000)
     """How long a batch waits for company, counted from its first image; 0 takes what is there."""
     decode_threads: int = Field(default_factory=cores, ge=1)
     """Threads that decode plain JPEGs, and processes that decode everything else, of all workers together; default: the
     cores this process may use."""
-    decode_limit_s: float = Field(5.0, gt=0)
+    decode_limit_s: float = Field(5.0, gt=0, le=3600)
     """An image that takes a decoder process more processor time gets 413; no honest one of 25 MB needs as much."""
     page: bool = True
     """Serve a page for people at / (and the model's example image at /example); false: 404 there."""

@@ -22,6 +22,9 @@ PROBES = ("/ping", "/metrics", "/execution-parameters")
 REFUSAL = "refusal"
 """Of a scope's state: the record with which `service.protocol` has answered a request whose rest is no HTTP."""
 
+GONE = "gone"
+"""Of a scope's state: a function that tells whether the client has hung up, from `service.protocol`."""
+
 _record: contextvars.ContextVar[RequestRecord] = contextvars.ContextVar("record")
 
 

@@ -58,7 +58,7 @@ class TrainingConfig(Settings):
         allow_inf_nan=False,
         description="step size of the optimizer, its peak in a schedule",
     )
-    batch_size: int = Field(128, ge=2, description="images per step; at least 2, which batch norm needs")
+    batch_size: int = Field(128, ge=2, le=1_000_000, description="images per step; at least 2, which batch norm needs")
     epochs: int = Field(70, ge=1, description="passes over the training images")
     optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="sgd, or adamw, which learns sooner from random weights"

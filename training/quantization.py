@@ -137,10 +137,7 @@ def int8_network(
     )
     log.info("int8: %s; it took %.1f s", described(found), time.monotonic() - started_s)
     if found.doubt is not None:
-        log.warning(
-            "int8 loses %.2f points of accuracy; %s: the service will run it only when asked to by name",
-            found.loss_points, found.doubt,
-        )  # fmt: skip
+        log.warning("int8: %s; the service runs it only with CLASSIFIER_ENGINE=openvino-int8", found.doubt)
     return Int8Network(graph, constants, found)
 
 

@@ -90,7 +90,6 @@ def _run(
         fitted.network, config, prepared.dataset, prepared.validation,
         pretrained=fitted.pretrained, history=fitted.history, figures=fitted.figures, stopped=fitted.stopped,
     )  # fmt: skip
-    checkpoint.remove(config.checkpoint_folder)
     found = fitted.figures
     log.info(
         "validation: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, n=%d; artifact %s version %s in %s",
@@ -102,6 +101,9 @@ def _run(
         artifact, failure = _quantized(config, prepared, artifact, fitted)
     if config.report:
         _report(config, prepared, artifact, found)
+    checkpoint.remove(
+        config.checkpoint_folder
+    )  # not before: stopped until here, the same command makes what is missing
     if failure is not None and config.quantize == "on":
         raise failure
     return artifact

@@ -97,13 +97,13 @@ class Quantization(_FrozenModel):
     def doubt(self) -> str | None:
         """Why the int8 network runs only when it is asked for by name; None where it may run by itself."""
         if self.n < INT8_MIN_IMAGES:
-            return f"fewer than {INT8_MIN_IMAGES} images cannot tell"
+            return f"{self.n} validation images are too few to tell, {INT8_MIN_IMAGES} are needed"
         if self.loss_points > INT8_MAX_LOSS_POINTS:
-            return f"allowed are {INT8_MAX_LOSS_POINTS}"
+            return f"more than {INT8_MAX_LOSS_POINTS} points of accuracy are lost"
         if self.likely_loss_points > INT8_MAX_LIKELY_LOSS_POINTS:
             return (
-                f"so few images leave up to {self.likely_loss_points:.2f} possible (95 % confidence), allowed are "
-                f"{INT8_MAX_LIKELY_LOSS_POINTS:g}"
+                f"{self.n} validation images do not exclude a loss of {self.likely_loss_points:.2f} points (95 % "
+                f"confidence), at most {INT8_MAX_LIKELY_LOSS_POINTS:g} is allowed"
             )
         return None
 

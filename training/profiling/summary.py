@@ -40,8 +40,8 @@ def conclude(recorded: Recorded) -> tuple[str, str]:
     if others is not None and (recorded.device == "cpu" or waits >= DATA_WAIT_SHARE):
         whole = 100 * recorded.machine_cores
         return "contention", (
-            f"Other processes use the CPU: {others:.0f} % of {whole} % are taken by others; end them, or train on a "
-            "machine of its own."
+            f"Other processes use the CPU: {others:.0f} % of {whole} % are taken by others; end them, train on a "
+            "machine of its own, or set OMP_NUM_THREADS=1: threads that wait for one another lose the most."
         )
     thresholds = {"data_wait": DATA_WAIT_SHARE, "validation": VALIDATION_SHARE, "other": OTHER_SHARE}
     worst = max(thresholds, key=lambda name: recorded.shares[name] / thresholds[name])

@@ -176,7 +176,8 @@ def _open(path: Path, direction: Literal["maximize", "minimize"], startup: int) 
             pruner=optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=WARMUP_EPOCHS),
         )
     except (DatabaseError, RuntimeError, optuna.exceptions.OptunaError) as exc:
-        raise ConfigError(f"{path} cannot be read as a study ({exc}); give another --output.") from exc
+        cause = getattr(exc, "orig", None) or exc  # without the SQL that SQLAlchemy adds
+        raise ConfigError(f"{path} cannot be read as a study ({cause}); give another --output.") from exc
 
 
 def _sampler(seed: int, startup: int) -> "optuna.samplers.BaseSampler":

@@ -58,16 +58,24 @@ def test_the_order_follows_from_the_measured_loss(
 
 def test_the_reason_tells_how_good_int8_is(model: Artifact) -> None:
     reasons = [reason for _, reason in candidates(quantized(model.manifest, 0.7))]
-    assert "99.00% of 5,000 validation images and loses 0.70 points of accuracy; allowed are 0.5" in reasons[0]
+    assert "99.00% of 5,000 validation images and loses 0.70 points of accuracy; more than 0.5 " in reasons[0]
 
 
 @pytest.mark.parametrize(
     ("loss_points", "n", "doubt"),
     [
-        (0.0, 199, "fewer than 200 images cannot tell"),
-        (0.0, 200, "so few images leave up to 1.16 possible (95 % confidence), allowed are 1"),
+        (0.0, 199, "199 validation images are too few to tell, 200 are needed"),
+        (
+            0.0,
+            200,
+            "200 validation images do not exclude a loss of 1.16 points (95 % confidence), ",
+        ),
         (0.0, 400, None),
-        (0.5, 1000, "so few images leave up to 1.02 possible (95 % confidence), allowed are 1"),
+        (
+            0.5,
+            1000,
+            "1000 validation images do not exclude a loss of 1.02 points (95 % confidence), ",
+        ),
         (0.5, 1200, None),
     ],
 )
@@ -76,7 +84,7 @@ def test_int8_runs_by_itself_only_where_enough_images_say_that_it_may(
 ) -> None:
     (first, reason), *_ = candidates(quantized(model.manifest, loss_points, n))
     assert first == ("openvino-int8" if doubt is None else "openvino-bf16")
-    assert doubt is None or reason.endswith(doubt)
+    assert doubt is None or doubt in reason
 
 
 def test_a_gpu_goes_before_all_and_is_not_replaced_where_sagemaker_started_us(
