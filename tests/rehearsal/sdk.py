@@ -90,10 +90,24 @@ def train_by_sdk(cloud: Rehearsal, data: Path) -> str:
     bucket = f"sagemaker-eu-central-1-{role.split(':')[4]}"
     listed = cloud.client("s3").list_objects_v2(Bucket=bucket, Prefix="resnet34/data/train-")["Contents"]
     place = f"s3://{bucket}/{'/'.join(listed[0]['Key'].split('/')[:3])}/"
-    said = _run(cloud, TRAIN, IMAGE, role, bucket, place)
+    try:
+        said = _run(cloud, TRAIN, IMAGE, role, bucket, place)
+    finally:
+        iam.delete_role_policy(RoleName="by-sdk", PolicyName="all")
+        iam.delete_role(RoleName="by-sdk")
+        _remove_of_sdk(cloud, bucket)
     if not said.startswith("Completed"):
         raise ValueError(said)
     return "ModelTrainer trained with the same image and data, hyperparameters quoted its way"
+
+
+def _remove_of_sdk(cloud: Rehearsal, bucket: str) -> None:
+    """What ModelTrainer and its job wrote, beside the project's own."""
+    s3 = cloud.client("s3")
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        for entry in page.get("Contents", ()):
+            if not entry["Key"].startswith("resnet34/"):
+                s3.delete_object(Bucket=bucket, Key=entry["Key"])
 
 
 def serve_by_sdk(cloud: Rehearsal, model: Path, pictures: Path, image: str) -> str:
