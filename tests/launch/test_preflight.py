@@ -154,7 +154,8 @@ def caller(here: Account, name: str, monkeypatch: pytest.MonkeyPatch, statements
     """An account as a session of a role sees it, which has a path and may do what the statements allow."""
     iam = here.client("iam")
     made = iam.create_role(RoleName=name, Path="/team/", AssumeRolePolicyDocument=json.dumps(trust_policy()))["Role"]
-    iam.put_role_policy(RoleName=name, PolicyName="may", PolicyDocument=json.dumps({"Statement": statements}))
+    policy = {"Version": "2012-10-17", "Statement": statements}
+    iam.put_role_policy(RoleName=name, PolicyName="may", PolicyDocument=json.dumps(policy))
     given = here.client("sts").assume_role(RoleArn=made["Arn"], RoleSessionName="me")["Credentials"]
     for variable, field in (
         ("AWS_ACCESS_KEY_ID", "AccessKeyId"), ("AWS_SECRET_ACCESS_KEY", "SecretAccessKey"),
@@ -185,6 +186,6 @@ def test_a_caller_with_no_more_than_it_needs_passes_and_what_is_missing_is_named
 def test_where_the_project_has_no_role_the_execution_role_of_this_machine_is_taken(
     here: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aws = caller(here, "notebook", monkeypatch, [])
+    aws = caller(here, "notebook", monkeypatch, [{"Effect": "Allow", "Action": "sagemaker:*", "Resource": "*"}])
     assert aws.identity["Arn"].endswith(":assumed-role/notebook/me")
     assert find_role(aws, Project("has-none", "b"), None) == "arn:aws:iam::123456789012:role/team/notebook"

@@ -12,7 +12,7 @@ from tests.rehearsal.start import IMAGE, Rehearsal
 from training.launch.logs import TRAINING, LogTail
 from training.launch.session import Aws
 
-EPOCHS, LIMIT_S = 25, 300
+EPOCHS, LIMIT_S = 10, 300
 
 
 @pytest.mark.timeout(900)

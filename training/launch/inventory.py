@@ -16,6 +16,8 @@ from training.launch.wait import POLL_S, StoppedWaiting
 log = logging.getLogger("training")
 
 OBJECTS = "objects in S3"
+OF_JOBS = ("batch", "checkpoints", "debugger", "jobs", "profiler", "tensorboard")
+"""The parts of the project's prefix that jobs write, also the first time in the last two minutes before they end."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def things(aws: Aws, project: Project, *, with_data: bool = False, with_role: bo
     if ours or there is None:
         found += _logs(aws, project)
     if with_data:
-        found += _objects(aws, project)
+        found += _objects(aws, project, any(thing.until_over for thing in found))
     if with_role:
         found += _role(aws, project)
     return found
@@ -170,9 +172,9 @@ def _logs(aws: Aws, project: Project) -> Iterator[Thing]:
         yield Thing("log group", group, "", _at_once(client.delete_log_group, logGroupName=group))
 
 
-def _objects(aws: Aws, project: Project) -> Iterator[Thing]:
+def _objects(aws: Aws, project: Project, jobs_run: bool) -> Iterator[Thing]:
     """A thing for each folder right below the project's prefix, and for each object that lies there by itself."""
-    sizes: dict[str, list[int]] = {}
+    sizes: dict[str, list[int]] = {f"{part}/": [] for part in OF_JOBS} if jobs_run else {}
     try:
         for key, size in data.listed(aws, f"{project.uri()}/"):
             head, slash, _ = key.removeprefix(f"{project.name}/").partition("/")
@@ -185,6 +187,7 @@ def _objects(aws: Aws, project: Project) -> Iterator[Thing]:
         part = name.removesuffix("/")
         ours = part in PARTS and name != part
         shown = f"{len(found)} files, {sum(found) / 1e6:.1f} MB" + ("" if ours else "; not written by these commands")
+        shown = shown if found else "what jobs write while they are stopped"
         yield Thing(
             OBJECTS, f"{project.uri()}/{name}", shown,
             _at_once(delete_objects, aws, project, [part]) if ours else None, needed_by_jobs=True,
