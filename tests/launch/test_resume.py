@@ -12,9 +12,10 @@ from tests.rehearsal.start import IMAGE, Rehearsal
 from training.launch.logs import TRAINING, LogTail
 from training.launch.session import Aws
 
-EPOCHS, LIMIT_S = 10, 300
+EPOCHS, LIMIT_S = 8, 300
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_spot_job_that_is_stopped_goes_on_from_its_checkpoint_as_the_next_attempt(
     cloud: Rehearsal, aws: Aws, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
