@@ -31,7 +31,7 @@ def test_the_local_mode_of_awss_sdk_runs_the_image_and_is_answered(
 
 @pytest.mark.slow
 def test_the_journey_passes_in_containers(image: Image, tmp_path: Path) -> None:
-    """Seven minutes once the images are there: two trials, two trainings, five endpoints, one batch, each a container."""
+    """Seven minutes once the images are there: trials, trainings, endpoints and a batch, each a container."""
     train, serve = image("train"), image("serve-cpu")
     report = tmp_path / "report.md"
     assert main(["--train-image", train, "--serve-image", serve, "--report", str(report)]) == 0

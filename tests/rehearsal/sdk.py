@@ -114,5 +114,20 @@ def serve_by_sdk(cloud: Rehearsal, model: Path, pictures: Path, image: str) -> s
     """The SDK's local container mode runs `IMAGE serve` and asks it. Raises: ValueError."""
     picture = sorted(pictures.iterdir())[0]
     archive = model.with_name(f"{model.name}.tar.gz")
-    said = json.loads(_run(cloud, SERVE, image, str(archive), str(free_port()), str(picture), "unused-bucket"))
+    before = _stopped(image)
+    try:
+        said = json.loads(_run(cloud, SERVE, image, str(archive), str(free_port()), str(picture), "unused-bucket"))
+    finally:  # the SDK stops its container and leaves it there
+        for name in _stopped(image) - before:
+            subprocess.run(["docker", "rm", name], capture_output=True, check=False)
     return f"LocalSession ran `{image} serve`, which takes {picture.name} for {said['predictions'][0]['label']}"
+
+
+def _stopped(image: str) -> set[str]:
+    """The containers of the SDK's local mode that have ended, by name."""
+    filters = ("ancestor=" + image, "name=-algo-1-", "status=exited")
+    flags = [part for each in filters for part in ("--filter", each)]
+    listed = subprocess.run(
+        ["docker", "ps", "--all", "--format", "{{.Names}}", *flags], capture_output=True, text=True, check=True
+    )
+    return set(listed.stdout.split())
