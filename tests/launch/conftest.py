@@ -8,6 +8,7 @@ import pytest
 from tests.launch import in_process
 from tests.rehearsal import pictures
 from tests.rehearsal.start import REGION, Rehearsal, rehearsal
+from training.launch.jobs import pack
 from training.launch.session import Aws, connect
 
 RUN = ("--weights", "none", "--quantize", "off", "--epochs", "1", "--batch-size", "8", "--report", "false")
@@ -35,6 +36,12 @@ def aws(cloud: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> Aws:
     for name, value in cloud.variables.items():
         monkeypatch.setenv(name, value)
     return connect(REGION)
+
+
+@pytest.fixture(scope="session")
+def packed(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.tar.gz of the artifact: to pack it takes seconds, which every command else takes that is given a folder."""
+    return pack(artifact, tmp_path_factory.mktemp("packed") / "model.tar.gz")
 
 
 @pytest.fixture(scope="session")

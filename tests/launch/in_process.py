@@ -5,7 +5,9 @@ once. What a test needs a model for, it trains and serves elsewhere, in processe
 """
 
 import io
+import json
 import logging
+import shutil
 import tarfile
 import threading
 import time
@@ -31,16 +33,24 @@ POLL_S = 0.1
 LIMIT_S = 30
 
 
+ANSWER = {"model": {"name": "fake", "version": "1"}, "predictions": [{"label": "a", "index": 0, "probability": 0.9}]}
+"""What a service here says of every image."""
+
+
 class _Ping(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
+    def _say(self, what: object) -> None:
+        body = json.dumps(what).encode()
         self.send_response(200)
-        self.send_header("Content-Length", "2")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self._say({})
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.do_GET()
+        self._say(ANSWER)
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing."""
@@ -67,22 +77,25 @@ class _Service:
 class _Training:
     port = 0
 
-    def __init__(self, folder: Path, runs: bool) -> None:
-        (folder / "model" / "manifest.json").write_text("{}")
-        self._over = threading.Event()
-        if not runs:
-            self._over.set()
+    def __init__(self, folder: Path, artifact: Path | None, over: threading.Event) -> None:
+        if artifact is None:
+            (folder / "model" / "manifest.json").write_text("{}")
+        else:
+            shutil.copytree(artifact, folder / "model", dirs_exist_ok=True)
+        self._over, self._stopped = over, threading.Event()
 
     def wait(self) -> int:
-        self._over.wait(LIMIT_S)
+        deadline_s = time.monotonic() + LIMIT_S
+        while self.is_alive() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
         return 0
 
     def is_alive(self) -> bool:
-        return not self._over.is_set()
+        return not (self._over.is_set() or self._stopped.is_set())
 
     def stop(self) -> None:
         time.sleep(1)  # it writes its checkpoint
-        self._over.set()
+        self._stopped.set()
 
 
 @dataclass
@@ -90,14 +103,24 @@ class Containers:
     """The engine: what its containers do is what the test says."""
 
     name: str = "fakes"
-    runs: bool = False
-    """Whether a training goes on until it is stopped, rather than end at once."""
+    artifact: Path | None = None
+    """What a training makes; None: a file that is no model."""
     ready: threading.Event = field(default_factory=threading.Event)
     """Services start while it is set."""
+    over: threading.Event = field(default_factory=threading.Event)
+    """Trainings end while it is set; else each goes on until it is stopped."""
+
+    @property
+    def runs(self) -> bool:
+        return not self.over.is_set()
+
+    @runs.setter
+    def runs(self, on: bool) -> None:
+        (self.over.clear if on else self.over.set)()
 
     def train(self, folder: Path, env: Mapping[str, str], on_line: OnLine) -> Running:
         on_line("epoch=1/1 train_loss=1 train_accuracy=0.5 validation_loss=1 validation_accuracy=0.5")
-        return _Training(folder, self.runs)
+        return _Training(folder, self.artifact, self.over)
 
     def serve(self, model: Path, env: Mapping[str, str], on_line: OnLine) -> Running:
         on_line(f"starts with {env.get('SAYS', 'nothing')}")
@@ -127,6 +150,11 @@ class Account:
     def order(self, **fault: Any) -> None:
         """One fault to come; see `cloud`."""
         self.cloud._faults.append(fault)
+
+    @property
+    def calls(self) -> set[str]:
+        """The operations that were asked for so far: `sagemaker CreateModel`."""
+        return set(self.cloud._answers)
 
     def model(self, project: Project, **env: str) -> str:
         """A Model of the project's."""
@@ -165,6 +193,7 @@ def account(work: Path, variables: Callable[[str, str], None]) -> Iterator[Accou
     """An account until the block ends. `variables` sets what boto3 reads in the environment."""
     containers = Containers()
     containers.ready.set()
+    containers.over.set()
     cloud = Cloud(containers, work)
     server = make_server("127.0.0.1", 0, cloud, threaded=True)
     url = f"http://127.0.0.1:{server.server_port}"
@@ -174,13 +203,14 @@ def account(work: Path, variables: Callable[[str, str], None]) -> Iterator[Accou
     thread.start()
     for name, value in {
         "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal",
-        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": REGION,
     }.items():  # fmt: skip
         variables(name, value)
     try:
         yield Account(cloud, containers, connect(REGION))
     finally:
         containers.ready.set()
+        containers.over.set()
         cloud.plane.close()
         for job in cloud.plane.jobs._threads:
             job.join(LIMIT_S)

@@ -1,23 +1,28 @@
 """The registry's word counts: a version that was rejected, that waits, that someone approved."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.model.artifact import open_artifact
 from tests.launch.in_process import Account
 from tests.rehearsal.start import IMAGE
 from training.launch import data, deployment, registry
 from training.launch.errors import LaunchError
 from training.launch.images import Image
-from training.launch.names import Project
+from training.launch.names import Project, split_uri
 from training.launch.opening import Options
 
 
-def hosted(here: Account, project: Project, artifact: Path, approval: str) -> str | None:
+def hosted(
+    here: Account, project: Project, packed: Path, approval: str, startup_s: int = 600, env: Sequence[str] = ()
+) -> str | None:
     data.ensure_bucket(here.aws, project)
-    options = Options(approval=approval, env=[], startup_seconds=1000)
-    with registry.located(here.aws, project, str(artifact)) as model:
+    options = Options(approval=approval, env=list(env), startup_seconds=startup_s)
+    with registry.located(here.aws, project, str(packed)) as model:
         return deployment.hosted(
             here.aws, project, model, Image(IMAGE, None), options, "arn:aws:iam::123456789012:role/r"
         )
@@ -39,37 +44,37 @@ def decide(here: Account, project: Project, status: str) -> None:
 
 
 def test_a_version_waits_until_someone_approves_it_and_then_the_same_command_goes_on(
-    here: Account, artifact: Path
+    here: Account, packed: Path
 ) -> None:  # fmt: skip
     project = Project("asks", "asks")
     for _ in range(2):
-        assert hosted(here, project, artifact, "PendingManualApproval") is None
+        assert hosted(here, project, packed, "PendingManualApproval") is None
     decide(here, project, "Approved")
-    name = hosted(here, project, artifact, "PendingManualApproval")
+    name = hosted(here, project, packed, "PendingManualApproval")
     assert name and project.owns("model", name)
     assert versions(here, project) == ["Approved"]
 
 
-def test_to_deploy_without_asking_approves_what_waits(here: Account, artifact: Path) -> None:
+def test_to_deploy_without_asking_approves_what_waits(here: Account, packed: Path) -> None:
     project = Project("waited", "waited")
-    assert hosted(here, project, artifact, "PendingManualApproval") is None
-    assert hosted(here, project, artifact, "Approved")
+    assert hosted(here, project, packed, "PendingManualApproval") is None
+    assert hosted(here, project, packed, "Approved")
     assert versions(here, project) == ["Approved"]
 
 
 @pytest.mark.parametrize("approval", ["Approved", "PendingManualApproval"])
-def test_what_was_rejected_is_not_deployed(here: Account, artifact: Path, approval: str) -> None:
+def test_what_was_rejected_is_not_deployed(here: Account, packed: Path, approval: str) -> None:
     project = Project(f"no-{approval[:2].lower()}", "rejected")
-    assert hosted(here, project, artifact, "PendingManualApproval") is None
+    assert hosted(here, project, packed, "PendingManualApproval") is None
     decide(here, project, "Rejected")
     with pytest.raises(LaunchError, match=r"as no-../1, and it was rejected there.* or have it approved"):
-        hosted(here, project, artifact, approval)
+        hosted(here, project, packed, approval)
     assert versions(here, project) == ["Rejected"]
 
 
-def test_the_figures_lie_beside_the_archive(here: Account, artifact: Path) -> None:
+def test_the_figures_lie_beside_the_archive(here: Account, packed: Path) -> None:
     project = Project("figures", "figures")
-    assert hosted(here, project, artifact, "Approved")
+    assert hosted(here, project, packed, "Approved")
     keys = [key for key, _ in data.listed(here.aws, project.uri("models") + "/")]
     folder = keys[0].rsplit("/", 1)[0]
     assert keys == [f"{folder}/model.tar.gz", f"{folder}/statistics.json"]
@@ -81,3 +86,38 @@ def test_the_figures_lie_beside_the_archive(here: Account, artifact: Path) -> No
     assert [key for key, _ in data.listed(here.aws, other.uri("models") + "/")] == [
         f"others-figures/models/{folder.rsplit('/', 1)[1]}/statistics.json"
     ]
+
+
+def test_the_registry_shows_what_the_model_was_measured_at(here: Account, artifact: Path, packed: Path) -> None:
+    project, measured = Project("measured", "measured"), open_artifact(artifact).manifest.metrics["validation"]
+    assert measured and hosted(here, project, packed, "Approved")
+    (version,) = records(here, project)
+    described = here.client("sagemaker").describe_model_package(ModelPackageName=version.arn)
+    assert described["ModelApprovalStatus"] == "Approved"
+    facts = described["CustomerMetadataProperties"]
+    assert facts["version"] == open_artifact(artifact).manifest.version
+    place = described["ModelMetrics"]["ModelQuality"]["Statistics"]
+    assert place["ContentType"] == "application/json"
+    bucket, key = split_uri(place["S3Uri"])
+    body = here.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+    written = json.loads(body)["multiclass_classification_metrics"]
+    for name in ("accuracy", "top5_accuracy", "loss"):
+        assert float(facts[f"validation_{name}"]) == pytest.approx(measured[name], rel=1e-5)
+        assert written[name]["value"] == measured[name]
+
+
+@pytest.mark.parametrize(
+    ("startup_s", "env", "given"),
+    [
+        (600, (), None),
+        (900, (), "870"),  # before SageMaker gives the container up, it ends with a sentence of its own
+        (900, ("CLASSIFIER_START_TIMEOUT_S=5",), "5"),
+    ],
+)
+def test_a_longer_start_is_allowed_to_the_container_too(
+    here: Account, packed: Path, startup_s: int, env: Sequence[str], given: str | None
+) -> None:
+    project = Project(f"start-{startup_s}-{len(env)}", "start")
+    name = hosted(here, project, packed, "Approved", startup_s, env)
+    (container,) = here.client("sagemaker").describe_model(ModelName=name)["Containers"]
+    assert container.get("Environment", {}).get("CLASSIFIER_START_TIMEOUT_S") == given

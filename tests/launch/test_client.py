@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import Server
+from tests.launch.telling import told
+from training import progress
 from training.errors import ConfigError
 from training.launch.__main__ import main
 from training.launch.client import Outcome, Reply, UrlTarget, classify, classify_one, images_in, retry_after_s
@@ -115,10 +117,15 @@ def test_a_folder_against_the_real_service_in_order_with_its_bad_file(
 
 
 def test_the_command_writes_csv_and_json_lines_and_tells_of_problems(
-    server: Server, asked: Path, tmp_path: Path
-) -> None:  # fmt: skip
+    server: Server, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = ["--url", f"http://127.0.0.1:{server.port}"]
-    assert main(["invoke", *url, str(asked), "--output", str(tmp_path / "a.csv")]) == 0
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "in_terminal", lambda: False)
+    said = told(caplog, "invoke", *url, asked, "--output", tmp_path / "a.csv")
+    for number in range(1, 6):
+        assert f"asking http://127.0.0.1:{server.port}: {number} of 5" in said
+    assert f"5 images, 0 with a problem; in {tmp_path / 'a.csv'}" in said
     assert main(["invoke", *url, str(asked), "--output", str(tmp_path / "a.jsonl")]) == 0
     rows = (tmp_path / "a.csv").read_text().splitlines()
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from tests.launch.in_process import POLL_S, Account, meanwhile, until
+from tests.launch.telling import DENIED, ctrl_c, when
 from training.launch import autoscaling, deployment, endpoint, inventory
 from training.launch.endpoint import Hosting
 from training.launch.errors import AwsError, JobFailed, LaunchError
 from training.launch.logs import ENDPOINTS
 from training.launch.names import Project
+from training.launch.wait import StoppedWaiting
 
-DENIED = {"code": "AccessDeniedException", "message": "no", "times": 1}
 BUCKET = "states"
 
 
@@ -140,6 +141,14 @@ def test_delete_waits_for_an_endpoint_that_is_being_deleted(here: Account) -> No
     assert not raised
 
 
+def scaling(found: tuple[dict[str, Any] | None, list[dict[str, Any]]]) -> tuple[int, int, list[tuple[str, Any]]]:
+    """The bounds, and each policy's name and target."""
+    target, policies = found
+    assert target
+    kept = "TargetTrackingScalingPolicyConfiguration"
+    return target["MinCapacity"], target["MaxCapacity"], sorted((p["PolicyName"], p[kept]) for p in policies)
+
+
 def test_autoscaling_is_put_back_when_an_update_to_other_machines_fails(here: Account) -> None:
     project, _ = live(here, "scaled")
     autoscaling.apply(here.aws, project, Hosting(max_count=3))
@@ -147,10 +156,7 @@ def test_autoscaling_is_put_back_when_an_update_to_other_machines_fails(here: Ac
     wanted = endpoint.config_request(project, here.model(project, SICK="yes"), Hosting(instance="ml.g4dn.2xlarge"))
     with pytest.raises(JobFailed, match="The model that was there before still answers"):
         bring(here, project, wanted)
-    target, policies = autoscaling.found(here.aws, project)
-    assert target and before[0] and target["MaxCapacity"] == before[0]["MaxCapacity"] == 3
-    kept = ("PolicyName", "PolicyType", "TargetTrackingScalingPolicyConfiguration")
-    assert sorted([p[name] for name in kept] for p in policies) == sorted([p[name] for name in kept] for p in before[1])
+    assert scaling(autoscaling.found(here.aws, project)) == scaling(before)
 
 
 def wake_alarms(here: Account, project: Project) -> list[dict[str, Any]]:
@@ -208,3 +214,83 @@ def test_an_endpoint_of_others_is_neither_updated_nor_made_anew(here: Account) -
         with pytest.raises(LaunchError, match=r"Endpoint foreign was not made by these commands .* another --project"):
             here.settle(project, wanted)
         assert here.status(project) == state
+
+
+def test_ctrl_c_in_an_update_to_other_machines_says_that_nothing_scales_and_what_changes_that(here: Account) -> None:
+    project, _ = live(here, "turns")
+    autoscaling.apply(here.aws, project, Hosting(max_count=3))
+    before = autoscaling.found(here.aws, project)
+    hosting = Hosting(instance="ml.g4dn.2xlarge", max_count=3)
+    wanted = endpoint.config_request(project, here.model(project, SAYS="new"), hosting)
+    here.order(operation="UpdateEndpoint", **DENIED)
+    with pytest.raises(AwsError, match="sagemaker:UpdateEndpoint is missing"):
+        bring(here, project, wanted, hosting)
+    assert scaling(autoscaling.found(here.aws, project)) == scaling(before)  # nothing has begun, so it is put back
+    here.model(project, SAYS="new")  # which went with the rest of the deployment that failed
+    here.containers.ready.clear()
+    with (
+        when("endpoint turns: Updating", ctrl_c),
+        pytest.raises(StoppedWaiting, match=r"goes on at AWS.*does not scale now.*This same command, once more"),
+    ):
+        bring(here, project, wanted, hosting)
+    assert autoscaling.found(here.aws, project) == (None, [])
+    here.containers.ready.set()
+    assert bring(here, project, wanted, hosting) in ("updated", "unchanged")  # it may be through with it by now
+    autoscaling.apply(here.aws, project, hosting)  # what `deploy` does next
+    assert scaling(autoscaling.found(here.aws, project)) == scaling(before)
+
+
+def test_ctrl_c_before_an_update_has_begun_puts_autoscaling_back(here: Account) -> None:
+    project, _ = live(here, "not-yet")
+    autoscaling.apply(here.aws, project, Hosting(max_count=3))
+    before = autoscaling.found(here.aws, project)
+    hosting = Hosting(instance="ml.g4dn.2xlarge", max_count=3)
+    wanted = endpoint.config_request(project, here.model(project, SAYS="new"), hosting, here.model(project, SAYS="2"))
+    with when("no alarm watches this update", ctrl_c), pytest.raises(KeyboardInterrupt) as stopped:
+        bring(here, project, wanted, hosting)
+    assert not isinstance(stopped.value, StoppedWaiting)
+    assert scaling(autoscaling.found(here.aws, project)) == scaling(before)
+    assert "UpdateEndpoint" not in " ".join(here.calls)
+
+
+def test_an_update_carries_both_alarms_and_one_with_a_shadow_says_that_none_watches(
+    here: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    project, old = live(here, "watched")
+    new = here.model(project, SAYS="new")
+    wanted = endpoint.config_request(project, new, Hosting())
+    assert bring(here, project, wanted) == "updated"
+    alarms = ["watched-5xx", "watched-latency"]
+    given = here.cloud.plane.hosting.updates["watched"]["DeploymentConfig"]
+    assert [each["AlarmName"] for each in given["AutoRollbackConfiguration"]["Alarms"]] == alarms
+    made = here.client("cloudwatch").describe_alarms(AlarmNames=alarms)["MetricAlarms"]
+    for alarm in made:
+        assert {each["Value"] for each in alarm["Dimensions"]} == {"watched", endpoint.VARIANT}
+    assert len(made) == 2
+    model = old["ProductionVariants"][0]["ModelName"]
+    shadowed = endpoint.config_request(project, model, Hosting(), new)
+    with caplog.at_level(logging.INFO, "training"):
+        assert bring(here, project, shadowed) == "updated"
+    assert "no alarm watches this update" in caplog.text
+    assert "DeploymentConfig" not in here.cloud.plane.hosting.updates["watched"]
+
+
+def test_an_alarm_of_others_is_not_overwritten_and_what_needs_it_is_refused(here: Account) -> None:
+    project, old = live(here, "alarmed")
+    cloudwatch = here.client("cloudwatch")
+    for name in ("latency", "wake"):
+        cloudwatch.put_metric_alarm(
+            AlarmName=f"alarmed-{name}", Namespace="Theirs", MetricName="Theirs", Statistic="Average", Period=60,
+            EvaluationPeriods=1, Threshold=1.0, ComparisonOperator="GreaterThanThreshold",
+        )  # fmt: skip
+    theirs = cloudwatch.describe_alarms(AlarmNames=["alarmed-latency", "alarmed-wake"])["MetricAlarms"]
+    wanted = endpoint.config_request(project, here.model(project, SAYS="new"), Hosting())
+    with pytest.raises(LaunchError, match=r"Alarm alarmed-latency was not made by these commands .* another --project"):
+        bring(here, project, wanted)
+    assert configs(here, project) == {old["EndpointConfigName"]} and len(models(here, project)) == 1
+    with pytest.raises(LaunchError, match=r"Alarm alarmed-wake was not made by these commands"):
+        autoscaling.apply(here.aws, project, Hosting("async", min_count=0, max_count=2))
+    assert autoscaling.found(here.aws, project) == (None, [])
+    inventory.remove(here.aws, inventory.things(here.aws, project), POLL_S)
+    names = ["alarmed-5xx", "alarmed-latency", "alarmed-wake"]
+    assert cloudwatch.describe_alarms(AlarmNames=names)["MetricAlarms"] == theirs

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.launch.in_process import POLL_S, Account, until
+from tests.launch.telling import told
 from tests.rehearsal.start import IMAGE
-from training.launch import autoscaling, endpoint, inventory, registry
+from training.launch import autoscaling, data, endpoint, inventory, registry
 from training.launch.endpoint import Hosting
-from training.launch.errors import LaunchError
+from training.launch.errors import AwsError, LaunchError
 from training.launch.logs import ENDPOINTS
 from training.launch.names import Project
 
@@ -107,3 +108,39 @@ def test_a_model_is_not_registered_among_those_of_others(here: Account, artifact
     ):
         registry.register(here.aws, project, model, IMAGE, "Approved")
     assert registry.packages(here.aws, "group") == []
+
+
+def test_objects_below_the_prefix_that_the_commands_did_not_write_are_said_to_be_and_kept(
+    here: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    project, s3 = Project("keeps", "delete-keeps"), here.client("s3")
+    data.ensure_bucket(here.aws, project)
+    theirs = {"keeps/notes.txt", "keeps/photos/a.png", "keeps/photos/b.png", "keepsake/data/z", "keeps/data"}
+    for key in theirs | {"keeps/data/train-1/x", "keeps/jobs/j/output/model.tar.gz"}:
+        s3.put_object(Bucket="delete-keeps", Key=key, Body=b"x")
+    delete = ("delete", "--project", "keeps", "--bucket", "delete-keeps", "--data")
+    kept, removed = told(caplog, *delete, "--dry-run").split("to be removed:\n")
+    assert kept.startswith("kept, as these commands did not write it:\n")
+    for name, count in (("notes.txt", 1), ("photos/", 2), ("data", 1)):
+        assert f"s3://delete-keeps/keeps/{name}  {count} files, 0.0 MB; not written by these commands\n" in kept
+    assert [line.split()[3] for line in removed.splitlines()] == [
+        "s3://delete-keeps/keeps/data/", "s3://delete-keeps/keeps/jobs/"
+    ]  # fmt: skip
+    assert "nothing is left" in told(caplog, *delete, "--yes")
+    assert {key for key, _ in data.listed(here.aws, "s3://delete-keeps/")} == theirs
+
+
+def test_an_object_that_s3_does_not_let_go_is_told(here: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 answers 200 and lists what it kept; moto keeps nothing, so its answer is changed on the way."""
+    project, s3 = Project("locked", "delete-locked"), here.client("s3")
+    data.ensure_bucket(here.aws, project)
+    s3.put_object(Bucket="delete-locked", Key="locked/data/x", Body=b"x")
+    error = {"Key": "locked/data/x", "Code": "AccessDenied", "Message": "Access Denied"}
+    monkeypatch.setattr(s3, "delete_objects", lambda **_: {"Errors": [error]})
+    with pytest.raises(AwsError, match="Permission s3:DeleteObject is missing"):
+        inventory.delete_objects(here.aws, project)
+
+
+def test_what_is_written_is_what_delete_knows() -> None:
+    with pytest.raises(AssertionError, match="would not be deleted"):
+        Project("p", "b").uri("elsewhere", "x")

@@ -1,14 +1,17 @@
 """What is asked of AWS agrees with AWS's own service model: names, lengths, patterns, allowed values."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+import boto3
 import botocore.session
 import pytest
 from botocore.validate import ParamValidator
 
 from tests.rehearsal.cloud import violations
 from training.errors import ConfigError
-from training.launch import autoscaling, batch, endpoint, jobs, tuning
+from training.launch import autoscaling, batch, debugger, endpoint, jobs, tuning
 from training.launch.__main__ import main
 from training.launch.amis import AMIS, ami_for
 from training.launch.endpoint import Hosting
@@ -69,14 +72,24 @@ def test_a_spot_job_waits_longer_than_it_runs_and_keeps_checkpoints() -> None:
 
 
 def test_debugger_is_asked_for_with_rules_of_aws() -> None:
-    pytest.importorskip("sagemaker.core", reason="the group sagemaker is not installed")
     request = jobs.request(PROJECT, training(debugger=True), "eu-central-1")
     assert problems("CreateTrainingJob", {"TrainingJobName": "j", **request}) == []
     assert {rule["RuleParameters"]["rule_to_invoke"] for rule in request["DebugRuleConfigurations"]} == set(
-        jobs.DEBUGGER_RULES
+        debugger.RULES
     )
-    assert all("sagemaker-debugger-rules" in rule["RuleEvaluatorImage"] for rule in request["DebugRuleConfigurations"])
+    image = "482524230118.dkr.ecr.eu-central-1.amazonaws.com/sagemaker-debugger-rules:latest"
+    assert {rule["RuleEvaluatorImage"] for rule in request["DebugRuleConfigurations"]} == {image}
     assert "TensorBoardOutputConfig" not in request
+    assert debugger.rules_image("cn-north-1").startswith("618459771430.dkr.ecr.cn-north-1.amazonaws.com.cn/")
+    with pytest.raises(ConfigError, match=r"--debugger: AWS has no Debugger in eu-nowhere-1, only in .*leave it out"):
+        debugger.rules_image("eu-nowhere-1")
+
+
+def test_the_accounts_of_debuggers_images_are_those_of_the_sdk() -> None:
+    table = next(iter(Path(boto3.__file__).parents[1].glob("sagemaker/core/image_uri_config/debugger.json")), None)
+    if table is None:
+        pytest.skip("the group sagemaker is not installed")
+    assert json.loads(table.read_text())["versions"]["latest"]["registries"] == debugger.ACCOUNTS
 
 
 def test_the_same_training_has_the_same_name_and_another_has_another() -> None:

@@ -6,6 +6,7 @@ values: botocore does not look at them, AWS does), and faults that a test orders
 
     POST /rehearsal/faults [{"operation": "CreateModel", "code": "ThrottlingException", "message": "...", "times": 2}]
     GET  /rehearsal/answers -> {"sagemaker CreateTrainingJob": "moto and rehearsal", ...}
+    GET  /rehearsal/leftovers, /rehearsal/traces -> {"endpoints": [], ...}: what runs or costs; what else there is
 """
 
 import argparse
@@ -120,6 +121,8 @@ class Cloud:
                 return 200, [("Content-Type", "application/json")], json.dumps(self._answers).encode()
         if path == "/rehearsal/leftovers":
             return 200, [("Content-Type", "application/json")], json.dumps(self.plane.leftovers()).encode()
+        if path == "/rehearsal/traces":
+            return 200, [("Content-Type", "application/json")], json.dumps(self.plane.traces()).encode()
         return 404, [], b""
 
     def _raise_fault(self, operation: str) -> None:

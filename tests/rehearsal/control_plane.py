@@ -84,8 +84,13 @@ class ControlPlane:
 
     def leftovers(self) -> dict[str, list[str]]:
         """What runs or costs: empty lists when all is cleaned up."""
-        running = [
-            j.training_job_name for j in self.backend.training_jobs.values() if j.training_job_status == "InProgress"
+        records, at_work = self.backend, ("InProgress", "Stopping")
+        running = [j.training_job_name for j in records.training_jobs.values() if j.training_job_status in at_work]
+        running += [j.transform_job_name for j in records.transform_jobs.values() if j.transform_job_status in at_work]
+        running += [
+            j.hyper_parameter_tuning_job_name
+            for j in records.hyper_parameter_tuning_jobs.values()
+            if j.hyper_parameter_tuning_job_status in at_work
         ]
         return {
             "endpoints": list(self.backend.endpoints), "endpoint configurations": list(self.backend.endpoint_configs),
@@ -93,6 +98,29 @@ class ControlPlane:
             "model package groups": list(self.backend.model_package_groups), "running jobs": running,
             "servers": self.hosting.running(),
         }  # fmt: skip
+
+    def traces(self) -> dict[str, list[str]]:
+        """What else an account is to be without when all is cleaned up, data and role too: it costs little or nothing.
+
+        What stays by design is left out: buckets, images, the records and logs of jobs.
+        """
+        s3, place = self.client("s3"), {"ServiceNamespace": "sagemaker"}
+        pages = [
+            page
+            for bucket in s3.list_buckets()["Buckets"]
+            for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket["Name"])
+        ]
+        groups = self.client("logs").describe_log_groups(logGroupNamePrefix="/aws/sagemaker/Endpoints/")["logGroups"]
+        targets = self.client("application-autoscaling").describe_scalable_targets(**place)["ScalableTargets"]
+        return {
+            "objects in S3": [
+                f"s3://{page['Name']}/{each['Key']}" for page in pages for each in page.get("Contents", ())
+            ],
+            "alarms": [a["AlarmName"] for a in self.client("cloudwatch").describe_alarms()["MetricAlarms"]],
+            "scalable targets": [target["ResourceId"] for target in targets],
+            "log groups": [group["logGroupName"] for group in groups],
+            "roles": [role["RoleName"] for role in self.client("iam").list_roles()["Roles"]],
+        }
 
     # The registry: moto has no way to remove from it.
 
@@ -124,10 +152,16 @@ class ControlPlane:
         """SimulatePrincipalPolicy: the inline policies of a role, `Allow` statements only; users may do all."""
         given = {name: values[0] for name, values in parse_qs(body.decode()).items()}
         actions = [value for name, value in given.items() if name.startswith("ActionNames.member.")]
+        resource = given.get("ResourceArns.member.1", "*")
         allowed = self._allowed(given["PolicySourceArn"])
+
+        def decided(action: str) -> str:
+            may = any(_matches(action, may) and _matches(resource, on) for may, on in allowed)
+            return "allowed" if may else "implicitDeny"
+
         results = "".join(
-            f"<member><EvalActionName>{escape(action)}</EvalActionName><EvalResourceName>*</EvalResourceName>"
-            f"<EvalDecision>{'allowed' if self._matches(action, allowed) else 'implicitDeny'}</EvalDecision></member>"
+            f"<member><EvalActionName>{escape(action)}</EvalActionName><EvalResourceName>{escape(resource)}"
+            f"</EvalResourceName><EvalDecision>{decided(action)}</EvalDecision></member>"
             for action in actions
         )
         return (
@@ -136,20 +170,27 @@ class ControlPlane:
             "</EvaluationResults></SimulatePrincipalPolicyResult></SimulatePrincipalPolicyResponse>"
         ).encode()
 
-    def _allowed(self, arn: str) -> list[str]:
+    def _allowed(self, arn: str) -> list[tuple[list[str], list[str]]]:
+        """Actions and resources of each statement."""
         if ":role/" not in arn:
-            return ["*"]
+            return [(["*"], ["*"])]
         iam, name = self.client("iam"), arn.rsplit("/", 1)[1]
-        found: list[str] = []
+        if arn not in [role["Arn"] for role in iam.list_roles()["Roles"]]:  # the path counts
+            raise Refusal("NoSuchEntity", f"The entity {arn} cannot be found.", 404)
+        found = []
         for policy in iam.list_role_policies(RoleName=name)["PolicyNames"]:
             document = iam.get_role_policy(RoleName=name, PolicyName=policy)["PolicyDocument"]
             document = json.loads(document) if isinstance(document, str) else document
             for statement in document["Statement"]:
                 if statement["Effect"] == "Allow":
-                    given = statement["Action"]
-                    found += [given] if isinstance(given, str) else given
+                    actions, resources = statement["Action"], statement["Resource"]
+                    found.append((_listed(actions), _listed(resources)))
         return found
 
-    @staticmethod
-    def _matches(action: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatchcase(action.lower(), pattern.lower()) for pattern in patterns)
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _matches(text: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(text.lower(), pattern.lower()) for pattern in patterns)

@@ -71,6 +71,8 @@ class Hosting:
         self.servers: dict[str, dict[str, Server]] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         """What moto drops of an endpoint configuration (shadow variants, metrics)."""
+        self.updates: dict[str, dict[str, Any]] = {}
+        """The last UpdateEndpoint's arguments, by endpoint."""
 
     def running(self) -> list[str]:
         return [f"{name}/{variant}" for name, variants in self.servers.items() for variant in variants]
@@ -102,9 +104,38 @@ class Hosting:
             raise Refusal("ValidationException", f"Could not find endpoint {name} or configuration {config}.")
         if endpoint.endpoint_status != "InService":
             raise Refusal("ValidationException", f"Cannot update in-progress endpoint {endpoint.arn}.")
+        self._require_alarms(given)
+        self._require_machines_of_before(name, endpoint.endpoint_config_name, config)
+        self.updates[name] = given
         endpoint.endpoint_status, endpoint.last_modified_time = "Updating", utcnow()
         self._thread(self._bring_up, name, config, False)
         return {"EndpointArn": endpoint.arn}
+
+    def _require_alarms(self, given: dict[str, Any]) -> None:
+        from tests.rehearsal.control_plane import Refusal
+
+        wanted = given.get("DeploymentConfig", {}).get("AutoRollbackConfiguration", {}).get("Alarms", [])
+        names = [alarm["AlarmName"] for alarm in wanted]
+        if not names:
+            return
+        found = self._plane.client("cloudwatch").describe_alarms(AlarmNames=names)["MetricAlarms"]
+        if missing := set(names) - {alarm["AlarmName"] for alarm in found}:
+            raise Refusal("ValidationException", f"Could not find alarms {sorted(missing)}.")
+
+    def _require_machines_of_before(self, name: str, before: str, config: str) -> None:
+        """https://docs.aws.amazon.com/sagemaker/latest/dg/endpoint-scaling-update.html"""
+        from tests.rehearsal.control_plane import Refusal
+
+        if not self._plane.client("application-autoscaling").describe_scalable_targets(
+            ServiceNamespace="sagemaker", ResourceIds=[f"endpoint/{name}/variant/main"]
+        )["ScalableTargets"]:
+            return
+        old, new = (self.configs.get(each, {}).get("ProductionVariants", [{}])[0] for each in (before, config))
+        if old and old.get("InstanceType") != new.get("InstanceType"):
+            raise Refusal(
+                "ValidationException", "The variant(s) \"main\" must be deregistered as scalable targets with AWS Auto "
+                "Scaling before they can be updated to another instance type.",
+            )  # fmt: skip
 
     def on_delete_endpoint(self, given: dict[str, Any], forward: "Forward") -> dict[str, Any]:
         from tests.rehearsal.control_plane import Refusal

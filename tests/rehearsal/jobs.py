@@ -113,7 +113,8 @@ class Jobs:
                 running.stop()
             status = running.wait()
             stream.close()
-            self._set(name, "InProgress", "Uploading", "Uploading generated training model")
+            now = "Stopping" if name in self._stopped else "InProgress"
+            self._set(name, now, "Uploading", "Uploading generated training model")
             metrics = _metrics(stream.lines, given["AlgorithmSpecification"].get("MetricDefinitions", []))
             self._take(folder, name, given, status)
             seconds = max(1, int(time.time() - start_s))

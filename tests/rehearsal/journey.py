@@ -198,10 +198,11 @@ class Journey:
         return f"listed, not without being asked, then {wrote.count('removed ')} things removed"
 
     def nothing_is_left(self) -> str:
-        left = {kind: names for kind, names in self._cloud.ask("/rehearsal/leftovers").items() if names}
+        found = {**self._cloud.ask("/rehearsal/leftovers"), **self._cloud.ask("/rehearsal/traces")}
+        left = {kind: names for kind, names in found.items() if names}
         if left:
             raise StepFailed(f"still there: {left}")
-        return "no endpoint, configuration, model, package, running job or server"
+        return f"no {', '.join(found)}"
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -5,6 +5,8 @@ import threading
 import time
 from typing import Any
 
+from botocore.exceptions import ClientError
+
 FLUSH_S = 0.3
 
 
@@ -20,8 +22,11 @@ class Stream:
             (client.create_log_group, {"logGroupName": group}),
             (client.create_log_stream, {"logGroupName": group, "logStreamName": name}),
         ):
-            with contextlib.suppress(client.exceptions.ResourceAlreadyExistsException):
+            try:
                 call(**arguments)
+            except ClientError as exc:  # by its code: two threads that come first may be given two classes of it
+                if exc.response["Error"]["Code"] != "ResourceAlreadyExistsException":
+                    raise
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
 

@@ -90,15 +90,44 @@ def train_by_sdk(cloud: Rehearsal, data: Path) -> str:
     bucket = f"sagemaker-eu-central-1-{role.split(':')[4]}"
     listed = cloud.client("s3").list_objects_v2(Bucket=bucket, Prefix="resnet34/data/train-")["Contents"]
     place = f"s3://{bucket}/{'/'.join(listed[0]['Key'].split('/')[:3])}/"
-    said = _run(cloud, TRAIN, IMAGE, role, bucket, place)
+    try:
+        said = _run(cloud, TRAIN, IMAGE, role, bucket, place)
+    finally:
+        iam.delete_role_policy(RoleName="by-sdk", PolicyName="all")
+        iam.delete_role(RoleName="by-sdk")
+        _remove_of_sdk(cloud, bucket)
     if not said.startswith("Completed"):
         raise ValueError(said)
     return "ModelTrainer trained with the same image and data, hyperparameters quoted its way"
+
+
+def _remove_of_sdk(cloud: Rehearsal, bucket: str) -> None:
+    """What ModelTrainer and its job wrote, beside the project's own."""
+    s3 = cloud.client("s3")
+    for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+        for entry in page.get("Contents", ()):
+            if not entry["Key"].startswith("resnet34/"):
+                s3.delete_object(Bucket=bucket, Key=entry["Key"])
 
 
 def serve_by_sdk(cloud: Rehearsal, model: Path, pictures: Path, image: str) -> str:
     """The SDK's local container mode runs `IMAGE serve` and asks it. Raises: ValueError."""
     picture = sorted(pictures.iterdir())[0]
     archive = model.with_name(f"{model.name}.tar.gz")
-    said = json.loads(_run(cloud, SERVE, image, str(archive), str(free_port()), str(picture), "unused-bucket"))
+    before = _stopped(image)
+    try:
+        said = json.loads(_run(cloud, SERVE, image, str(archive), str(free_port()), str(picture), "unused-bucket"))
+    finally:  # the SDK stops its container and leaves it there
+        for name in _stopped(image) - before:
+            subprocess.run(["docker", "rm", name], capture_output=True, check=False)
     return f"LocalSession ran `{image} serve`, which takes {picture.name} for {said['predictions'][0]['label']}"
+
+
+def _stopped(image: str) -> set[str]:
+    """The containers of the SDK's local mode that have ended, by name."""
+    filters = ("ancestor=" + image, "name=-algo-1-", "status=exited")
+    flags = [part for each in filters for part in ("--filter", each)]
+    listed = subprocess.run(
+        ["docker", "ps", "--all", "--format", "{{.Names}}", *flags], capture_output=True, text=True, check=True
+    )
+    return set(listed.stdout.split())

@@ -5,6 +5,7 @@ runs goes on, the same command waits for it again.
 """
 
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error(
             "%s", exc if exc.args else "Stopped; repeat the command: what is there already is found and not made again."
         )
+        given = sys.argv[1:] if arguments is None else arguments
+        log.error("The command was: python -m training.launch %s", shlex.join(given))
         return 143 if isinstance(exc, _Terminated) or isinstance(exc.__cause__, _Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from training.launch import ownership
 from training.launch.endpoint import VARIANT, Hosting
 from training.launch.names import Project
 from training.launch.session import Aws
@@ -55,10 +56,16 @@ def policies(project: Project, hosting: Hosting) -> dict[str, dict[str, Any]]:
 
 
 def apply(aws: Aws, project: Project, hosting: Hosting) -> None:
-    """Scale between the hosting's counts; without room between them, not at all. Safe to repeat. Raises: AwsError."""
+    """Scale between the hosting's counts; without room between them, not at all. Safe to repeat.
+
+    Raises: LaunchError where others made the alarm that wakes an endpoint of 0 instances; AwsError.
+    """
     if hosting.kind == "serverless" or hosting.max_count == hosting.min_count:
         remove(aws, project)
         return
+    wakes = hosting.kind == "async" and hosting.min_count == 0
+    if wakes:  # before it may go down to 0, from where nothing else would bring it up
+        ownership.require_alarms(aws, project, [wake(project)])
     client, place = aws.client("application-autoscaling"), _place(project)
     client.register_scalable_target(**place, MinCapacity=hosting.min_count, MaxCapacity=hosting.max_count)
     wanted = policies(project, hosting)
@@ -67,7 +74,7 @@ def apply(aws: Aws, project: Project, hosting: Hosting) -> None:
             **place, PolicyName=name, PolicyType="TargetTrackingScaling",
             TargetTrackingScalingPolicyConfiguration=tracking,
         )  # fmt: skip
-    if hosting.kind == "async" and hosting.min_count == 0:
+    if wakes:
         _wake(aws, project)
         wanted |= {wake(project): {}}
     for policy in found(aws, project)[1]:
@@ -120,13 +127,16 @@ def remove(aws: Aws, project: Project) -> None:
 
 
 def restore(aws: Aws, project: Project, target: dict[str, Any] | None, listed: list[dict[str, Any]]) -> None:
-    """Put back what `found` told before it was removed. The endpoint must be in service. Raises: AwsError."""
+    """Put back what `found` told before it was removed. The endpoint must be in service. Raises: LaunchError as
+    `apply` does; AwsError.
+    """
     if target is None:
         return
     client, place = aws.client("application-autoscaling"), _place(project)
     client.register_scalable_target(**place, MinCapacity=target["MinCapacity"], MaxCapacity=target["MaxCapacity"])
     for policy in listed:
         if policy["PolicyName"] == wake(project):
+            ownership.require_alarms(aws, project, [wake(project)])
             _wake(aws, project)  # with its alarm, which must name the new policy
             continue
         given = {name: policy[name] for name in POLICY_FIELDS if policy.get(name)}
@@ -134,8 +144,10 @@ def restore(aws: Aws, project: Project, target: dict[str, Any] | None, listed: l
 
 
 def _delete_policy(aws: Aws, project: Project, name: str) -> None:
-    if name == wake(project):
-        aws.client("cloudwatch").delete_alarms(AlarmNames=[name])  # ours; those of target tracking go by themselves
+    if name == wake(project):  # alarms of target tracking go by themselves
+        for alarm, ours in ownership.alarms(aws, project, [name]):
+            if ours:
+                aws.client("cloudwatch").delete_alarms(AlarmNames=[alarm["AlarmName"]])
     aws.client("application-autoscaling").delete_scaling_policy(**_place(project), PolicyName=name)
 
 

@@ -6,7 +6,6 @@ model, 2026-11-22), so the image is the one for CPUs. One image a request: pictu
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from service.model.errors import ImageError
 from service.model.images import decode
 from training.errors import DataError
 from training.launch import data
-from training.launch.client import Outcome
+from training.launch.client import Outcome, Reply, understood
 from training.launch.errors import JobFailed, failure_advice
 from training.launch.jobs import OVER
 from training.launch.logs import TRANSFORM, LogTail
@@ -104,6 +103,6 @@ def outcomes(aws: Aws, job: dict[str, Any], keys: dict[Path, str]) -> list[Outco
         if target not in there:
             found.append(Outcome(path, problem="the job wrote no answer"))
             continue
-        answer = json.loads(read_body(s3.get_object(Bucket=bucket, Key=target), "s3", "GetObject"))
-        found.append(Outcome(path, tuple(answer["predictions"]), None, 1, answer.get("model", {})))
+        body = read_body(s3.get_object(Bucket=bucket, Key=target), "s3", "GetObject")
+        found.append(understood(path, Reply(200, {}, body)))
     return found

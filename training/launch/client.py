@@ -266,7 +266,7 @@ def classify_one(target: Target, path: Path, tries: int = TRIES, stop: threading
             problem, pause_s = str(exc), _backoff_s(attempt)
         else:
             if reply.status == 200:
-                return _understood(path, reply, attempt)
+                return understood(path, reply, attempt)
             problem = reply.problem
             if reply.status not in LATER:
                 return Outcome(path, problem=problem, tries=attempt)
@@ -276,7 +276,8 @@ def classify_one(target: Target, path: Path, tries: int = TRIES, stop: threading
     return Outcome(path, problem=f"{problem} (tried {tries} times)", tries=tries)
 
 
-def _understood(path: Path, reply: Reply, attempt: int) -> Outcome:
+def understood(path: Path, reply: Reply, attempt: int = 1) -> Outcome:
+    """What came of an image that was answered with 200; a problem where another service answered."""
     try:
         answer = json.loads(reply.body)
         return Outcome(path, tuple(answer["predictions"]), None, attempt, answer.get("model", {}))

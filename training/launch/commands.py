@@ -82,6 +82,9 @@ def run_delete(options: Options, _: Sequence[str]) -> None:
     aws, project = opened(options)
     every = inventory.things(aws, project, with_data=options.with_data, with_role=options.with_role)
     found = [thing for thing in every if thing.remove is not None]
+    kept = [thing for thing in every if thing.remove is None and thing.kind == inventory.OBJECTS]
+    if kept:
+        log.info("kept, as these commands did not write it:\n%s", _things(kept))
     if not found:
         log.info("project %s has nothing to remove", project.name)
         return
@@ -96,6 +99,10 @@ def run_delete(options: Options, _: Sequence[str]) -> None:
     if still:
         raise LaunchError(f"Still there, repeat the command in a minute:\n{_things(still)}")
     log.info("nothing is left%s", "" if options.with_data else f", but data and models in {project.uri()} (--data)")
+    log.info(
+        "what stays by design: bucket %s, AWS's records and logs of jobs that have ended, images in ECR%s",
+        project.bucket, "" if options.with_role else ", the role that iam-role made (--role)",
+    )  # fmt: skip
 
 
 COMMANDS: dict[str, Callable[[Options, Sequence[str]], None]] = {

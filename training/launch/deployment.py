@@ -12,9 +12,14 @@ from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
 from training.launch.opening import Options, as_json, opened
 from training.launch.session import Aws
+from training.launch.wait import StoppedWaiting
 
 log = logging.getLogger("training")
 
+SCALING_IS_OFF = (
+    "The endpoint does not scale now: AWS changes the machines of none that does, so its autoscaling was taken off. "
+    "This same command, once more, waits for the update and turns it on again, as its --min and --max say."
+)
 STARTUP_MARGIN_S = 30
 """So much before SageMaker gives a container up, the service ends its start with a sentence."""
 
@@ -55,7 +60,13 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         )  # fmt: skip
         log.info("endpoint %s is %s", project.endpoint, action)
         autoscaling.apply(aws, project, hosting)
-        smoke.compare(target_of(aws, project, options.kind == "async"), model.folder, paths)
+        try:
+            smoke.compare(target_of(aws, project, options.kind == "async"), model.folder, paths)
+        except LaunchError as exc:
+            raise LaunchError(
+                f"{exc}\n  Endpoint {project.endpoint} is {action} and in service all the same: repeat the command to "
+                "test it again, `deploy --model` with the model of before goes back to that, `delete` ends it."
+            ) from exc
     log.info(
         "python -m training.launch invoke --project %s IMAGE_OR_FOLDER asks it; `delete` ends it and its cost",
         project.name,
@@ -89,7 +100,7 @@ def bring(
 ) -> str:
     """`endpoint.create_or_update`; where it fails, what was made for it is removed, and autoscaling is put back.
 
-    `before`: the endpoint as it was. Raises: LaunchError, StoppedWaiting.
+    `before`: the endpoint as it was. Raises: LaunchError; StoppedWaiting, which says so where it does not scale.
     """
     scaled = None
     try:
@@ -98,16 +109,35 @@ def bring(
             autoscaling.remove(aws, project)  # AWS updates no variant to other machines while it scales
         return endpoint.create_or_update(aws, project, wanted, hosting, poll_s)
     except LaunchError:
+        if not _scales_as_before(aws, project, scaled):
+            log.warning("%s", SCALING_IS_OFF)
         try:
-            now = endpoint.find(aws, project.endpoint)
-            if scaled and now and now["EndpointStatus"] == "InService":
-                autoscaling.restore(aws, project, *scaled)
-            elif scaled and scaled[0]:
-                log.warning("endpoint %s does not scale now; the next `deploy` changes that", project.endpoint)
-            undo(aws, now, wanted)
+            undo(aws, endpoint.find(aws, project.endpoint), wanted)
         except LaunchError as exc:  # the failure itself is what must be told
             log.warning("cleaning up after it failed: %s; `status` shows what is there", exc)
         raise
+    except KeyboardInterrupt as exc:
+        if _scales_as_before(aws, project, scaled):
+            raise
+        raise StoppedWaiting(" ".join([*map(str, exc.args), SCALING_IS_OFF])) from (exc.__cause__ or exc)
+
+
+def _scales_as_before(
+    aws: Aws, project: Project, scaled: tuple[dict[str, Any] | None, list[dict[str, Any]]] | None
+) -> bool:
+    """Put back what was taken off for an update, `scaled`; no where AWS has its hands on the endpoint still."""
+    if scaled is None or scaled[0] is None:
+        return True
+    try:
+        now = endpoint.find(aws, project.endpoint)
+        if now is not None and now["EndpointStatus"] != "InService":
+            return False
+        if now is not None:
+            autoscaling.restore(aws, project, *scaled)
+        return True
+    except LaunchError as exc:
+        log.warning("putting autoscaling back failed: %s", exc)
+        return False
 
 
 def undo(aws: Aws, now: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> None:

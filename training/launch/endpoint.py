@@ -178,20 +178,25 @@ def changes_machines(aws: Aws, before: Mapping[str, Any], wanted: Mapping[str, A
 
 
 def put_alarms(aws: Aws, project: Project) -> list[str]:
-    """The alarms that undo an update: errors, and answers that take too long. Returns: their names."""
+    """The alarms that undo an update: errors, and answers that take too long. Returns: their names.
+
+    Raises: LaunchError where others made one of the name; AwsError.
+    """
     client = aws.client("cloudwatch")
     dimensions = [{"Name": "EndpointName", "Value": project.endpoint}, {"Name": "VariantName", "Value": VARIANT}]
     alarms = (
         ("5xx", "Invocation5XXErrors", "Sum", 5.0),
         ("latency", "ModelLatency", "Average", LATENCY_S * 1e6),  # microseconds
     )
-    for name, metric, statistic, threshold in alarms:
+    names = [f"{project.name}-{name}" for name, *_ in alarms]
+    ownership.require_alarms(aws, project, names)
+    for name, (_, metric, statistic, threshold) in zip(names, alarms, strict=True):
         client.put_metric_alarm(
-            AlarmName=f"{project.name}-{name}", Namespace="AWS/SageMaker", MetricName=metric, Dimensions=dimensions,
+            AlarmName=name, Namespace="AWS/SageMaker", MetricName=metric, Dimensions=dimensions,
             Statistic=statistic, Period=ALARM_PERIOD_S, EvaluationPeriods=2, Threshold=threshold,
             ComparisonOperator="GreaterThanThreshold", TreatMissingData="notBreaching", Tags=project.tags,
         )  # fmt: skip
-    return [f"{project.name}-{name}" for name, *_ in alarms]
+    return names
 
 
 def deployment(hosting: Hosting, alarms: list[str]) -> dict[str, Any]:
@@ -230,10 +235,11 @@ def create_or_update(
         wait_until_gone(aws, name, poll_s)
         found = None
     elif found and found["EndpointStatus"] != "InService":
-        log.info("endpoint %s is %s already", name, found["EndpointStatus"])
+        begun = found["EndpointStatus"]
+        log.info("endpoint %s is %s already", name, begun)
         found = _settled(aws, project, found, poll_s)
         if found["EndpointConfigName"] == config:
-            return "updated"
+            return "created" if begun == "Creating" else "updated"
     ensure_config(aws, wanted)
     if found is None:
         client.create_endpoint(EndpointName=name, EndpointConfigName=config, Tags=project.tags)
@@ -245,6 +251,10 @@ def create_or_update(
         given: dict[str, Any] = {}
         if hosting.kind == "realtime" and "ShadowProductionVariants" not in wanted:
             given["DeploymentConfig"] = deployment(hosting, put_alarms(aws, project))
+        else:
+            # AWS bakes and rolls back what has the variants that it had, in real time or asynchronous; 10 s are no
+            # alarm for the latter. https://docs.aws.amazon.com/sagemaker/latest/dg/deployment-guardrails-exclusions.html
+            log.info("no alarm watches this update: with a shadow, serverless or asynchronous, it is checked by /ping")
         client.update_endpoint(
             EndpointName=name, EndpointConfigName=config,
             RetainAllVariantProperties=hosting.max_count > hosting.min_count,  # what autoscaling has reached stays

@@ -9,7 +9,7 @@ from training.config import FILES, TrainingConfig, merged
 from training.errors import ConfigError
 from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
-from training.launch import cost, data, images, jobs, roles, source, tuning
+from training.launch import cost, data, debugger, images, jobs, roles, source, tuning
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.names import Project, split_uri
 from training.launch.opening import Options, as_json, opened
@@ -116,6 +116,8 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
     if options.mlflow:
         values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
     aws, project = opened(options)
+    if options.debugger:
+        debugger.rules_image(aws.region)  # a region without is told before anything is uploaded
     training = training_of(
         aws, project, options, values, machines_of(options, options.keep_warm_minutes), debugger=options.debugger,
         mlflow=options.mlflow,

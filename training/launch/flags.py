@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
     add("status", "what the project has at AWS")
     one = add("delete", "list what the project has at AWS, ask, and remove it")
-    one.add_argument("--data", action="store_true", dest="with_data", help="its objects in S3 too")
+    one.add_argument("--data", action="store_true", dest="with_data", help="what these commands wrote to S3 too")
     one.add_argument("--role", action="store_true", dest="with_role", help="the role that iam-role made too")
     one.add_argument("--yes", action="store_true", help="do not ask")
     _dry_run(one)

@@ -1,19 +1,23 @@
 """What a project has at AWS, read from AWS: shown by `status`, removed by `delete`, in an order that works."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from training.launch import autoscaling, data, endpoint, ownership, registry, roles
 from training.launch.attempts import RUNNING, TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
-from training.launch.errors import AwsError
+from training.launch.errors import AwsError, refused
 from training.launch.logs import ENDPOINTS
-from training.launch.names import Project
+from training.launch.names import PARTS, Project
 from training.launch.session import Aws
-from training.launch.wait import POLL_S
+from training.launch.wait import POLL_S, StoppedWaiting
 
 log = logging.getLogger("training")
+
+OBJECTS = "objects in S3"
+OF_JOBS = ("batch", "checkpoints", "debugger", "jobs", "profiler", "tensorboard")
+"""The parts of the project's prefix that jobs write, also the first time in the last two minutes before they end."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Thing:
     name: str
     state: str
     remove: Callable[[float], object] | None
-    """Given how often to ask AWS, in seconds, where it takes a while. None where nothing is left to do: a job that has
-    ended costs nothing and stays in AWS's records."""
+    """Given how often to ask AWS, in seconds, where it takes a while. None where it stays: a job that has ended costs
+    nothing and is kept in AWS's records; objects in S3 that these commands did not write are someone's."""
     until_over: Callable[[float], object] | None = None
     """Of a job, which goes on after it was told to stop: waits for its end."""
     needed_by_jobs: bool = False
@@ -37,7 +41,7 @@ def things(aws: Aws, project: Project, *, with_data: bool = False, with_role: bo
 
     Jobs, configurations and models are known by names that end in a digest; what is called like the project and nothing
     more (endpoint, model package group, alarms, role) by our tags; an endpoint's log group and autoscaling, which have
-    none of their own, by the endpoint's. In S3 the project's prefix.
+    none of their own, by the endpoint's. In S3 the folders below the project's prefix that these commands write.
 
     `with_data`: the project's objects in S3 too (data, models, outputs, checkpoints). Raises: AwsError.
     """
@@ -54,7 +58,7 @@ def things(aws: Aws, project: Project, *, with_data: bool = False, with_role: bo
     if ours or there is None:
         found += _logs(aws, project)
     if with_data:
-        found += _objects(aws, project)
+        found += _objects(aws, project, any(thing.until_over for thing in found))
     if with_role:
         found += _role(aws, project)
     return found
@@ -65,6 +69,16 @@ def remove(aws: Aws, found: list[Thing], poll_s: float = POLL_S) -> None:
 
     Raises: AwsError; StoppedWaiting.
     """
+    try:
+        _remove(found, poll_s)
+    except KeyboardInterrupt as exc:
+        raise StoppedWaiting(
+            "Stopped. What is said to be removed is gone, what was told to stop stops; the same command goes on with "
+            "the rest, `status` lists it."
+        ) from (exc.__cause__ or exc)
+
+
+def _remove(found: list[Thing], poll_s: float) -> None:
     stopping = [thing.until_over for thing in found if thing.until_over]
     for thing in found:
         if thing.remove is None:
@@ -144,9 +158,9 @@ def _packages(aws: Aws, project: Project) -> Iterator[Thing]:
 def _alarms(aws: Aws, project: Project) -> Iterator[Thing]:
     client = aws.client("cloudwatch")
     names = [f"{project.name}-{name}" for name in ("5xx", "latency", "wake")]
-    for alarm in client.describe_alarms(AlarmNames=names)["MetricAlarms"]:
+    for alarm, ours in ownership.alarms(aws, project, names):
         name = alarm["AlarmName"]
-        if ownership.has_tags(project, client.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]):
+        if ours:
             yield Thing("alarm", name, alarm["StateValue"], _at_once(client.delete_alarms, AlarmNames=[name]))
 
 
@@ -158,29 +172,42 @@ def _logs(aws: Aws, project: Project) -> Iterator[Thing]:
         yield Thing("log group", group, "", _at_once(client.delete_log_group, logGroupName=group))
 
 
-def _objects(aws: Aws, project: Project) -> Iterator[Thing]:
+def _objects(aws: Aws, project: Project, jobs_run: bool) -> Iterator[Thing]:
+    """A thing for each folder right below the project's prefix, and for each object that lies there by itself."""
+    sizes: dict[str, list[int]] = {f"{part}/": [] for part in OF_JOBS} if jobs_run else {}
     try:
-        sizes = [size for _, size in data.listed(aws, f"{project.uri()}/")]
+        for key, size in data.listed(aws, f"{project.uri()}/"):
+            head, slash, _ = key.removeprefix(f"{project.name}/").partition("/")
+            sizes.setdefault(head + slash, []).append(size)
     except AwsError as exc:
         if not exc.is_missing:
             raise
         return
-    if sizes:
+    for name, found in sorted(sizes.items()):
+        part = name.removesuffix("/")
+        ours = part in PARTS and name != part
+        shown = f"{len(found)} files, {sum(found) / 1e6:.1f} MB" + ("" if ours else "; not written by these commands")
+        shown = shown if found else "what jobs write while they are stopped"
         yield Thing(
-            "objects in S3",
-            f"{project.uri()}/",
-            f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB",
-            _at_once(delete_objects, aws, project),
-            needed_by_jobs=True,
-        )
+            OBJECTS, f"{project.uri()}/{name}", shown,
+            _at_once(delete_objects, aws, project, [part]) if ours else None, needed_by_jobs=True,
+        )  # fmt: skip
 
 
-def delete_objects(aws: Aws, project: Project) -> None:
-    """Remove all objects below the project's prefix; the bucket stays, others may use it."""
+def delete_objects(aws: Aws, project: Project, parts: Iterable[str] = PARTS) -> None:
+    """Remove all objects in these parts of the project's prefix; the bucket stays, others may use it.
+
+    Raises: AwsError, also where S3 keeps one of a thousand.
+    """
     s3 = aws.client("s3")
-    keys = [{"Key": key} for key, _ in data.listed(aws, f"{project.uri()}/")]
-    for first in range(0, len(keys), 1000):
-        s3.delete_objects(Bucket=project.bucket, Delete={"Objects": keys[first : first + 1000], "Quiet": True})
+    for part in parts:
+        keys = [{"Key": key} for key, _ in data.listed(aws, f"{project.uri(part)}/")]
+        for first in range(0, len(keys), 1000):
+            answer = s3.delete_objects(
+                Bucket=project.bucket, Delete={"Objects": keys[first : first + 1000], "Quiet": True}
+            )
+            for error in answer.get("Errors", ()):
+                raise refused("s3", "DeleteObjects", error)
 
 
 def _role(aws: Aws, project: Project) -> Iterator[Thing]:

@@ -15,7 +15,7 @@ from service.model.archive import unpack
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from training.errors import ConfigError
-from training.launch import data
+from training.launch import data, debugger
 from training.launch.errors import JobFailed, LaunchError, failure_advice
 from training.launch.logs import TRAINING, LogTail
 from training.launch.names import Project, digest
@@ -28,12 +28,6 @@ log = logging.getLogger("training")
 INSTANCE = "ml.g5.xlarge"
 """One A10G, which trains in bfloat16, as ml.g6.xlarge (L4) does, which is cheaper; ml.g4dn.xlarge (T4) costs half."""
 OVER = ("Completed", "Failed", "Stopped")
-
-DEBUGGER_RULES = (
-    "VanishingGradient", "ExplodingTensor", "DeadRelu", "LossNotDecreasing", "Overfit", "Overtraining",
-    "PoorWeightInitialization", "WeightUpdateRatio",
-)  # fmt: skip
-"""AWS's names; training/debugging has the same rules for accounts without Debugger."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ def request(project: Project, training: Training, region: str) -> dict[str, Any]
     # back what lies below longer names that begin so (https://github.com/syne-tune/syne-tune/pull/363).
     whole["CheckpointConfig"] = {"S3Uri": project.uri("checkpoints", digest(whole)) + "/"}
     if training.debugger:
-        whole |= debugger(project, region)
+        whole |= debugger.request(project, region)
     else:
         # Copied while the job runs; all of the run's folder comes in output.tar.gz at its end.
         whole["TensorBoardOutputConfig"] = {
@@ -131,30 +125,6 @@ def request(project: Project, training: Training, region: str) -> dict[str, Any]
         whole["MlflowConfig"] = {"MlflowResourceArn": training.mlflow, "MlflowExperimentName": project.name}
     whole["Tags"] = project.tags
     return whole
-
-
-def debugger(project: Project, region: str) -> dict[str, Any]:
-    """Hook, rules and profiler for accounts that have SageMaker Debugger (closed to new ones since 2026-07-30)."""
-    from sagemaker.core import image_uris  # 13 s, and only here: AWS's table of rule images
-
-    image = image_uris.retrieve("debugger", region)
-    return {
-        "DebugHookConfig": {
-            "S3OutputPath": project.uri("debugger"),
-            "CollectionConfigurations": [
-                {"CollectionName": name, "CollectionParameters": {"save_interval": "500"}}
-                for name in ("losses", "weights", "gradients", "biases", "relu_output")
-            ],
-        },
-        "DebugRuleConfigurations": [
-            {
-                "RuleConfigurationName": rule, "RuleEvaluatorImage": image,
-                "RuleParameters": {"rule_to_invoke": rule},
-            }
-            for rule in DEBUGGER_RULES
-        ],
-        "ProfilerConfig": {"S3OutputPath": project.uri("profiler"), "ProfilingIntervalInMilliseconds": 500},
-    }  # fmt: skip
 
 
 def describe(aws: Aws, name: str) -> dict[str, Any]:

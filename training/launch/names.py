@@ -14,6 +14,12 @@ from training.errors import ConfigError
 PROJECT_TAG, MAKER_TAG, MAKER = "project", "made-by", "training.launch"
 MAX_PROJECT = 18
 """A tuning job's name has 32 characters at most: project, kind, digest, attempt."""
+PARTS = (
+    "async", "batch", "captured", "checkpoints", "code", "data", "debugger", "jobs", "models", "profiler",
+    "tensorboard",
+)  # fmt: skip
+"""The folders below the project's prefix in S3 that these commands write, themselves or through AWS. Objects carry no
+tags of ours where AWS writes them, so the folder says whose they are: `delete --data` removes these, and no others."""
 
 
 def digest(value: object) -> str:
@@ -62,7 +68,8 @@ class Project:
         return re.fullmatch(rf"{re.escape(self.name)}-{kind}-[0-9a-f]{{8}}(-\d+)?", name) is not None
 
     def key(self, *parts: str) -> str:
-        """A key in S3 below the project's prefix."""
+        """A key in S3 below the project's prefix, in one of PARTS; without `parts` the prefix."""
+        assert not parts or parts[0].partition("/")[0] in PARTS, f"{parts[0]} would not be deleted"
         return "/".join((self.name, *parts))
 
     def uri(self, *parts: str) -> str:

@@ -1,6 +1,7 @@
 """Whose a thing is: names may be anyone's, our tags say that we made it. Nothing else is changed or removed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
@@ -27,8 +28,33 @@ def is_ours(aws: Aws, project: Project, arn: str) -> bool:
 def require(aws: Aws, project: Project, arn: str, what: str) -> None:
     """Raises: LaunchError where `what` is not the project's; AwsError."""
     if not is_ours(aws, project, arn):
-        tags = ", ".join(f"{tag['Key']}={tag['Value']}" for tag in project.tags)
-        raise LaunchError(
-            f"{what} was not made by these commands (it has not the tags {tags}), so it is left as it is; give another "
-            "--project."
-        )
+        raise _of_others(project, what)
+
+
+def alarms(aws: Aws, project: Project, names: Sequence[str]) -> list[tuple[dict[str, Any], bool]]:
+    """CloudWatch's alarms of these names that are there, each with whether it is the project's. Raises: AwsError."""
+    client, found = aws.client("cloudwatch"), []
+    for alarm in client.describe_alarms(AlarmNames=list(names))["MetricAlarms"]:
+        try:
+            tags = client.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]
+        except AwsError as exc:
+            if exc.is_missing:  # it went away just now
+                continue
+            raise
+        found.append((alarm, has_tags(project, tags)))
+    return found
+
+
+def require_alarms(aws: Aws, project: Project, names: Sequence[str]) -> None:
+    """Raises: LaunchError where one of these alarms is there and others made it, who may count on it; AwsError."""
+    for alarm, ours in alarms(aws, project, names):
+        if not ours:
+            raise _of_others(project, f"Alarm {alarm['AlarmName']}")
+
+
+def _of_others(project: Project, what: str) -> LaunchError:
+    tags = ", ".join(f"{tag['Key']}={tag['Value']}" for tag in project.tags)
+    return LaunchError(
+        f"{what} was not made by these commands (it has not the tags {tags}), so it is left as it is; give another "
+        "--project."
+    )

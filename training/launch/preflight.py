@@ -121,8 +121,7 @@ def _permissions(aws: Aws, project: Project) -> Iterator[Check]:
     if arn.endswith(":root"):
         yield Check("permissions", "WARN", "you are the account's root user, who may do all", "Use a role of your own.")
         return
-    found = re.fullmatch(r"(arn:[^:]+):sts::(\d+):assumed-role/([^/]+)/.+", arn)
-    source = f"{found[1]}:iam::{found[2]}:role/{found[3]}" if found else arn
+    source = _policies_of(aws, arn)
     # What a policy may ask of iam:PassRole.
     service = {
         "ContextKeyName": "iam:PassedToService", "ContextKeyType": "string", "ContextKeyValues": [roles.SERVICE]
@@ -151,6 +150,17 @@ def _permissions(aws: Aws, project: Project) -> Iterator[Check]:
         )  # fmt: skip
     if not denied and not unsure:
         yield Check("permissions", "PASS", f"all {len(roles.CALLER_ACTIONS)} actions that the commands use")
+
+
+def _policies_of(aws: Aws, arn: str) -> str:
+    """Whose policies count for this caller: of a session the role's, whose path the session does not tell."""
+    found = re.fullmatch(r"(arn:[^:]+):sts::(\d+):assumed-role/([^/]+)/.+", arn)
+    if not found:
+        return arn
+    try:
+        return str(aws.client("iam").get_role(RoleName=found[3])["Role"]["Arn"])
+    except AwsError:
+        return f"{found[1]}:iam::{found[2]}:role/{found[3]}"
 
 
 def _images(aws: Aws, plan: Plan) -> Iterator[Check]:
@@ -208,10 +218,11 @@ def _driver(plan: Plan) -> Iterator[Check]:
         return
     ami = known[chosen]
     shown = f"{chosen} (driver {ami.driver}, CUDA {ami.cuda[0]}.{ami.cuda[1]})"
+    brought = f"CUDA {cuda[0]}.{cuda[1]}" + (", which --image is taken to bring" if plan.image else "")
     if ami.cuda < cuda:
-        yield Check("driver", "FAIL", f"{shown} cannot run CUDA {cuda[0]}.{cuda[1]}", f"Leave --ami out: {wanted}")
+        yield Check("driver", "FAIL", f"{shown} cannot run {brought}", f"Leave --ami out: {wanted}")
     else:
-        yield Check("driver", "PASS", f"{instance} with {shown} runs the image's CUDA {cuda[0]}.{cuda[1]}")
+        yield Check("driver", "PASS", f"{instance} with {shown} runs the image's {brought}")
 
 
 def _quotas(aws: Aws, plan: Plan) -> Iterator[Check]:

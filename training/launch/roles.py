@@ -52,7 +52,7 @@ _CALLER: dict[str, tuple[str, ...]] = {
     ),
     "iam::{account}:role/{name}-sagemaker": ("iam:PassRole", "iam:GetRole"),
     "s3:::{bucket}": ("s3:ListBucket", "s3:CreateBucket", "s3:PutBucketPublicAccessBlock"),
-    "s3:::{bucket}/{name}/0": ("s3:GetObject", "s3:PutObject", "s3:DeleteObject"),
+    "s3:::{bucket}/{name}/0": ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"),
     "logs:{here}:log-group:/aws/sagemaker/Endpoints/{name}:log-stream:0": (
         "logs:DescribeLogStreams", "logs:GetLogEvents", "logs:DeleteLogGroup",
     ),

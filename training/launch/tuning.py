@@ -139,8 +139,9 @@ def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
         lines = LogTail(aws, TRAINING, f"{trial['TrainingJobName']}/").last_lines()
         said = trial.get("FailureReason", "")
         raise JobFailed(
-            f"Tuning job {name}", f"{reason}; trial {trial['TrainingJobName']}: {said}", lines, failure_advice(said)
-        )
+            f"Tuning job {name}", f"{reason.rstrip('.')}; trial {trial['TrainingJobName']}: {said}", lines,
+            failure_advice(said),
+        )  # fmt: skip
     for trial in failed:
         log.warning("trial %s failed: %s", trial["TrainingJobName"], trial.get("FailureReason", "no reason given"))
     return job

@@ -1,0 +1,220 @@
+"""Every step broken off in its midst and repeated: one sentence, nothing left over, and the same end as without."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.in_process import POLL_S, ROLE, Account
+from tests.launch.telling import DENIED, EXPIRED, ctrl_c, problem, sigterm, told, when
+from tests.launch.test_faults import left
+from tests.rehearsal.start import IMAGE, Rehearsal
+from training.launch import autoscaling, data, deployment, endpoint, inventory
+from training.launch.attempts import TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
+from training.launch.endpoint import Hosting
+from training.launch.errors import AwsError
+from training.launch.names import Project
+from training.launch.session import Aws
+
+pytestmark = pytest.mark.timeout(900)  # a service really starts, beside whatever else the machine does
+
+SMALL = ("--weights", "none", "--quantize", "off")
+SEARCH = ("--trials", 2, "--parallel", 2, "--epochs-range", "1:2", "--batch-sizes", 8, *SMALL)
+
+
+def test_a_deployment_broken_at_every_step_is_finished_by_repeating_it(
+    cloud: Rehearsal, aws: Aws, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    deploy = ("deploy", "--project", "steps", "--model", packed, "--image", IMAGE, "--role", "resnet34-sagemaker",
+              "--instance", "ml.c5.xlarge", "--max", 2)  # fmt: skip
+    registry = {"model packages", "model package groups"}
+    for name in (
+        "CreateModelPackageGroup", "CreateModelPackage", "CreateModel", "CreateEndpointConfig", "CreateEndpoint"
+    ):  # fmt: skip
+        cloud.order({"operation": name, **DENIED})
+        assert f"Permission sagemaker:{name} is missing" in problem(caplog, *deploy)
+        assert set(left(cloud, "steps")) <= registry
+    with when("endpoint steps: Creating", ctrl_c):
+        said = told(caplog, *deploy, status=130)
+    assert "endpoint steps goes on at AWS" in said and "launch deploy --project steps --model" in said
+    for name in ("RegisterScalableTarget", "PutScalingPolicy"):
+        cloud.order({"operation": name, **DENIED})
+        assert f"Permission application-autoscaling:{name} is missing" in problem(caplog, *deploy)
+    cloud.order({"operation": "InvokeEndpoint", **DENIED})
+    sentence = problem(caplog, *deploy)
+    assert "Permission sagemaker:InvokeEndpoint is missing" in sentence
+    assert "Endpoint steps is unchanged and in service all the same" in sentence
+    said = told(caplog, *deploy)
+    assert "endpoint steps is unchanged" in said and "scales from 1 to 2" in said and "predicts as this machine" in said
+    assert {kind: len(names) for kind, names in left(cloud, "steps").items()} == dict.fromkeys(
+        ("endpoints", "endpoint configurations", "models", *registry, "servers"), 1
+    )
+    assert "nothing is left" in told(caplog, "delete", "--project", "steps", "--data", "--yes")
+    assert left(cloud, "steps") == {}
+
+
+def test_credentials_that_expire_while_an_endpoint_comes_up_do_not_end_it(here: Account) -> None:
+    project = Project("expires", "expires")
+    wanted = endpoint.config_request(project, here.model(project), Hosting())
+    here.containers.ready.clear()
+    with (
+        when("endpoint expires: Creating", lambda: here.order(operation="DescribeEndpoint", **EXPIRED)),
+        pytest.raises(AwsError, match=r"have expired \(sagemaker DescribeEndpoint\); log in again"),
+    ):
+        deployment.bring(here.aws, project, None, wanted, Hosting(), POLL_S)
+    assert here.status(project) == "Creating"
+    assert here.settle(project, wanted) in ("created", "unchanged")  # it may be up by now
+
+
+def train(here: Account, project: str, data: Path, output: Path, artifact: Path) -> tuple[object, ...]:
+    """A training that goes on until it is told to end, and makes this artifact."""
+    here.containers.artifact, here.containers.runs = artifact, True
+    return ("train", "--project", project, "--data", data, "--image", IMAGE, "--role", ROLE, "--output", output,
+            *SMALL, "--epochs", 1)  # fmt: skip
+
+
+def test_credentials_that_expire_while_a_job_runs_do_not_end_it(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = train(here, "logged-out", data, tmp_path / "model", artifact)
+    with when("Training in progress", lambda: here.order(operation="DescribeTrainingJob", **EXPIRED)):
+        sentence = problem(caplog, *command)
+    assert re.search(r"expired \(sagemaker DescribeTrainingJob\); log in again .*the same command goes on", sentence)
+    with when("Training in progress", sigterm):  # nor does whoever ends the command
+        assert "goes on at AWS" in told(caplog, *command, status=143)
+    here.containers.runs = False
+    assert "for this very request is there" in told(caplog, *command)
+    assert list(TRAINING_JOBS.states(here.aws, Project("logged-out", "")).values()) == ["Completed"]
+    assert (tmp_path / "model" / "manifest.json").is_file()
+
+
+def batch(project: str, packed: Path, asked: Path, output: Path, *more: object) -> tuple[object, ...]:
+    return ("batch", "--project", project, "--model", packed, "--image", IMAGE, "--role", ROLE, "--output", output,
+            asked, *more)  # fmt: skip
+
+
+def test_a_batch_broken_at_every_step_is_finished_by_repeating_it(
+    here: Account, packed: Path, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = batch("lots", packed, asked, tmp_path / "answers.csv")
+    for name in ("CreateModel", "CreateTransformJob"):
+        here.order(operation=name, **DENIED)
+        assert f"Permission sagemaker:{name} is missing" in problem(caplog, *command)
+        assert TRANSFORM_JOBS.states(here.aws, Project("lots", "")) == {}
+    here.containers.ready.clear()
+    with when(": InProgress", ctrl_c):
+        assert re.search(r"job lots-batch-\w+-1 goes on at AWS", told(caplog, *command, status=130))
+    with when(": InProgress", lambda: here.order(operation="DescribeTransformJob", **EXPIRED)):
+        assert "log in again" in problem(caplog, *command)
+    here.containers.ready.set()
+    said = told(caplog, *command)
+    assert "for this very request is there" in said and "5 images, 0 with a problem" in said
+    assert list(TRANSFORM_JOBS.states(here.aws, Project("lots", "")).values()) == ["Completed"]
+    assert (tmp_path / "answers.csv").read_text().count(",a,0.9,") == 5
+    assert len([name for name in here.records._models if name.startswith("lots-")]) == 1
+    assert "nothing is left" in told(caplog, "delete", "--project", "lots", "--data", "--yes")
+    assert "has nothing to remove" in told(caplog, "delete", "--project", "lots", "--data", "--yes")
+
+
+def test_a_batch_that_fails_tells_why_and_is_run_again(
+    here: Account, packed: Path, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sick = ("--env", "SICK=yes", "--env", "SAYS=my reason")
+    for attempt in (1, 2):
+        sentence = problem(caplog, *batch("ill", packed, asked, tmp_path / "a.csv", *sick))
+        assert re.search(rf"Job ill-batch-\w+-{attempt} failed: ClientError: .*ping health check", sentence)
+        assert "The last lines of its log:\n    starts with my reason\n  The container did not answer /ping" in sentence
+    assert not (tmp_path / "a.csv").exists()
+    assert "5 images, 0 with a problem" in told(caplog, *batch("ill", packed, asked, tmp_path / "a.csv"))
+    assert "nothing is left" in told(caplog, "delete", "--project", "ill", "--data", "--yes")
+    assert list(data.listed(here.aws, "s3://sagemaker-eu-central-1-123456789012/ill/")) == []
+
+
+def tune(here: Account, project: str, folder: Path, output: Path, artifact: Path) -> tuple[object, ...]:
+    here.containers.artifact = artifact
+    return ("tune", "--project", project, "--data", folder, "--image", IMAGE, "--role", ROLE, "--output", output,
+            *SEARCH)  # fmt: skip
+
+
+def test_a_search_broken_at_every_step_is_finished_by_repeating_it(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = tune(here, "seeks", data, tmp_path / "found", artifact)
+    here.order(operation="CreateHyperParameterTuningJob", **DENIED)
+    assert "Permission sagemaker:CreateHyperParameterTuningJob is missing" in problem(caplog, *command)
+    assert TUNING_JOBS.states(here.aws, Project("seeks", "")) == {}
+    here.containers.runs = True
+    with when(": InProgress", ctrl_c):
+        assert re.search(r"tuning job seeks-t-\w+-1 goes on at AWS", told(caplog, *command, status=130))
+    with when(": InProgress", lambda: here.order(operation="DescribeHyperParameterTuningJob", **EXPIRED)):
+        assert "log in again" in problem(caplog, *command)
+    here.containers.runs = False
+    said = told(caplog, *command)
+    assert "for this very request is there" in said
+    assert list(TUNING_JOBS.states(here.aws, Project("seeks", "")).values()) == ["Completed"]
+    for name in ("best.json", "model/manifest.json"):
+        assert (tmp_path / "found" / name).is_file()
+    assert "nothing is left" in told(caplog, "delete", "--project", "seeks", "--data", "--yes")
+
+
+def failing(here: Account, trials: int) -> None:
+    here.order(operation="TrainingJob", code="", message="AlgorithmError: it diverged", times=trials)
+
+
+def test_a_trial_that_fails_is_told_and_the_search_goes_on_without_it(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing(here, 1)
+    said = told(caplog, *tune(here, "one-fails", data, tmp_path / "found", artifact))
+    assert re.search(r"trial one-fails-t-\w+-1-00\d-\w+ failed: AlgorithmError: it diverged", said)
+    assert "Completed, 1 trials done, 0 running, 1 failed or stopped" in said
+    table = said.split("    trial  accuracy  state      settings\n")[-1].splitlines()
+    assert re.fullmatch(r"      1   50\.00 %  Completed  batch_size=8 epochs=[12] learning_rate=0\.\d+", table[0])
+    assert re.match(r"      2         -  Failed     batch_size=8", table[1])
+    assert (tmp_path / "found" / "best.json").is_file()
+
+
+def test_a_search_of_which_every_trial_fails_tells_why_and_is_run_again(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = tune(here, "all-fail", data, tmp_path / "found", artifact)
+    for attempt in (1, 2):
+        failing(here, 2)
+        sentence = problem(caplog, *command)
+        trial = rf"all-fail-t-\w+-{attempt}"
+        assert re.search(
+            rf"Tuning job {trial} failed: All training jobs failed; trial {trial}-00\d-\w+: AlgorithmError: it div",
+            sentence,
+        )
+        assert "It left no line in its log" in sentence and "That is the training's own error" in sentence
+    assert not (tmp_path / "found").exists()
+    told(caplog, *command)
+    assert sorted(TUNING_JOBS.states(here.aws, Project("all-fail", "")).values()) == ["Completed", "Failed", "Failed"]
+
+
+def test_a_delete_broken_at_every_step_is_finished_by_repeating_it(
+    here: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    project = Project("goes", "delete-goes")
+    here.containers.runs = True
+    wanted: dict[str, Any] = endpoint.config_request(project, here.model(project), Hosting())
+    here.settle(project, wanted)
+    autoscaling.apply(here.aws, project, Hosting(max_count=2))
+    TRAINING_JOBS.start(here.aws, project, here.training(project), POLL_S)
+    delete = ("delete", "--project", "goes", "--bucket", "delete-goes", "--data", "--yes")
+    before = inventory.things(here.aws, project, with_data=True)
+    for said in (told(caplog, *delete, "--dry-run"), told(caplog, "status", *delete[1:5])):
+        assert all(thing.name in said for thing in before)
+        assert "goes-train-" in said and "endpoint/goes/variant/main" in said and "delete-goes/goes/data/" in said
+    assert [thing.name for thing in inventory.things(here.aws, project, with_data=True)] == [t.name for t in before]
+    for name in ("StopTrainingJob", "DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel", "DeleteLogGroup"):
+        if name == "DeleteEndpointConfig":
+            with when("endpoint goes: InService", ctrl_c):
+                assert "What is said to be removed is gone" in told(caplog, *delete, status=130)
+        here.order(operation=name, **DENIED)
+        assert f":{name} is missing" in problem(caplog, *delete)
+    said = told(caplog, *delete)
+    assert "nothing is left" in said and "what stays by design: bucket delete-goes" in said
+    assert [thing for thing in inventory.things(here.aws, project, with_data=True) if thing.remove] == []
+    assert "has nothing to remove" in told(caplog, *delete)

@@ -1,0 +1,93 @@
+"""Before anything costs: what would be done and what it costs, and a dry run changes nothing."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.launch.in_process import ROLE, Account
+from tests.launch.telling import told
+from tests.rehearsal.start import IMAGE
+from training.launch.cost import DATE, PAGE
+
+NOTE = re.escape(f"(us-east-1, estimate of {DATE}; {PAGE})")
+CHANGES = re.compile(r" (Create|Put|Update|Delete|Register|Deregister|Start|Stop|Post|Upload|Abort|Invoke)")
+SMALL = ("--weights", "none", "--quantize", "off")
+
+
+def dry(here: Account, caplog: pytest.LogCaptureFixture, *command: object) -> str:
+    """What a dry run tells; AWS was asked for nothing that changes anything."""
+    before = here.calls
+    said = told(caplog, *command, "--project", "planned", "--dry-run")
+    assert [call for call in here.calls - before if CHANGES.search(call)] == []
+    return said
+
+
+def cost(said: str) -> str:
+    (line,) = [line for line in said.splitlines() if line.startswith("cost: ")]
+    return line
+
+
+def test_a_dry_run_of_train_tells_job_and_price(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = ("train", "--data", data, "--image", IMAGE, "--role", ROLE, *SMALL, "--epochs", 3)
+    said = dry(here, caplog, *train, "--spot", "--max-hours", 2)
+    assert re.fullmatch(
+        rf"cost: 1 x ml\.g5\.xlarge: about 1\.41 USD per hour {NOTE}; at most 2\.82 USD in 2 h; spot instances .* less",
+        cost(said),
+    )
+    assert re.search(r"would upload \d+ files, 0\.\d MB, to s3://", said)
+    assert '"epochs": "3"' in said and '"train": "s3://sagemaker-eu-central-1-123456789012/planned/data/train-' in said
+    assert "not in our price table" in cost(dry(here, caplog, *train, "--instance", "ml.g99.xlarge"))
+
+
+def test_a_dry_run_of_tune_tells_trials_and_price(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = dry(
+        here, caplog, "tune", "--data", data, "--image", IMAGE, "--role", ROLE, *SMALL, "--trials", 3, "--parallel", 2,
+        "--instance", "ml.g4dn.xlarge", "--max-hours", 1,
+    )  # fmt: skip
+    assert re.fullmatch(
+        rf"cost: 3 trials, 2 at once; each 1 x ml\.g4dn\.xlarge: about 0\.74 USD per hour {NOTE}; at most 0\.74 USD .*",
+        cost(said),
+    )
+    assert '"MaxNumberOfTrainingJobs": 3' in said and '"MaxParallelTrainingJobs": 2' in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "price"),
+    [
+        (("--max", 3), rf"1 x ml\.g4dn\.xlarge: about 0\.74 USD per hour {NOTE}, up to 3"),
+        (("--min", 2, "--max", 2), rf"2 x ml\.g4dn\.xlarge: about 1\.47 USD per hour {NOTE}"),
+        (("--kind", "serverless"), rf"serverless, 4096 MB: about 0\.29 USD per hour of computing, .* \({DATE}\)"),
+        (
+            ("--kind", "async", "--min", 0, "--max", 1),
+            rf"1 x ml\.g4dn\.xlarge: about 0\.74 USD per hour {NOTE}, up to 1",
+        ),
+    ],
+)
+def test_a_dry_run_of_deploy_tells_endpoint_and_price(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture, flags: tuple[object, ...], price: str
+) -> None:
+    said = dry(here, caplog, "deploy", "--model", packed, "--image", IMAGE, "--role", ROLE, *flags)
+    assert re.fullmatch(f"cost: {price}", cost(said))
+    assert "would register it and bring endpoint planned to" in said
+    assert re.search(r"model: .* version \S+, validation accuracy \d", said)
+
+
+def test_dry_runs_of_the_other_commands_change_nothing(
+    here: Account, packed: Path, asked: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = dry(here, caplog, "batch", "--model", packed, "--image", IMAGE, "--role", ROLE, asked)
+    assert re.fullmatch(rf"cost: 1 x ml\.c6i\.2xlarge: about 0\.41 USD per hour {NOTE}", cost(said))
+    assert "would classify 5 images" in said
+    assert "would make role planned-sagemaker" in dry(here, caplog, "iam-role")
+    assert "MB, to s3://" in dry(here, caplog, "upload", "--data", data)
+    assert "has nothing to remove" in dry(here, caplog, "delete", "--data", "--role")
+
+
+def test_the_price_is_told_before_the_job_is_started(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    said = told(
+        caplog, "train", "--project", "priced", "--data", data, "--image", IMAGE, "--role", ROLE, *SMALL, "--no-wait"
+    )
+    assert said.index("cost: ") < said.index("is started")
