@@ -101,9 +101,7 @@ def _run(
         artifact, failure = _quantized(config, prepared, artifact, fitted)
     if config.report:
         _report(config, prepared, artifact, found)
-    checkpoint.remove(
-        config.checkpoint_folder
-    )  # not before: stopped until here, the same command makes what is missing
+    checkpoint.remove(config.checkpoint_folder)  # last: stopped before, the same command makes what is missing
     if failure is not None and config.quantize == "on":
         raise failure
     return artifact

@@ -184,6 +184,21 @@ def test_a_client_that_hangs_up_while_sending_leaves_a_line_and_no_trace(caplog:
     assert "Traceback" not in caplog.text
 
 
+def test_a_client_that_hangs_up_while_its_image_is_decoded_never_reaches_the_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "service.requests")
+    engine = FakeEngine(256)
+    with serve(engine) as served:
+        assert served.ask("POST", "/invocations", png()).status == 200  # a decoder process is there
+        before = len(engine.batch_sizes)
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(png())}\r\n\r\n"
+            client.sendall(head.encode() + png())
+        served.until(lambda: "status=0 code=client_gone" in caplog.text)
+        assert len(engine.batch_sizes) == before
+
+
 def test_a_client_that_hangs_up_while_waiting_never_reaches_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "service.requests")
     engine = FakeEngine(256)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from service.model.artifact import open_artifact
+from tests.conftest import Server, environment, free_port
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -158,3 +159,18 @@ def test_the_service_ends_when_its_parent_is_killed(artifact: Path, tmp_path: Pa
         with contextlib.suppress(OSError):
             parent.kill()
     assert "the process that started the service has ended" in log.read_text()
+
+
+def test_descriptors_that_were_closed_at_the_start_are_taken_by_no_socket(artifact: Path, tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "service", "--model", str(artifact), "--host", "127.0.0.1", "--port", str(port)]
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    process = subprocess.Popen(shell, cwd=ROOT, env=environment(CLASSIFIER_WORKERS="2"), text=True)
+    (tmp_path / "log").touch()
+    server = Server(process, port, tmp_path / "log")
+    try:
+        server.wait_until_ready()
+        assert server.ask("POST", "/invocations", open_artifact(artifact).read("example")).status == 200
+    finally:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from types import FrameType
 
 from training.errors import ConfigError, TrainingError
-from training.launch.flags import parser
+
+try:
+    from training.launch.flags import parser
+except ModuleNotFoundError as exc:
+    if exc.name not in ("boto3", "botocore"):
+        raise
+    sys.exit(f"{exc.name} is not installed: `uv sync --inexact --group training --group sagemaker` installs it.")
 
 log = logging.getLogger("training")
 
