@@ -145,7 +145,7 @@ def described(found: Quantization) -> str:
     """The figures in words."""
     return (
         f"{100 * found.top1_agreement:.2f} % of n={found.n} validation images get the class that float32 gives; "
-        f"accuracy {100 * found.accuracy:.2f} %, {-found.loss_points:+.2f} points"
+        f"accuracy {100 * found.accuracy:.2f} %, {0.0 - found.loss_points:+.2f} points"
     )
 
 

@@ -17,6 +17,7 @@ from training import progress
 from training.errors import ConfigError
 from training.launch.__main__ import main
 from training.launch.client import Outcome, Reply, UrlTarget, classify, classify_one, images_in, retry_after_s
+from training.launch.errors import LaunchError
 
 GOOD = {"model": {"name": "m", "version": "1"}, "predictions": [{"label": "a", "index": 0, "probability": 0.9}]}
 
@@ -94,8 +95,15 @@ def test_giving_up_says_how_often_it_was_tried(picture: Path) -> None:
     assert len(times) == 2
 
 
-def test_nobody_there_is_a_sentence(picture: Path) -> None:
-    outcome = one("http://127.0.0.1:9", picture, tries=1)
+def test_where_nobody_listens_it_ends_at_once_and_is_not_tried_for_each_image(picture: Path) -> None:
+    with pytest.raises(LaunchError, match=r"http://127\.0\.0\.1:9: nobody listens there; start the service"):
+        one("http://127.0.0.1:9", picture)
+
+
+def test_a_service_that_goes_away_is_that_images_problem(picture: Path) -> None:
+    with answering((200, {}, GOOD)) as (url, _), closing(UrlTarget(url)) as target:
+        assert classify_one(target, picture).problem is None
+    outcome = classify_one(target, picture, tries=1)
     assert outcome.problem and "did not answer" in outcome.problem and "is the service running?" in outcome.problem
 
 

@@ -105,6 +105,7 @@ class UrlTarget:
         self._made = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._local = threading.local()
         self._connections: list[http.client.HTTPConnection] = []
+        self._answered = False
 
     def close(self) -> None:
         """Close the connections of all threads."""
@@ -123,8 +124,13 @@ class UrlTarget:
             connection.request("POST", self._path, body, {"Content-Type": media_type, "Accept": accept})
             response = connection.getresponse()
             content = response.read()
+            self._answered = True
         except (OSError, http.client.HTTPException) as exc:
             connection.close()
+            if isinstance(exc, ConnectionRefusedError) and not self._answered:  # later, it may be starting anew
+                raise LaunchError(
+                    f"{self.name}: nobody listens there; start the service ('make serve'), or give another --url."
+                ) from exc
             raise Unanswered(
                 f"{self.name} did not answer ({exc or type(exc).__name__}); is the service running?"
             ) from exc

@@ -168,7 +168,7 @@ def _int8(manifest: Manifest) -> dict[str, str]:
         return {}
     return {
         "same class as float32": charts.percent(found.top1_agreement),
-        "accuracy": f"{charts.percent(found.accuracy)} ({-found.loss_points:+.2f} points)",
+        "accuracy": f"{charts.percent(found.accuracy)} ({0.0 - found.loss_points:+.2f} points)",
         "validation images": f"{found.n:,}", "calibration images": f"{found.calibration_images:,}",
         "method": found.method,
     }  # fmt: skip
