@@ -243,10 +243,18 @@ def test_stopped_while_it_quantizes_the_artifact_is_there_and_the_log_says_so(
     def stopped(*_: object) -> Int8Network:
         raise KeyboardInterrupt
 
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(quantization, "int8_network", stopped)
     assert train(pictures, tmp_path / "model", base=TINY) == 130
     assert "stopped; the artifact is written, without an int8 network; `python -m training.quantize" in caplog.text
     open_artifact(tmp_path / "model").verify()
+    monkeypatch.undo()
+    caplog.clear()
+    assert train(pictures, tmp_path / "model", base=TINY) == 0
+    assert "resumed from" in caplog.text and "epoch 1/1 train" not in caplog.text  # nothing is trained again
+    assert open_artifact(tmp_path / "model").manifest.quantization is not None
+    assert (tmp_path / "model-run" / "report.html").is_file()
+    assert not list((tmp_path / "model-run").rglob("checkpoint.pt"))
 
 
 def test_a_network_that_loses_accuracy_is_kept_with_its_figures_and_a_warning(
