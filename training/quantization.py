@@ -29,7 +29,7 @@ from service.model.architecture import Architecture
 from service.model.artifact import Artifact, Int8Network, SelfCheck, Weights, add_int8
 from service.model.errors import ArtifactError
 from service.model.machine import cores
-from service.model.manifest import Quantization
+from service.model.manifest import INT8_MAX_LOSS_POINTS, Quantization
 from service.model.openvino_graph import build, core, no_telemetry
 from service.model.preprocess import Preprocessing
 from service.model.resize import PixelBatch
@@ -137,7 +137,8 @@ def int8_network(
     )
     log.info("int8: %s; it took %.1f s", described(found), time.monotonic() - started_s)
     if found.doubt is not None:
-        log.warning("int8: %s; the service runs it only with CLASSIFIER_ENGINE=openvino-int8", found.doubt)
+        level = logging.WARNING if found.loss_points > INT8_MAX_LOSS_POINTS else logging.INFO
+        log.log(level, "int8: %s; the service runs it only with CLASSIFIER_ENGINE=openvino-int8", found.doubt)
     return Int8Network(graph, constants, found)
 
 

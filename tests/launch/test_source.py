@@ -1,11 +1,9 @@
 """Our code for AWS's images: the archive is whole, its program trains, requests name it; with AWS's own toolkit too."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -23,8 +21,8 @@ TOOLKIT = "sagemaker-training==5.1.4"
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("code")
-    with tarfile.open(fileobj=io.BytesIO(source.archive())) as tar:
-        tar.extractall(folder, filter="data")
+    # Python before 3.11.4 has no filters for tarfile.
+    subprocess.run(["tar", "-xzf", "-", "-C", folder], input=source.archive(), check=True)
     return folder
 
 
