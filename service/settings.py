@@ -134,6 +134,19 @@ class Settings(BaseSettings):
             parser.error("; ".join(problems))
 
 
+FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
+"""For glibc (mallopt(3)), which else gives almost every thread a heap of its own, and none of it back to the others.
+
+At 224 px in bfloat16, 32 clients, three starts in turns: 426, 423 and 379 MiB (PSS) against 456, 459 and 393, at 57
+images/s on average both; at 32 px in int8 the same memory, 2,480 images/s against 2,410 (2 cores of an EPYC).
+"""
+
+
+def environment_of_workers() -> dict[str, str]:
+    """This process's environment, and what is set for its workers unless it is set there."""
+    return {**FEW_ARENAS, **os.environ}
+
+
 def trace_collector() -> str | None:
     """Where OpenTelemetry's variables send traces; None when they name no collector, or switch traces off."""
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"

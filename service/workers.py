@@ -39,6 +39,7 @@ from service.lifeline import (
 from service.metrics import Page
 from service.model.machine import cores, gpus, memory_bytes
 from service.record import RequestRecord
+from service.settings import environment_of_workers
 
 log = logging.getLogger(__name__)
 requests_log = logging.getLogger("service.requests")
@@ -266,6 +267,7 @@ class Supervisor:
                 [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
                 pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
                 start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
+                env=environment_of_workers(),
             )
             self._held[index] = Held(ours, slots_fd)
         except OSError:
