@@ -15,7 +15,13 @@ from service.multipart import files_of
 
 FORM = "multipart/form-data"
 
-RAW_MEDIA_TYPES = ("application/octet-stream", "application/x-image", "application/x-www-form-urlencoded", "")
+URL_ENCODED = "application/x-www-form-urlencoded"
+"""What curl says with --data-binary, which sends a file as it is, and with -d, which does not."""
+
+LOST_BY_CURL_D = (b"\0", b"\n", b"\r")
+"""`curl -d @FILE` leaves these bytes out (its manual); no image does without a zero byte in its header."""
+
+RAW_MEDIA_TYPES = ("application/octet-stream", "application/x-image", URL_ENCODED, "")
 """Types under which raw image bytes come besides image/*: unnamed, SageMaker's own, curl's `--data-binary` default."""
 
 MAX_IMAGES = 100
@@ -35,6 +41,12 @@ class Payloads:
 def payloads_of(body: bytes, content_type: str | None) -> Payloads:
     """Take the images out of a body. Raises: UnsupportedMediaType, MalformedRequest."""
     media_type = media_type_of(content_type or "")
+    looks_like_json = body[:64].lstrip()[:1] == b"{"
+    if body and media_type == URL_ENCODED and not looks_like_json and not any(byte in body for byte in LOST_BY_CURL_D):
+        raise MalformedRequest(
+            "The body has no zero byte and no line break, which curl -d leaves out: it damages images; send the file "
+            "as it is, with curl --data-binary @photo.jpg."
+        )
     if media_type.startswith("image/") or is_image(body):
         return Payloads((body,), several=False)
     if media_type == FORM:
@@ -42,16 +54,10 @@ def payloads_of(body: bytes, content_type: str | None) -> Payloads:
         if not files:
             raise MalformedRequest('The form must hold a file, given: 0; send it as curl -F "file=@photo.jpg" does.')
         return Payloads(tuple(files), several=len(files) > 1)
-    looks_like_json = body[:64].lstrip()[:1] == b"{"
     if media_type == JSON or (looks_like_json and media_type in RAW_MEDIA_TYPES):
         return _from_json(body)
     if media_type in RAW_MEDIA_TYPES:
         return Payloads((body,), several=False)  # the decoder tells what it is not
-    if media_type == "application/x-www-form-urlencoded":
-        raise UnsupportedMediaType(
-            "The body came as an HTML form's text, which curl -d sends and which damages images; send the file's "
-            "bytes, as curl --data-binary @photo.jpg does with -H 'Content-Type: image/jpeg'."
-        )
     raise UnsupportedMediaType(
         f"The content type must be image/*, application/octet-stream, {FORM} or {JSON}, given: {content_type}."
     )

@@ -19,7 +19,7 @@ from service.media import ANSWERS, CSV, JSON, JSON_LINES, negotiate
 from service.options import top_k_of
 from service.payloads import MAX_IMAGES, payloads_of
 from service.schemas import PredictionResponse, SeveralPredictionsResponse
-from tests.service.served import Served, assert_error, form, png, serve
+from tests.service.served import Served, assert_error, form, jpeg, png, serve
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,19 @@ def test_an_image_without_a_type_is_answered(service: Served) -> None:
         answer = b"".join(iter(lambda: client.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 200")
     assert b'"grey 9"' in answer
+
+
+@pytest.mark.parametrize("body", [png().translate(None, b"\0\r\n"), jpeg().translate(None, b"\0\r\n"), b"photo.jpg"])
+def test_what_curl_d_makes_of_an_image_is_told_as_such(service: Served, body: bytes) -> None:
+    reply = service.ask("POST", "/invocations", body, Content_Type="application/x-www-form-urlencoded")
+    assert_error(reply, 400, "malformed_request")
+    assert "curl --data-binary @photo.jpg" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("image", [png(9), jpeg()])
+def test_what_curl_sends_with_data_binary_is_answered(service: Served, image: bytes) -> None:
+    reply = service.ask("POST", "/invocations", image, Content_Type="application/x-www-form-urlencoded")
+    assert reply.status == 200
 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
