@@ -104,7 +104,7 @@ class Batcher(Generic[In, Out]):
         """Refuse new items, answer those that wait, then stop."""
         self._closing = True
         self._wake()
-        await asyncio.gather(*self._work)
+        await asyncio.gather(*self._work, return_exceptions=True)  # a fault of theirs has been told
 
     async def submit(self, item: In) -> Batched[Out]:
         """Wait for the item's result. A cancelled submit frees its place before the engine works for it.

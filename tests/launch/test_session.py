@@ -1,5 +1,7 @@
 """What goes wrong outside of AWS's answers: credentials, region, an answer that breaks off."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +16,7 @@ from training.launch.data import fetch
 from training.launch.errors import AwsError
 from training.launch.session import Aws, connect
 
+ROOT = Path(__file__).parents[2]
 KEYS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
 
 
@@ -91,3 +94,11 @@ def test_a_download_that_breaks_off_is_a_sentence_and_leaves_nothing(breaking: A
 def test_an_answer_of_the_endpoint_that_breaks_off_may_be_asked_for_again(breaking: Aws) -> None:
     with pytest.raises(Unanswered, match="cannot be reached"):
         EndpointTarget(breaking, "mine").ask(b"image", "image/png")
+
+
+def test_without_boto3_the_commands_say_what_to_install() -> None:
+    code = "import runpy, sys; sys.modules['boto3'] = None; runpy.run_module('training.launch', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    sentence = "boto3 is not installed: `uv sync --inexact --group training --group sagemaker` installs it.\n"
+    assert done.stderr == sentence

@@ -86,6 +86,23 @@ def test_waits_for_company_up_to_max_wait_and_not_when_full() -> None:
     run(scenario())
 
 
+def test_a_lane_that_ends_by_a_fault_of_ours_is_told_and_closing_does_not_fail(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        lost = asyncio.Event()
+        with ThreadPoolExecutor(1) as threads:
+            batcher = Batcher(list, threads, max_batch=2, max_queue=9, max_wait_ms=1e300, on_lost=lost.set)
+            batcher.open()
+            (waits,) = submit(batcher, 1)  # for longer than a condition can wait: OverflowError in the lane
+            await asyncio.wait_for(lost.wait(), 10)
+            waits.cancel()
+            await batcher.close()
+
+    run(scenario())
+    assert "a lane of the engine ended" in caplog.text and "OverflowError" in caplog.text
+
+
 def test_refuses_at_once_when_the_queue_is_full() -> None:
     async def scenario() -> None:
         engine = Engine()

@@ -16,9 +16,10 @@ from training.errors import ConfigError, TrainingError
 try:
     from training.launch.flags import parser
 except ModuleNotFoundError as exc:
-    if exc.name not in ("boto3", "botocore"):
+    package = (exc.name or "").partition(".")[0]
+    if package not in ("boto3", "botocore"):
         raise
-    sys.exit(f"{exc.name} is not installed: `uv sync --inexact --group training --group sagemaker` installs it.")
+    sys.exit(f"{package} is not installed: `uv sync --inexact --group training --group sagemaker` installs it.")
 
 log = logging.getLogger("training")
 
