@@ -84,8 +84,8 @@ class PoorWeightInitialization(Rule):
     """In the first `steps` observations the loss does not fall, and the weights look guilty.
 
     It does not fall if the mean of `patience` observed losses is not a hundredth below the mean of the first two: one
-    batch's loss says little. Simulated losses with the noise of batches of 32, a tenth of a loss: judged by single losses,
-    4 to 42 % of runs that fall fast, slowly or at once looked stuck, by these means 3 to 28 % (the slow ones).
+    batch's loss says little. In a simulation (noise of a tenth of the loss), single losses made 4 to 42 % of runs that
+    do fall look stuck, depending on how they fall; by these means it is 3 to 28 %, most where they fall slowly.
 
     Guilty: the variances of the inputs of activations differ between layers by more than a factor of `threshold`, or
     the 5th and 95th percentile of some gradient are nearer to each other than `distribution_range`. AWS's page leaves
