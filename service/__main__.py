@@ -7,13 +7,13 @@ import errno
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from service.lifeline import FILES_BESIDES, allow_files
+from service.listeners import open_port
 from service.logs import configure_logging, shown
 from service.model.machine import cores
 from service.settings import Settings
@@ -41,9 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         " among them" * (workers > 1), cores(),
     )  # fmt: skip
 
-    def listen(shared: bool) -> socket.socket:
-        return _listen(settings.host, settings.port, shared)
-
     if (files := allow_files()) < LEAST_FILES * workers:
         log.error(
             "This process may open %d files, the service needs %d; raise the limit (ulimit -n %d).",
@@ -51,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         return 1
     try:
-        supervisor = Supervisor(workers, listen, arguments, settings.start_timeout_s)
+        listeners = open_port(settings.host, settings.port, workers)
     except OSError as exc:
         in_use = exc.errno == errno.EADDRINUSE
         remedy = (
@@ -61,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         log.error("Cannot listen on %s port %d: %s; %s.", settings.host, settings.port, exc.strerror or exc, remedy)
         return 1
+    supervisor = Supervisor(listeners, arguments, settings.start_timeout_s)
     _stop_with(supervisor.stop, os.getppid() if settings.exit_with_parent and os.getppid() > 1 else None)
     log.info("listening on %s port %d, loading the model", settings.host, settings.port)
     status = supervisor.run()
@@ -102,22 +100,6 @@ def _stop_with(stop: Callable[[], None], parent: int | None) -> None:
     # uvicorn raises the signal that stopped it once more when all is closed: ours then ends nothing, so we exit 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
-
-
-def _listen(host: str, port: int, shared: bool) -> socket.socket:
-    """A listening socket, `shared` with others on the port; backlog as uvicorn's default. Raises: OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if shared:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _watch_parent(parent: int, stop: Callable[[], None]) -> None:

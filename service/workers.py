@@ -1,8 +1,7 @@
 """Several processes on one port: the supervisor that starts them, and what one worker knows of the others.
 
-Each worker has a listening socket of its own, opened by the supervisor with SO_REUSEPORT, among which Linux spreads
-connections (socket(7)). The supervisor keeps them all open, so that connections which wait for a worker that died are
-served by its replacement, which accepts them when it is ready.
+Each worker has a listening socket of its own (`service.listeners`). The supervisor keeps them all open, so that
+connections which wait for a worker that died are served by its replacement, which accepts them when it is ready.
 """
 
 import json
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Self
@@ -72,9 +71,6 @@ whole machine may have stood still."""
 
 OF_LATE_S = 2.0
 """A worker that dies so long after the kernel killed a process of ours for memory was that process."""
-
-Listen = Callable[[bool], socket.socket]
-"""Opens a listening socket; the argument tells whether to share the port (SO_REUSEPORT)."""
 
 
 def choose_count(model: Path, engine: Wanted) -> int:
@@ -169,12 +165,11 @@ class States:
 
 
 class Supervisor:
-    """Runs `count` workers until it is told to stop, or until it makes no sense to go on."""
+    """Runs a worker for each listening socket until it is told to stop, or until it makes no sense to go on."""
 
-    def __init__(self, count: int, listen: Listen, arguments: Sequence[str], start_timeout_s: float) -> None:
-        """Opens the port. Raises: OSError when it is not free."""
-        listen(False).close()  # with SO_REUSEPORT alone, another service of ours would silently share the port
-        self._sockets = [listen(True) for _ in range(count)]
+    def __init__(self, listeners: Sequence[socket.socket], arguments: Sequence[str], start_timeout_s: float) -> None:
+        self._sockets = list(listeners)
+        count = len(self._sockets)
         self._states_fd = shared(count + 1)
         self._states = States(self._states_fd)
         self._metrics_fd = shared(Page.size(count))

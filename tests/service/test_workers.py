@@ -226,10 +226,7 @@ def test_workers_that_die_again_and_again_end_the_service(artifact: Path, start_
 
 
 def test_a_start_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    def listen(shared: bool) -> socket.socket:
-        return socket.create_server(("127.0.0.1", 0), reuse_port=shared)
-
-    supervisor = workers.Supervisor(1, listen, [], 60)
+    supervisor = workers.Supervisor([socket.create_server(("127.0.0.1", 0))], [], 60)
     files = psutil.Process().num_fds()
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(OSError, match="nowhere"):
