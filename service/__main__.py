@@ -75,8 +75,7 @@ def _keep_standard_files() -> None:
 
 def serve(settings: Settings, worker: Worker) -> int:
     """Serve in this process until told to stop; returns the exit status."""
-    from service.app import create_app  # here, because a supervisor needs none of this
-    from service.server import Server
+    from service.runtime import Runtime  # here, because a supervisor needs none of this
 
     failed = threading.Event()
 
@@ -87,7 +86,13 @@ def serve(settings: Settings, worker: Worker) -> int:
         failed.set()
         stop()
 
-    server = Server(create_app(settings, on_failure=fail, worker=worker), worker.lifeline())
+    runtime = Runtime(settings, on_failure=fail, worker=worker)
+    runtime.load()  # beside the imports of the framework, a third of a second
+
+    from service.app import create_app
+    from service.server import Server
+
+    server = Server(create_app(runtime), worker.lifeline())
     _stop_with(stop, worker.supervisor_pid)
     server.run(sockets=[worker.listener()])
     return 1 if failed.is_set() else 0
