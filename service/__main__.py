@@ -1,6 +1,7 @@
 """`python -m service`: serves a model in the foreground until it is told to stop, in one process or several.
 
-Exit status: 0 after SIGTERM or Ctrl-C, 1 when the model or the port cannot be served, 2 for wrong settings.
+Exit status: 0 after SIGTERM or Ctrl-C (143 and 130 while nothing is begun yet), 1 when the model or the port cannot be
+served, 2 for wrong settings.
 """
 
 import errno

@@ -207,7 +207,8 @@ class Supervisor:
         while self._processes:
             index, returned = self._wait()
             if self._stopping:
-                status = max(status, int(returned not in (0, -signal.SIGTERM)))  # the latter before it could catch it
+                # As the signals end it that come before it can catch them; a terminal sends Ctrl-C to the workers too.
+                status = max(status, int(returned not in (0, -signal.SIGTERM, 128 + signal.SIGINT)))
                 self._lingering.add(refuse_waiting(self._sockets[index], self._note_told))
                 continue
             death = STOOD_STILL if index in self._killed else cause_of(returned, self._memory_killed())

@@ -7,17 +7,14 @@ Exit status: 0 done; 1 data, weights or the run failed; 2 wrong settings; 128 + 
 
 import argparse
 import logging
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType
 
 from training.environment import write_failure
 from training.errors import ConfigError, TrainingError
-from training.interruption import Interrupted
+from training.interruption import Interrupted, Terminated, raised
 
 log = logging.getLogger("training")
 
@@ -58,20 +55,9 @@ def run_command(
 
 def exit_status(program: Callable[[], object]) -> int:
     """Run `program`; returns the exit status, with a sentence in the log for what ended it."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        return _exit_status(program)
-    # Outside of the loop, which saves first. Process 1 of a container does not hear a signal it has no handler for.
-    signal.signal(signal.SIGTERM, _end)
     try:
-        return _exit_status(program)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _exit_status(program: Callable[[], object]) -> int:
-    try:
-        program()
+        with raised():
+            program()
     except TrainingError as exc:
         log.error("%s", exc)
         write_failure(str(exc), traceback.format_exc())
@@ -81,17 +67,9 @@ def _exit_status(program: Callable[[], object]) -> int:
         return 128 + exc.signal_number
     except KeyboardInterrupt as exc:
         log.error("Stopped before the end; the same command goes on from the last checkpoint, if there is one.")
-        return 143 if isinstance(exc, _Terminated) else 130
+        return 143 if isinstance(exc, Terminated) else 130
     except Exception as exc:
         log.error("A fault of this program: %s: %s. Please report it with the lines below.", type(exc).__name__, exc)
         write_failure(f"{type(exc).__name__}: {exc}", traceback.format_exc())
         raise
     return 0
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a program as Ctrl-C does."""
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise _Terminated

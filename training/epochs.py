@@ -15,7 +15,7 @@ from training.errors import CheckpointError
 from training.features import fingerprint, frozen_digest
 from training.interruption import Interrupted
 from training.loop import Trainer
-from training.metric_lines import VALIDATION, epoch_line, pass_title
+from training.metric_lines import VALIDATION, epoch_line, pass_title, remaining
 from training.preparation import Prepared
 from training.sources import ImageSource, Source
 
@@ -96,7 +96,7 @@ class Epochs:
             self._next_epoch(metrics)
             if self._group.is_first:
                 left_s = (time.monotonic() - started_s) / (metrics.epoch + 1 - first) * (config.epochs - metrics.epoch)
-                log.info("%s remaining_minutes=%.1f", epoch_line(metrics, config.epochs), left_s / 60)
+                log.info("%s %s", epoch_line(metrics, config.epochs), remaining(left_s))
             try:
                 tell(callbacks, "on_epoch_end", metrics)
             except StopTraining as exc:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: ask the loop to stop after the step it is in, so that it can save.
+"""SIGTERM and SIGINT: a command is ended by an exception, the loop is asked to stop after the step it is in and saves.
 
 SageMaker sends SIGTERM when it takes a spot instance back or a job is stopped, SIGKILL 120 s later
 (https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_StopTrainingJob.html).
@@ -6,9 +6,13 @@ SageMaker sends SIGTERM when it takes a spot instance back or a job is stopped, 
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from service.model.interrupts import leave
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
 class Interrupted(Exception):
@@ -17,6 +21,37 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt and SIGTERM `Terminated` while the context lasts, where nobody else catches them.
+
+    Process 1 of a container does not hear a SIGTERM that it has no handler for. Before and after, Ctrl-C ends the
+    process of a command at once (`service.model.interrupts`): there is nothing to save or to say.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    ours: dict[int, tuple[Handler, Handler]] = {
+        signal.SIGTERM: (signal.SIG_DFL, _end), signal.SIGINT: (leave, signal.default_int_handler),
+    }  # fmt: skip
+    before = {number: old for number, (old, _) in ours.items() if signal.getsignal(number) == old}
+    for number in before:
+        signal.signal(number, ours[number][1])
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 class Interruption:

@@ -56,6 +56,7 @@ class Trainer:
         self._config, self._images, self._device, self._bf16 = config, images, device, bf16
         self._group, self._callbacks, self._interruption = group, callbacks, interruption
         self._unfrozen = False
+        self._validation_s = 0.0  # of the last pass; before the first nothing is known of it
         self._best: dict[str, Tensor] = {}
         # Faster from 64 px on, and everywhere in bf16 (2 cores of an AVX512-BF16 EPYC, torch 2.13, n = 3 to 8 steps:
         # 224 px fp32 62 img/s with it, 54 without; 32 px bf16 447 and 407; 32 px fp32, nothing frozen, 299 and 341).
@@ -113,6 +114,7 @@ class Trainer:
         plans = self._plans(done.epoch)[done.steps :]
         sums = torch.zeros(2, device=self._device)  # loss and hits since the last look
         seen, stop = done.seen, None
+        began_s, first = time.perf_counter(), done.step
         with BatchLines(title, self._images, done.seen, quiet=not self._group.is_first) as lines:
             started_s = time.perf_counter()
             batches = source.training_batches([plan for _, plan in plans])
@@ -134,9 +136,16 @@ class Trainer:
                             f"{title}, step {done.steps}: the loss is {step.loss} at learning rate "
                             f"{step.learning_rate:.3g}; start again with a smaller --learning-rate."
                         )
-                    lines.show(done.seen, step.loss, step.accuracy)
+                    left_s = self._left_s(time.perf_counter() - began_s, done.step - first)
+                    lines.show(done.seen, step.loss, step.accuracy, left_s)
                     self._stop_together(stop)
                 started_s = time.perf_counter()
+
+    def _left_s(self, took_s: float, steps: int) -> float:
+        """About how long the rest of the run takes, after `steps` steps that took `took_s`."""
+        epochs = self._config.epochs - self.progress.epoch  # after this one
+        left = self.steps_per_epoch * (epochs + 1) - self.progress.steps
+        return left * took_s / steps + (epochs + 1) * self._validation_s
 
     def _told(self, step: Step) -> StopTraining | None:
         """Tell the callbacks of a step's end; a request to stop is kept until all processes can follow it."""
@@ -215,6 +224,7 @@ class Trainer:
 
     def evaluate(self, source: Source, title: str) -> Evaluation:
         """Loss and accuracy of the weights that would be kept, in eval mode, without augmentation."""
+        started_s = time.perf_counter()
         if self.ema is not None:
             self.ema.swap()
         try:
@@ -223,6 +233,7 @@ class Trainer:
                 bf16=self._bf16, group=self._group, watch=self.stop_if_interrupted,
             )  # fmt: skip
         finally:
+            self._validation_s = time.perf_counter() - started_s
             if self.ema is not None:
                 self.ema.swap()
 

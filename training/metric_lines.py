@@ -6,8 +6,8 @@ at most 40, each of at most 500 characters with one group
 reads from its start, so that a figure of the same name elsewhere, of the settings or of the validation pass, say, is
 never taken for it. What stands before a line (a time, a host, a rank) does no harm.
 
-    epoch 1/70 train images=1280/50000 batch_loss=4.6052 batch_accuracy=0.0100
-    epoch=1/70 train_loss=3.9120 train_accuracy=0.1010 validation_loss=... seconds=31.2
+    epoch 1/70 train images=1280/50000 batch_loss=4.6052 batch_accuracy=0.0100 remaining_minutes=41.5
+    epoch=1/70 train_loss=3.9120 train_accuracy=0.1010 validation_loss=... seconds=31.2 remaining_minutes=35.9
 """
 
 from training.epoch_metrics import EpochMetrics
@@ -37,6 +37,11 @@ def epoch_line(metrics: EpochMetrics, epochs: int) -> str:
         f" validation_loss={metrics.validation_loss:.4f} validation_accuracy={metrics.validation_accuracy:.4f}"
         f" learning_rate={metrics.learning_rate:.4g} seconds={metrics.seconds:.4g}"
     )
+
+
+def remaining(seconds: float) -> str:
+    """The time that is left of a run, to end a line with."""
+    return f"remaining_minutes={seconds / 60:.1f}"
 
 
 _NUMBER = "([-+.0-9aefin]+)"  # also 1e-05, nan, inf: the letters of these, and no character more

@@ -9,7 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from training.metric_lines import batch_line
+from training.metric_lines import batch_line, remaining
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 class BatchLines:
-    """Shows batch loss and batch accuracy: in a bar, or in plain lines, every LINE_EVERY_S seconds and at the end."""
+    """Shows batch loss and batch accuracy, and the time left where it is told: in a bar, or in plain lines, every
+    LINE_EVERY_S seconds and at the end.
+    """
 
     def __init__(self, title: str, total: int, seen: float, quiet: bool) -> None:
         self._title, self._total, self._seen, self._quiet = title, total, int(seen), quiet
@@ -62,12 +64,13 @@ class BatchLines:
         """Show a batch of `count` images more."""
         self.show(self._seen + count, loss, accuracy)
 
-    def show(self, seen: float, loss: float, accuracy: float) -> None:
-        """Show the last batch's figures; `seen` images are done."""
+    def show(self, seen: float, loss: float, accuracy: float, left_s: float | None = None) -> None:
+        """Show the last batch's figures; `seen` images are done, and the whole run takes about `left_s` more."""
+        left = "" if left_s is None else f" {remaining(left_s)}"
         self._bar.update(int(seen) - self._seen)
         self._seen = int(seen)
-        self._bar.set_postfix_str(f"batch_loss={loss:.4f} batch_accuracy={accuracy:.4f}", refresh=False)
+        self._bar.set_postfix_str(f"batch_loss={loss:.4f} batch_accuracy={accuracy:.4f}{left}", refresh=False)
         due = time.monotonic() - self._last_s >= LINE_EVERY_S or self._seen == self._total
         if self._bar.disable and not self._quiet and due:
             self._last_s = time.monotonic()
-            log.info("%s", batch_line(self._title, self._seen, self._total, loss, accuracy))
+            log.info("%s%s", batch_line(self._title, self._seen, self._total, loss, accuracy), left)

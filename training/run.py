@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -59,11 +59,17 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
     """
     if group.is_first:
         log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
-        for folder, flag in (
-            (config.output, "output"), (config.folder, "run-folder"), (config.checkpoint_folder, "checkpoints"),
-        ):  # fmt: skip
-            require_writable(folder, flag)
-        require_ours(config.output)
+        new = not config.output.exists()
+        try:
+            for folder, flag in (
+                (config.output, "output"), (config.folder, "run-folder"), (config.checkpoint_folder, "checkpoints"),
+            ):  # fmt: skip
+                require_writable(folder, flag)
+            require_ours(config.output)
+        finally:
+            if new:  # it is made anew with the artifact: a run that fails before leaves no empty folder there
+                with suppress(OSError):
+                    config.output.rmdir()
     int8 = group.is_first and quantization.wanted(config.quantize)
     device = pick_device(config.device, group)
     group.join(device)

@@ -128,6 +128,28 @@ def test_a_signal_while_loading_ends_the_service_with_status_0(artifact: Path, s
         assert server.process.wait(60) == 0
 
 
+@pytest.mark.parametrize("moment", ["importing", "loading"])
+def test_ctrl_c_in_a_terminal_ends_a_service_that_starts_without_a_trace(
+    artifact: Path, tmp_path: Path, moment: str
+) -> None:
+    (tmp_path / "logging.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    extra = {"PYTHONPATH": str(tmp_path)} if moment == "importing" else {"CLASSIFIER_WORKERS": "2"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "--model", str(artifact), "--port", str(free_port())],
+            cwd=ROOT, env=environment(**extra), stdout=out, stderr=out, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs are deaf to it
+        )  # fmt: skip
+    while moment not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.01)
+    time.sleep(0.2 if moment == "loading" else 0)  # the workers are importing
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+    assert process.wait(60) == (130 if moment == "importing" else 0), log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
 def test_the_service_ends_when_its_parent_is_killed(artifact: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

@@ -71,8 +71,10 @@ def write_run(folder: Path) -> None:
     }
     rules = [
         {"rule": "Overfit", "status": "IssuesFound", "parameters": {}, "firings": [firing, {**firing, "step": 7}]},
-        {"rule": "DeadRelu", "status": "NoIssuesFound", "parameters": {"share": 0.5}, "firings": []},
-    ]
+        {"rule": "DeadRelu", "status": "NoIssuesFound", "parameters": {"share": 0.5, "regex": None}, "firings": []},
+        {"rule": "AllZero", "status": "NoIssuesFound", "judged": False, "parameters": {"threshold": 1e-07},
+         "unjudged": "judges from step 300 on, the run had 12", "firings": []},
+    ]  # fmt: skip
     (folder / "rules.json").write_text(json.dumps({"rules": rules}))
     profile = {
         "summary": "The loader is the bottleneck.", "shares": {"data_wait": 0.7, "step": 0.3},

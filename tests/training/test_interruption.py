@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 from service.model.artifact import open_artifact
+from service.model.interrupts import leave
 from training.callbacks import Callback, RunContext, Step, StopTraining
 from training.checkpoint import FILE
+from training.command_line import exit_status
 from training.config import TrainingConfig
 from training.epoch_metrics import EpochMetrics
 from training.errors import CheckpointError
@@ -25,6 +28,7 @@ from training.run import run
 Settings = Callable[..., TrainingConfig]
 Launch = Callable[..., subprocess.Popen[bytes]]
 LIMIT_S = 150
+ROOT = Path(__file__).parents[2]
 STEPS = 4
 """Of an epoch of the small run."""
 
@@ -297,3 +301,36 @@ def test_a_second_signal_ends_a_process_at_once(settings: Settings, request: pyt
         run(settings(side=16), [callback])
     assert isinstance(callback.ended[0], KeyboardInterrupt)
     assert not (settings().checkpoint_folder / FILE).exists()
+
+
+# Before and after a command runs ---------------------------------------------------------------------------------
+
+
+def commands() -> list[str]:
+    """What can be run with `python -m`."""
+    files = [path for path in (ROOT / "training").rglob("*.py") if '\nif __name__ == "__main__":\n' in path.read_text()]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
+    return sorted(name.removesuffix(".__main__") for name in names)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_ctrl_c_while_a_command_imports_ends_it_without_a_word(command: str, tmp_path: Path) -> None:
+    # Stands in for the standard library's, which every command imports first; real imports take seconds.
+    (tmp_path / "logging.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs are deaf to it
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=LIMIT_S)[0], process.returncode) == ("", 130)
+
+
+def test_a_command_catches_ctrl_c_while_it_runs_and_not_before_or_after(request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, leave)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    assert exit_status(lambda: os.kill(os.getpid(), signal.SIGINT)) == 130
+    assert exit_status(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [leave, signal.SIG_DFL]

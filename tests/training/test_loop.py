@@ -1,19 +1,24 @@
 """Single behaviours of the loop: divergence, clipping, early stopping, blended targets, RandAugment, compiling."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from service.model.artifact import open_artifact
+from training import progress
 from training.callbacks import Callback, RunContext, Step
+from training.checkpoint import Progress
 from training.config import TrainingConfig
 from training.data import augment
 from training.epoch_metrics import EpochMetrics
 from training.errors import DivergedError
+from training.loop import Trainer
 from training.randomness import Draws
 from training.run import Fitted, fit, prepare, run
 
@@ -217,3 +222,18 @@ def test_a_compiled_network_trains_as_the_plain_one(settings: Settings) -> None:
     plain, compiled = (fitted(settings(side=16, epochs=1, compile=flag)) for flag in (False, True))
     assert compiled.history[0].train_loss == pytest.approx(plain.history[0].train_loss, rel=1e-3)
     assert set(compiled.network.state_dict()) == set(plain.network.state_dict())
+
+
+def test_the_time_left_of_the_run_is_told_from_the_first_epoch_on(
+    settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    fitted(settings(side=16, epochs=2))
+    said = [line.split()[1:3] for line in caplog.messages if re.search(r" images=.* remaining_minutes=\d+\.\d$", line)]
+    assert said == [["1/2", "train"]] * 4 + [["2/2", "train"]] * 4
+    # Two of 3 x 10 steps took 4 s, and a validation pass 3 s: 28 steps and three passes are left.
+    run = SimpleNamespace(
+        _config=SimpleNamespace(epochs=3), progress=Progress(epoch=1, steps=2), steps_per_epoch=10, _validation_s=3.0
+    )
+    assert Trainer._left_s(run, took_s=4.0, steps=2) == 28 * 2 + 3 * 3  # type: ignore[arg-type]

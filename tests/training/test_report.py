@@ -18,6 +18,8 @@ from training.data import sample
 from training.data.dataset import FileImages
 from training.errors import ExportError
 from training.figures import figures
+from training.report.charts import duration
+from training.report.headline import uncertainty
 from training.report.sources import read_sources
 from training.report.write import write_report
 
@@ -113,10 +115,49 @@ def test_the_run_is_told_of(hundred: Path) -> None:
         "An example.", "Batch accuracy", "Learning rate", "Seconds per epoch", "issues found",
         "Steps 3, 7: It <b>grew</b>.", "Stop.", "The loader is the bottleneck.", "12.5 ms",
         "aten::convolution", "Load in percent", "0.875",
-        "Debugging rules that found issues: Overfit.", "ended before its last epoch: No gain in 5 epochs.",
+        "Debugging rules that found issues: Overfit. 1 of 3 saw too little to judge.", "not judged",
+        "judges from step 300 on, the run had 12", "Parameters", "ended before its last epoch: No gain in 5 epochs.",
         "of the mistakes stay within the superclass",
     ):  # fmt: skip
         assert said in text, said
+
+
+def test_parameters_of_a_rule_have_a_column_of_their_own_and_those_without_a_value_are_left_out(hundred: Path) -> None:
+    table = (hundred / "report.html").read_text().partition('<table class="rules">')[2].partition("</table>")[0]
+    rows = [re.findall(r"<td.*?>(.*?)</td>", row, re.DOTALL) for row in table.split("<tr>")[2:]]
+    cells = [[re.sub(r"<.*?>", "", cell).strip() for cell in row] for row in rows]
+    assert cells[1] == ["DeadRelu", "no issues", "", "share 0.5"]
+    assert cells[2] == ["AllZero", "not judged", "judges from step 300 on, the run had 12", "threshold 1e-07"]
+    assert (cells[0][0], cells[0][3]) == ("Overfit", "-")
+
+
+def test_a_calibration_error_of_few_images_is_called_uncertain_and_that_of_many_is_not(tmp_path: Path) -> None:
+    for per_class, said in ((30, True), (500, False)):
+        measured = some_figures(2, per_class)
+        path = write_report(tmp_path, manifest_of(("cat", "dog"), measured.n), some_images(measured), measured)
+        assert ("Below 1,000 images this is uncertain: with 60, perfect" in Page(path.read_text()).text) == said
+
+
+def test_the_error_that_chance_would_show_is_what_calibrated_networks_show() -> None:
+    rng = np.random.default_rng(0)
+    found, named = [], []
+    for _ in range(200):
+        right = rng.uniform(0.5, 1, 300)  # the probability of class 0, and how often it is right
+        measured = figures(np.log(np.stack([right, 1 - right], 1)), (rng.uniform(size=300) > right).astype(int))
+        found.append(100 * measured.ece)
+        named.append(float(re.findall(r"about ([\d.]+)", uncertainty(measured))[0]))
+    assert np.mean(found) == pytest.approx(np.mean(named), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [
+        (0.0125, "0.01 ms"), (12.5, "12.5 ms"), (950.4, "950 ms"), (1234.5, "1.23 s"), (83_400, "1.39 min"),
+        (1_234_567.8, "20.6 min"), (9e6, "2.50 h"),
+    ],
+)  # fmt: skip
+def test_times_are_told_in_units_that_suit_them(ms: float, text: str) -> None:
+    assert duration(ms) == text
 
 
 def test_page_and_json_state_the_same_figures(hundred: Path) -> None:

@@ -272,6 +272,14 @@ def test_a_run_reports_each_epoch_and_warns_of_frozen_random_blocks(
     assert len(open_artifact(tmp_path / "model").manifest.metrics["history"]) == 2
 
 
+def test_a_run_that_fails_before_its_first_epoch_leaves_no_empty_folder_for_the_model(tmp_path: Path) -> None:
+    assert train(tmp_path / "nowhere", tmp_path / "model", *HEAD_ONLY) == 1
+    assert not (tmp_path / "model").exists()
+    (tmp_path / "model").mkdir()  # this one is not ours to remove
+    assert train(tmp_path / "nowhere", tmp_path / "model", *HEAD_ONLY) == 1
+    assert (tmp_path / "model").is_dir()
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(pictures: Path, tmp_path: Path) -> None:
     flags = ["--freeze", "none", "--augment", "flip-crop", "--batch-size", "3", "--hidden-units", "16"]
     versions = []

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,26 @@ def test_a_study_goes_on_with_the_same_settings_and_data_only(tmp_path: Path) ->
         tiny.tuner(tmp_path, tiny.preparation(), {"side": 64}, trials=2, epochs_range="2:9").run()
     with pytest.raises(ConfigError, match=r"--data: the study there was begun with name=points, not others"):
         tiny.tuner(tmp_path, tiny.preparation(dataset={**tiny.DATASET, "name": "others"}), trials=2).run()
+
+
+def test_a_study_that_was_emptied_or_replaced_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, other = tmp_path / "a", tmp_path / "b"
+    for each in (folder, other):
+        each.mkdir()
+        for _ in range(2):
+            study = open_study(each)
+            study.claim()
+            study.close()
+    assert caplog.messages == []
+    (folder / "study.sqlite3").write_bytes(b"")
+    open_study(folder).close()
+    shutil.copy(other / "study.sqlite3", folder)
+    for _ in range(2):
+        open_study(folder).close()
+    said = f"{folder / 'study.sqlite3'} is not the study that was here before, which was removed, emptied or replaced; "
+    assert caplog.messages == [
+        f"{said}a new one begins.", f"{said}the one there now goes on, with 2 trial(s) made or begun.",
+    ]  # fmt: skip
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Judge a run that is over: `python -m training.debugging FOLDER [--rules FILE]`.
 
-FOLDER is that of a run (with observations.jsonl) or of tensors that smdebug wrote. Exit status: 0 no issues, 3 issues
-found, 2 wrong usage.
+FOLDER is that of a run (with observations.jsonl) or of tensors that smdebug wrote. Exit status: 0 no issues (or
+too little to judge), 3 issues found, 2 wrong usage.
 """
 
 import argparse
@@ -51,10 +51,9 @@ def seen_in(folder: Path, atol: float) -> Iterator[Observation]:
 def table(rules: RuleSet) -> Iterator[str]:
     """The verdicts, a line a rule and one below for each firing."""
     for verdict in rules.verdicts:
-        note = verdict.error or (
-            f"{verdict.count} times" if verdict.count else "" if verdict.observed else "nothing to judge"
-        )
-        yield f"{verdict.rule.name:<26} {verdict.status:<14} {note}".rstrip()
+        note = verdict.error or (f"{verdict.count} times" if verdict.count else verdict.unjudged)
+        status = "not judged" if verdict.unjudged else verdict.status
+        yield f"{verdict.rule.name:<26} {status:<14} {note}".rstrip()
         for firing in verdict.firings:
             yield f"    step {firing.step:<7} {firing.tensor}: {firing.message}"
         if verdict.count:

@@ -121,7 +121,7 @@ class MlflowLog(Callback):
         path = self._context.folder / verdicts.FILE
         if path.exists():
             rules = json.loads(path.read_text(encoding="utf-8"))["rules"]
-            tags = [RunTag(f"rule.{entry['rule']}", entry["status"]) for entry in rules]
+            tags = [RunTag(f"rule.{entry['rule']}", verdicts.told(entry)) for entry in rules]
             self._client.log_batch(self.run_id, tags=tags)
         self._client.set_terminated(
             self.run_id, "FINISHED" if error is None or isinstance(error, StopTraining) else "FAILED"

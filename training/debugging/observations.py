@@ -10,6 +10,7 @@ Names are smdebug's (as its PyTorch hook 1.0.34 writes them), so that the same r
     labels                                       images of each class since the observation before
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -50,7 +51,7 @@ class Observation:
     stats: Mapping[str, float] = field(default_factory=dict)
     """Of tensors: size, mean, std, min, max, l2, mean_abs, zeros (share), nan, inf (counts); by kind also
     p5, p95 (gradients), needed_rtol, change_ratio, update_ratio, atol, since (weights). Of scalars: value, nan, inf;
-    of losses also mean."""
+    of losses also mean. Of the start: interval, epoch, batch (see `Pace` in rules.py)."""
     series: tuple[float, ...] = ()
     """activation_output: 101 percentiles over units of the percentage of inputs that a unit is active for.
     labels: the number of images of each class, followed by the number of those among them whose prediction was
@@ -130,14 +131,26 @@ class ObservationFile:
                         self.earlier.append(seen)
             except DataError as exc:
                 log.warning("%s What comes before is kept.", exc)
-        self._file: IO[str] = path.open("w", encoding="utf-8")
+        self._file: IO[str] | None = path.open("w", encoding="utf-8")
         self.write(self.earlier)
 
     def write(self, observations: Iterable[Observation]) -> None:
-        """Append, and hand over to the operating system, so that a killed run leaves what it saw."""
-        self._file.writelines(f"{observation.line()}\n" for observation in observations)
-        self._file.flush()
+        """Append, and hand over to the operating system, so that a killed run leaves what it saw.
+
+        A file that cannot be written (disk full) costs a warning and the rest of the lines, not the run or its rules.
+        """
+        if self._file is None:
+            return
+        try:
+            self._file.writelines(f"{observation.line()}\n" for observation in observations)
+            self._file.flush()
+        except OSError as exc:
+            log.warning("%s cannot be written (%s); the run goes on without it", FILE, exc.strerror or exc)
+            self.close()
 
     def close(self) -> None:
         """No more observations."""
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # it flushes once more
+                file.close()

@@ -17,6 +17,7 @@ from training.callbacks import Callback, RunContext, Step, StopTraining
 from training.debugging import observations as obs
 from training.debugging import statistics
 from training.debugging.observations import Observation, ObservationFile
+from training.debugging.rules import Pace
 from training.debugging.verdicts import RuleSet
 from training.epoch_metrics import EpochMetrics
 from training.errors import TrainingError
@@ -62,7 +63,8 @@ class Observer(Callback):
         self._file = ObservationFile(context.folder, context.first_step)
         if self._rules is not None:
             self._rules.start(context.folder, self._file.earlier)
-        self._publish([Observation(self._last_step, "run", "start", time.time(), {})])
+        pace = Pace(self._interval, context.steps_per_epoch, context.config.batch_size)
+        self._publish([Observation(self._last_step, "run", "start", time.time(), {**vars(pace)})])
 
     def on_epoch_start(self, epoch: int) -> None:
         """See `Callback`."""

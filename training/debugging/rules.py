@@ -33,6 +33,39 @@ class Firing:
     """What people do about it."""
 
 
+@dataclass(frozen=True)
+class Pace:
+    """In steps, how often a run is observed and how long its epochs are."""
+
+    interval: int
+    """Steps between observations; the first step is always observed."""
+    epoch: int
+    """Steps of an epoch."""
+    batch: int
+    """Images of a step."""
+
+    @classmethod
+    def told_by(cls, seen: Observation) -> "Pace | None":
+        """That of the run whose "start" was seen; None where it does not say."""
+        figures = [seen.stats.get(each.name, math.nan) for each in fields(cls)]
+        return cls(*map(int, figures)) if all(figure >= 1 for figure in figures) else None
+
+    def of_observation(self, count: int, after: int = 0) -> int:
+        """The step at which the `count`-th observation after step `after` is made."""
+        if after < 1 < self.interval:  # the first step's is one of them
+            return max(1, (count - 1) * self.interval)
+        return (after // self.interval + count) * self.interval
+
+    def of_epoch(self, count: int) -> int:
+        """The last step of epoch `count`."""
+        return count * self.epoch
+
+    def of_images(self, count: int) -> int:
+        """The step at which so many images have been seen by an observation."""
+        steps = -(-count // self.batch)
+        return -(-steps // self.interval) * self.interval if steps > 1 else 1
+
+
 @dataclass
 class Rule(ABC):
     """Base of the rules: a dataclass whose fields are the parameters. `observe` keeps what it needs of the past."""
@@ -40,10 +73,16 @@ class Rule(ABC):
     advice: ClassVar[str] = ""
     kinds: ClassVar[tuple[Kind, ...]] = ()
     """The kinds of observations that it looks at."""
+    judged = False
+    """Whether enough was seen for it to fire, had there been the disease. Not a field: no parameter."""
 
     @abstractmethod
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """Look at the next observation; in the order of steps. Yields: a firing for each disease found."""
+
+    def judges_from(self, pace: Pace) -> int:
+        """The step of a run from which on it can judge, if it sees what it looks at."""
+        return 1
 
     @property
     def name(self) -> str:

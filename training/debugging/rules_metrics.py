@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.debugging.observations import Observation
-from training.debugging.rules import Firing, Rule, selected
+from training.debugging.rules import Firing, Pace, Rule, selected
 
 TRAIN_LOSS, VALIDATION_LOSS = "scalar/epoch_loss", "scalar/validation_loss"
 
@@ -41,6 +41,11 @@ class LossNotDecreasing(Rule):
         self._by_epoch = False
         self._sums: dict[str, tuple[float, int]] = {}
         self._last: dict[str, tuple[int, float]] = {}
+
+    def judges_from(self, pace: Pace) -> int:
+        """See `Rule`. Two checks are compared, each at the end of an epoch in which a loss was observed."""
+        apart = max(1, math.ceil(self.num_steps / pace.epoch))
+        return pace.of_epoch(max(1 + apart, math.ceil(pace.interval / pace.epoch)))
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`."""
@@ -75,6 +80,7 @@ class LossNotDecreasing(Rule):
         self._last[seen.name] = seen.step, now
         if math.isnan(earlier) or not earlier:
             return
+        self.judged = True
         fell = 100 * (earlier - now) / abs(earlier)  # percent
         if not fell >= self.diff_percent:
             rose = -fell > self.increase_threshold_percent
@@ -99,7 +105,11 @@ class Overfit(Rule):
     advice = "More images, augmentation, weight decay, label smoothing, more frozen blocks, or fewer epochs."
 
     def __post_init__(self) -> None:
-        self._train, self._exceeded = math.nan, 0
+        self._train, self._exceeded, self._compared = math.nan, 0, 0
+
+    def judges_from(self, pace: Pace) -> int:
+        """See `Rule`."""
+        return pace.of_epoch(max(1, math.ceil(self.start_step / pace.epoch)) + self.patience)
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`."""
@@ -107,6 +117,8 @@ class Overfit(Rule):
             self._train = seen.value
         elif seen.name == VALIDATION_LOSS and seen.step >= self.start_step:
             ratio = (seen.value - self._train) / self._train if self._train > 0 else math.nan
+            self._compared += 1
+            self.judged = self._compared > self.patience
             self._exceeded = self._exceeded + 1 if ratio > self.ratio_threshold else 0
             if self._exceeded > self.patience:
                 message = (
@@ -129,12 +141,19 @@ class Overtraining(Rule):
 
     def __post_init__(self) -> None:
         self._best: dict[str, tuple[float, int]] = {}
+        self._seen: dict[str, int] = {}
+
+    def judges_from(self, pace: Pace) -> int:
+        """See `Rule`. A loss is best in its first epoch at the earliest."""
+        return pace.of_epoch(min(self.patience_train, self.patience_validation) + 2)
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`."""
         patience = {TRAIN_LOSS: self.patience_train, VALIDATION_LOSS: self.patience_validation}.get(seen.name)
         if patience is None:
             return
+        self._seen[seen.name] = self._seen.get(seen.name, 0) + 1
+        self.judged = self.judged or self._seen[seen.name] > patience + 1
         best, waited = self._best.get(seen.name, (math.inf, 0))
         if seen.value < best - self.delta:
             best, waited = seen.value, -1
@@ -165,6 +184,13 @@ class ClassImbalance(Rule):
         self._counts: npt.NDArray[np.float64] = np.zeros((3, 0))
         self._next = 0.0
 
+    def judges_from(self, pace: Pace) -> int:
+        """See `Rule`."""
+        return pace.of_images(self._least(self._counts.shape[1]))
+
+    def _least(self, classes: int) -> int:
+        return max(self.samples, 50 * classes)
+
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`."""
         if seen.kind != "labels":
@@ -172,9 +198,10 @@ class ClassImbalance(Rule):
         counts = np.reshape(seen.series, (3, -1))  # seen, predicted, predicted wrong
         self._counts = counts + (self._counts if self._counts.shape == counts.shape else 0)
         labels, predicted, wrong = self._counts
-        enough = max(self.samples, 50 * len(labels), self._next)
+        enough = max(self._least(len(labels)), self._next)
         if labels.sum() < enough or len(labels) < 2:
             return
+        self.judged = True
         self._next = 2 * labels.sum()  # counts change slowly: look again when there are twice as many
         ratio = float(labels.max() / max(1.0, labels.min()))
         if ratio > self.threshold_imbalance:
@@ -211,6 +238,7 @@ class StalledTrainingRule(Rule):
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`; nothing when live."""
         earlier, self._last = self._last, seen
+        self.judged = self.judged or earlier is not None
         if self.live or earlier is None or seen.kind == "start":
             return
         if seen.time_s - earlier.time_s > self.threshold:

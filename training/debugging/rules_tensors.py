@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from training.debugging.observations import Observation
-from training.debugging.rules import Firing, Rule, selected
+from training.debugging.rules import Firing, Pace, Rule, selected
 
 IN_A_ROW = 3
 """Observations in a row before zeros or tiny gradients count; AWS fires on a single step."""
@@ -25,9 +25,16 @@ class _Streaks(Rule):
 
     def __post_init__(self) -> None:
         self._rows: dict[str, int] = {}
+        self._settled: dict[str, int] = {}
+
+    def judges_from(self, pace: Pace) -> int:
+        """See `Rule`."""
+        return pace.of_observation(IN_A_ROW, after=SETTLED_STEP)
 
     def lasts(self, seen: Observation, holds: bool) -> bool:
         """Whether it holds now and held in the observations before."""
+        self._settled[seen.name] = self._settled.get(seen.name, 0) + (seen.step > SETTLED_STEP)
+        self.judged = self.judged or self._settled[seen.name] >= IN_A_ROW
         self._rows[seen.name] = self._rows.get(seen.name, 0) + 1 if holds and seen.step > SETTLED_STEP else 0
         return self._rows[seen.name] >= IN_A_ROW
 
@@ -70,6 +77,7 @@ class ExplodingTensor(Rule):
         default = "weights,biases,gradients,losses,relu_input,relu_output,scalars"
         if not selected(seen, self.collection_names, self.tensor_regex, default):
             return
+        self.judged = True
         nan, inf = seen.stats.get("nan", 0), 0 if self.only_nan else seen.stats.get("inf", 0)
         if nan + inf > 0:
             yield self.fire(seen, nan + inf, 0, f"{nan + inf:.0f} values are NaN or infinite.")
@@ -112,6 +120,10 @@ class PoorWeightInitialization(Rule):
         self._losses: list[float] = []
         self._done = False
 
+    def judges_from(self, pace: Pace) -> int:
+        """See `Rule`. What was seen of a step is judged when the next one is observed."""
+        return pace.of_observation(FIRST_LOSSES + self.patience + 1)
+
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`."""
         if seen.kind in ("start", "scalar", "labels") or self._done:
@@ -131,6 +143,7 @@ class PoorWeightInitialization(Rule):
     def _judge(self, seen: Observation) -> Iterator[Firing]:
         if len(self._losses) < FIRST_LOSSES + self.patience:
             return
+        self.judged = True
         first, last = fmean(self._losses[:FIRST_LOSSES]), fmean(self._losses[-self.patience :])
         if last < (1 - FALLEN) * first:
             return
@@ -169,6 +182,7 @@ class DeadRelu(Rule):
         """See `Rule`."""
         if seen.kind != "activation_output" or not seen.series or not selected(seen, None, self.tensor_regex, ""):
             return
+        self.judged = True
         dead = 100 * sum(active < self.threshold_inactivity for active in seen.series) / len(seen.series)
         if dead > self.threshold_layer:
             yield self.fire(seen, dead, self.threshold_layer, f"{dead:.0f} % of the units are dead.")
@@ -219,6 +233,11 @@ class UnchangedTensor(Rule):
 
     def __post_init__(self) -> None:
         self._same: dict[str, int] = {}
+        self._compared: dict[str, int] = {}
+
+    def judges_from(self, pace: Pace) -> int:
+        """See `Rule`."""
+        return pace.of_observation(self.num_steps - 1, after=SETTLED_STEP)
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`. Raises: ValueError when the observations were made with another `atol`."""
@@ -230,6 +249,8 @@ class UnchangedTensor(Rule):
                 f"the observations were made for atol={seen.stats['atol']}, the rule has {self.atol}; give the rule "
                 "the same, or train again with the rule's."
             )
+        self._compared[seen.name] = self._compared.get(seen.name, 0) + (seen.step > SETTLED_STEP)
+        self.judged = self.judged or self._compared[seen.name] >= self.num_steps - 1
         close = seen.step > SETTLED_STEP and needed <= self.rtol and (self.equal_nan or not seen.stats["nan"])
         self._same[seen.name] = self._same.get(seen.name, 1) + 1 if close else 1
         if self._same[seen.name] >= self.num_steps:
@@ -262,6 +283,7 @@ class WeightUpdateRatio(Rule):
             ratio = seen.stats.get("change_ratio")
         if ratio is None or seen.stats["l2"] <= self.epsilon:
             return
+        self.judged = True
         if ratio > self.large_threshold:
             yield self.fire(seen, ratio, self.large_threshold, f"the update is {ratio:.3g} times the weight.")
         elif ratio < self.small_threshold and seen.step > SETTLED_STEP:

@@ -6,6 +6,7 @@ verdicts as text.
 
 import json
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ SAMPLE = 65_536
 
 
 class TensorBoardLog(Callback):
-    """Without tensorboard: one line in the log, and training is the same."""
+    """Without tensorboard, or when its files cannot be written: one line in the log, and training is the same."""
 
     def __init__(self, log_dir: Path | None = None, scalar_interval: int = 10, histogram_interval: int = 500) -> None:
         """`log_dir`: None is `tensorboard` in the run's folder. Intervals in steps; histograms cost a copy of the
@@ -35,6 +36,7 @@ class TensorBoardLog(Callback):
         self._log_dir, self._intervals = log_dir, (scalar_interval, histogram_interval)
         self._writer: Any = None
         self._last_step = 0
+        self._others: Callable[[threading.ExceptHookArgs], object] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def on_run_start(self, context: RunContext) -> None:
@@ -51,8 +53,13 @@ class TensorBoardLog(Callback):
         self._trained = {name: p for name, p in context.network.named_parameters() if p.requires_grad}
         self._modules = observed_modules(context.network)
         folder = self._log_dir or context.folder / "tensorboard"
+        self._others, threading.excepthook = threading.excepthook, self._thread_ended
         # purge_step: what an earlier part of a resumed run wrote from there on is no longer shown.
-        self._writer = SummaryWriter(str(folder), purge_step=context.first_step if context.first_step > 1 else None)
+        purge = context.first_step if context.first_step > 1 else None
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=purge)
+        except OSError as exc:
+            self._give_up(exc)
 
     def on_step_start(self, number: int) -> None:
         """See `Callback`. Hooks sit on the network during the steps that have histograms only."""
@@ -77,10 +84,10 @@ class TensorBoardLog(Callback):
         self._last_step = step.number
         if self._writer is None or step.number % self._intervals[0]:
             return
-        self._writer.add_scalar("batch/loss", step.loss, step.number)
-        self._writer.add_scalar("batch/accuracy", step.accuracy, step.number)
-        self._writer.add_scalar("batch/learning_rate", step.learning_rate, step.number)
-        self._writer.add_scalar("batch/images_per_second", len(step.labels) / max(step.seconds, 1e-9), step.number)
+        self._call("add_scalar", "batch/loss", step.loss, step.number)
+        self._call("add_scalar", "batch/accuracy", step.accuracy, step.number)
+        self._call("add_scalar", "batch/learning_rate", step.learning_rate, step.number)
+        self._call("add_scalar", "batch/images_per_second", len(step.labels) / max(step.seconds, 1e-9), step.number)
 
     def on_epoch_end(self, metrics: EpochMetrics) -> None:
         """See `Callback`. Curves of training and validation lie over each other; their abscissa is the step."""
@@ -89,16 +96,37 @@ class TensorBoardLog(Callback):
         for name in ("loss", "accuracy"):
             for phase in ("train", "validation"):
                 value = getattr(metrics, f"{phase}_{name}")
-                self._writer.add_scalar(f"epoch/{phase}_{name}", value, self._last_step)
-        self._writer.flush()
+                self._call("add_scalar", f"epoch/{phase}_{name}", value, self._last_step)
+        self._call("flush")
 
     def on_run_end(self, error: BaseException | None) -> None:
         """See `Callback`."""
         self._unhook()
         if self._writer is not None:
             self._verdicts()
-            self._writer.close()
+            self._call("close")
             self._writer = None
+        if self._others is not None:
+            threading.excepthook, self._others = self._others, None
+
+    def _call(self, method: str, *arguments: object) -> None:
+        """Call the writer, as long as there is one; a full disk costs a warning and the rest of the curves."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments)
+        except OSError as exc:
+            self._give_up(exc)
+
+    def _give_up(self, exc: OSError) -> None:
+        log.warning("tensorboard: nothing more can be written (%s); the run goes on without", exc.strerror or exc)
+        self._writer = None
+
+    def _thread_ended(self, ended: threading.ExceptHookArgs) -> None:
+        """Of an error in the thread that writes, the next call to the writer tells; its traceback would repeat it."""
+        ours = type(ended.thread).__module__.startswith("tensorboard.") and isinstance(ended.exc_value, OSError)
+        if not ours and self._others is not None:
+            self._others(ended)
 
     def _verdicts(self) -> None:
         """What the rules found, where an observer that was told before this one has written it."""
@@ -110,7 +138,7 @@ class TensorBoardLog(Callback):
             found = "".join(
                 f"\n\nstep {each['step']}, {each['tensor']}: {each['message']}" for each in entry["firings"]
             )
-            self._writer.add_text(f"rules/{entry['rule']}", entry["status"] + found, self._last_step)
+            self._call("add_text", f"rules/{entry['rule']}", verdicts.told(entry) + found, self._last_step)
 
     def _output_hook(self, name: str, step: int) -> Callable[..., None]:
         def look(module: nn.Module, inputs: object, output: object) -> None:
@@ -128,4 +156,4 @@ class TensorBoardLog(Callback):
         flat = tensor.detach().flatten()
         values = flat[:: max(1, flat.numel() // SAMPLE)].float().cpu()  # whole, block 4 takes 2 s of a processor
         if bool(values.isfinite().all()):  # there are no buckets for others; the rules report them
-            self._writer.add_histogram(name, values, step)
+            self._call("add_histogram", name, values, step)

@@ -1,25 +1,27 @@
 """The rules of a run together: they are fed, their findings logged and written to `rules.json`, some end the run.
 
-    {"rules": [{"rule", "status", "parameters", "action", "observed", "count", "message",
+    {"rules": [{"rule", "status", "parameters", "action", "observed", "count", "judged", "unjudged", "message",
                 "firings": [{"step", "tensor", "value", "threshold", "message", "advice"}]}]}
 
 `status` is one of SageMaker's (RuleEvaluationStatus of DescribeTrainingJob): InProgress, NoIssuesFound, IssuesFound,
-Error. `observed` 0: there was nothing for the rule to judge. `count` counts all firings; `firings` holds the first of
-each tensor.
+Error. NoIssuesFound is also that of a rule that could not judge, as AWS has no word for it: `judged` is then false, and
+`unjudged` says why. `observed` counts what the rule looks at; `count` all firings, `firings` holds the first of each
+tensor.
 """
 
 import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from service.model.files import replace
 from training.callbacks import StopTraining
 from training.debugging.observations import Observation
-from training.debugging.rules import Firing, Rule
+from training.debugging.rules import Firing, Pace, Rule
 from training.debugging.rules_metrics import StalledTrainingRule
 from training.debugging.rules_tensors import UnchangedTensor
 
@@ -43,6 +45,10 @@ class Verdict:
     """Observations of the kinds that the rule looks at; none: there was nothing to judge."""
     error: str | None = None
     over: bool = False
+    pace: Pace | None = None
+    """Of the run, where that is known."""
+    step: int = 0
+    """The last that was seen."""
 
     @property
     def status(self) -> str:
@@ -53,12 +59,25 @@ class Verdict:
             return "IssuesFound"
         return "NoIssuesFound" if self.over else "InProgress"
 
+    @property
+    def unjudged(self) -> str:
+        """Why a rule has found no issues because it could not judge; empty where it could."""
+        if self.rule.judged or self.status != "NoIssuesFound":
+            return ""
+        if self.pace is None:
+            return "too few steps were saved" if self.observed else "saw nothing to judge"
+        first = self.rule.judges_from(self.pace)
+        if first <= self.step:
+            return "saw nothing to judge"
+        return f"judges from step {first:,} on, the run had {self.step:,}"
+
     def entry(self) -> dict[str, object]:
         """As in `rules.json`."""
         return {
             "rule": self.rule.name, "status": self.status, "parameters": self.rule.parameters,
             "action": "stop" if self.stop else None, "observed": self.observed, "count": self.count,
-            "message": self.error, "firings": [asdict(firing) for firing in self.firings],
+            "judged": self.rule.judged, "unjudged": self.unjudged, "message": self.error,
+            "firings": [asdict(firing) for firing in self.firings],
         }  # fmt: skip
 
     def add(self, firing: Firing) -> None:
@@ -74,6 +93,7 @@ class RuleSet:
     def __init__(self, verdicts: Sequence[Verdict]) -> None:
         self.verdicts = list(verdicts)
         self._folder: Path | None = None
+        self._warned = False
         self._watchdog: _Watchdog | None = None
         self._lock = threading.Lock()  # the watchdog's thread adds firings too
 
@@ -132,18 +152,30 @@ class RuleSet:
         if self._folder is None:
             return  # judged afterwards: whoever asked shows the verdicts
         found = [verdict.rule.name for verdict in self.verdicts if verdict.count]
+        unjudged = [verdict.rule.name for verdict in self.verdicts if verdict.unjudged]
         log.info(
-            "rules: %d of %d found issues%s", len(found), len(self.verdicts), ": " + ", ".join(found) if found else ""
-        )
+            "rules: %d of %d found issues%s%s",
+            len(found), len(self.verdicts), ": " + ", ".join(found) if found else "",
+            f"; too little was seen to judge (rules.json says why): {', '.join(unjudged)}" if unjudged else "",
+        )  # fmt: skip
 
     def write(self) -> None:
-        """Replace `rules.json` by what is known now, so that a reader sees the old one or the new."""
+        """Replace `rules.json` by what is known now, so that a reader sees the old one or the new.
+
+        A full disk costs a warning, not the run or its rules.
+        """
         if self._folder is None:
             return
         with self._lock:
             entries = [verdict.entry() for verdict in self.verdicts]
             content = json.dumps({"rules": entries}, indent=2, allow_nan=False) + "\n"
-            replace(self._folder / FILE, content.encode())
+            try:
+                replace(self._folder / FILE, content.encode())
+                self._warned = False
+            except OSError as exc:
+                if not self._warned:
+                    log.warning("%s cannot be written (%s); the rules go on", FILE, exc.strerror or exc)
+                self._warned = True
 
     def add(self, verdict: Verdict, firing: Firing) -> None:
         """Note a firing; live, the first of a rule is logged as a warning."""
@@ -156,6 +188,9 @@ class RuleSet:
         )  # fmt: skip
 
     def _look(self, verdict: Verdict, seen: Observation) -> list[Firing]:
+        verdict.step = seen.step
+        if seen.kind == "start":
+            verdict.pace = Pace.told_by(seen)
         if verdict.error is not None:
             return []
         verdict.observed += seen.kind in verdict.rule.kinds
@@ -174,6 +209,11 @@ class RuleSet:
     def _sentence(verdict: Verdict, firing: Firing) -> str:
         where = f"{firing.tensor}: " if firing.tensor else ""
         return f"{verdict.rule.name}: {where}{firing.message} {firing.advice}"
+
+
+def told(entry: Mapping[str, Any]) -> str:
+    """The status of an entry of `rules.json` for people: whether the rule judged at all is part of it."""
+    return f"not judged: {entry['unjudged']}" if entry["unjudged"] else str(entry["status"])
 
 
 def judge(rules: RuleSet, observations: Iterable[Observation]) -> RuleSet:

@@ -6,12 +6,11 @@ runs goes on, the same command waits for it again.
 
 import logging
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from training.errors import ConfigError, TrainingError
+from training.interruption import Terminated, raised
 
 try:
     from training.launch.flags import parser
@@ -24,10 +23,6 @@ except ModuleNotFoundError as exc:
 log = logging.getLogger("training")
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     # Results go to stdout (`invoke | sort`), so what is told of them goes beside.
@@ -38,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parser().parse_known_args(arguments)
     except SystemExit as exc:  # argparse has told why, or printed --help
         return int(exc.code or 0)
-    before = signal.signal(signal.SIGTERM, _end)
     try:
-        from training.launch.commands import run  # the training's settings: seconds, and not for --help
+        with raised():
+            from training.launch.commands import run  # the training's settings: seconds, and not for --help
 
-        run(options, rest)
+            run(options, rest)
     except TrainingError as exc:
         log.error("%s", exc)
         return 2 if isinstance(exc, ConfigError) else 1
@@ -52,14 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         given = sys.argv[1:] if arguments is None else arguments
         log.error("The command was: python -m training.launch %s", shlex.join(given))
-        return 143 if isinstance(exc, _Terminated) or isinstance(exc.__cause__, _Terminated) else 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return 143 if isinstance(exc, Terminated) or isinstance(exc.__cause__, Terminated) else 130
     return 0
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 if __name__ == "__main__":

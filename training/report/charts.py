@@ -15,6 +15,8 @@ MAX_POINTS = 400
 """Points a line is drawn with; more are averaged in groups of neighbours."""
 MAX_DOTS = 40
 """Lines of at most so many points show each of them."""
+DURATIONS = (("h", 3_600_000), ("min", 60_000), ("s", 1000), ("ms", 1))
+"""Units and what they are in ms."""
 
 Point = tuple[float, float]
 Show = Callable[[float], str]
@@ -97,8 +99,15 @@ def percent(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """Four significant digits, without an exponent where that is short."""
-    return f"{value:.4g}"
+    """Four significant digits; large numbers whole, with commas."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def duration(ms: float) -> str:
+    """12.5 -> "12.5 ms", 83400 -> "1.39 min": in the largest unit that there is one of, to three digits."""
+    unit, size = next((unit, size) for unit, size in DURATIONS if ms >= size or size == 1)
+    value = ms / size
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def line_chart(
@@ -123,7 +132,7 @@ def line_chart(
         places = [(x_axis.place(x), y_axis.place(y)) for x, y in each.points]
         dots: tuple[Dot, ...] = ()
         if len(places) <= MAX_DOTS:
-            texts = (f"{x_label} {x:g}: {each.name} {show(y)}" for x, y in each.points)
+            texts = (f"{x_label} {plain(x)}: {each.name} {show(y)}" for x, y in each.points)
             dots = tuple(Dot(*place, text) for place, text in zip(places, texts, strict=True))
         lines.append(Line(each.name, "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places), dots, each.faint))
     return Chart(title, x_label, x_axis.ticks(plain), y_axis.ticks(_tick_text(show)), tuple(lines))

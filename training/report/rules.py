@@ -28,6 +28,8 @@ class RuleView:
     verdict: str
     kind: str
     """Of the verdict: "ok", "bad", or empty."""
+    note: str
+    """Why there is no verdict; mostly empty."""
     parameters: dict[str, object]
     firings: tuple[FiringView, ...]
     more: int
@@ -42,20 +44,30 @@ def rule_views(rules: list[Record] | None) -> list[RuleView] | None:
     return sorted((_view(rule) for rule in rules), key=lambda view: (view.kind != "bad", view.kind != "ok"))
 
 
+def unjudged(rule: Record) -> bool:
+    """Whether a rule found no issues because it could not judge."""
+    return rule.get("status") == "NoIssuesFound" and rule.get("judged") is False
+
+
 def _view(rule: Record) -> RuleView:
     status = str(rule.get("status", "unknown"))
     verdict, kind = VERDICTS.get(status, (status, ""))
+    note = _text(rule, "unjudged") or _text(rule, "message")
+    if unjudged(rule):
+        verdict, kind = "not judged", ""
     alike: dict[tuple[str, str], list[Record]] = {}
     for firing in records(rule.get("firings")):
         alike.setdefault((_text(firing, "message"), _text(firing, "tensor")), []).append(firing)
     shown = list(alike.items())[:SHOWN_LINES]
     advice = dict.fromkeys(_text(firing, "advice") for _, firings in shown for firing in firings)
     parameters = rule.get("parameters")
+    parameters = parameters if isinstance(parameters, Mapping) else {}
     return RuleView(
         name=_text(rule, "rule") or "?",
         verdict=verdict,
         kind=kind,
-        parameters=dict(parameters) if isinstance(parameters, Mapping) else {},
+        note=note,
+        parameters={name: value for name, value in parameters.items() if value is not None},
         firings=tuple(_firing(message, tensor, firings) for (message, tensor), firings in shown),
         more=sum(len(firings) for firings in list(alike.values())[SHOWN_LINES:]),
         advice=tuple(text for text in advice if text),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from training.report.charts import Chart, Series, line_chart, percent, plain, smoothed
+from training.report.charts import Chart, Series, duration, line_chart, percent, smoothed
 from training.report.sources import Record, Sources, finite, numbers, records, series
 
 SMOOTHING = 40
@@ -60,7 +60,7 @@ def profile_view(profile: Record | None) -> ProfileView | None:
     return ProfileView(
         summary=summary if isinstance(summary, str) else "",
         shares=tuple(Share(_words(name), min(1.0, max(0.0, s)), percent(s)) for name, s in _largest(shares)),
-        step_ms=tuple((name, f"{value:.1f} ms") for name, value in numbers(profile.get("step_ms")).items()),
+        step_ms=tuple((name, duration(value)) for name, value in numbers(profile.get("step_ms")).items()),
         operators=tuple(_operator(each) for each in records(profile.get("top_operators"))[:MAX_OPERATORS]),
         charts=_samples(records(profile.get("samples"))),
     )
@@ -83,7 +83,7 @@ def _largest(shares: dict[str, float]) -> list[tuple[str, float]]:
 
 def _operator(record: Record) -> Share:
     share, total_ms = finite(record.get("share")) or 0.0, finite(record.get("total_ms"))
-    text = percent(share) if total_ms is None else f"{percent(share)}, {plain(total_ms)} ms"
+    text = percent(share) if total_ms is None else f"{percent(share)}, {duration(total_ms)}"
     return Share(str(record.get("name", "?")), min(1.0, max(0.0, share)), text)
 
 

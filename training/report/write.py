@@ -25,7 +25,7 @@ from training.errors import ExportError
 from training.figures import Confused, Figures
 from training.report import charts
 from training.report.hardware import hardware
-from training.report.headline import findings, headline
+from training.report.headline import findings, headline, uncertainty
 from training.report.matrix import matrix, summed
 from training.report.pictures import pictures
 from training.report.rules import rule_views
@@ -156,6 +156,7 @@ def _page(
         surprising=_shown(surprising, images, figures, classes),
         worst=_shown(others[:LISTED_IMAGES], images, figures, classes),
         calibration=(charts.reliability_chart(figures), charts.confidence_chart(figures)),
+        uncertain=uncertainty(figures),
         profile=profile_view(sources.profile), hardware=hardware(),
         settings=sources.settings or manifest.hyperparameters, int8=_int8(manifest),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 Byte 0 is held by whoever reads or changes the study, so that one process at a time does: two claim two trials, and
 SQLite never finds its database locked. Byte n + 1 is held by the process that runs trial n. The system lets a lock go
 however its process ends, kill -9 too: a trial whose byte is free has nobody who runs it. Nothing has to be waited for,
-unlike with a heartbeat.
+unlike with a heartbeat. What is in the file is the name of the study that it was made for.
 """
 
 import fcntl
@@ -31,6 +31,14 @@ class StudyLock:
             raise ConfigError(
                 f"--output {path.parent}: {path.name} cannot be locked ({exc.strerror}); give a folder on a local disk."
             ) from exc
+
+    def name(self) -> str:
+        """The name of the study that was noted last; empty where none was."""
+        return os.pread(self._file, 100, 0).decode(errors="replace")
+
+    def note(self, name: str) -> None:
+        """Note the name of the study. Raises: OSError."""
+        os.truncate(self._file, os.pwrite(self._file, name.encode(), 0))
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

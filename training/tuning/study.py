@@ -7,6 +7,7 @@ with the same hyperparameters.
 
 import json
 import logging
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -60,12 +61,30 @@ class Study:
             self._study = _open(folder / FILE, tuning.direction, self._startup)
             ranges = {SOURCES[name]: getattr(tuning, SOURCES[name]) for name in self._distributions}
             facts = json.loads(json.dumps({**facts, **ranges, "metric": tuning.metric}))
+            self._compare_with_last(folder / FILE)
             known = self._study.user_attrs.get("facts")
             if known is None:  # the queue first: whoever is killed in between begins again
                 self._study.enqueue_trial(dict(first), skip_if_exists=True)
                 self._study.set_user_attr("facts", facts)
             elif known != facts:
                 raise ConfigError(f"--output {folder}: {_difference(known, facts)}; give those, or another folder.")
+
+    def _compare_with_last(self, path: Path) -> None:
+        """Say so when the file is not the one that was here when the study was opened last; remember this one."""
+        before, name = self._lock.name(), self._study.user_attrs.get("name")
+        if name is None:
+            name = uuid.uuid4().hex
+            self._study.set_user_attr("name", name)
+        if before and before != name:
+            count = sum(trial.state.name != "WAITING" for trial in self.trials())
+            goes_on = self._study.user_attrs.get("facts") is not None
+            log.warning(
+                "%s is not the study that was here before, which was removed, emptied or replaced; %s.",
+                path,
+                f"the one there now goes on, with {count} trial(s) made or begun" if goes_on else "a new one begins",
+            )  # fmt: skip
+        if before != name:
+            self._lock.note(name)
 
     def claim(self) -> "optuna.Trial | None":
         """The next trial, with its hyperparameters; None when all are made or under way."""

@@ -116,7 +116,8 @@ class Training:
         per_epoch = len(data.labels) // batch_size
         criterion = nn.CrossEntropyLoss()
         context = RunContext(
-            TrainingConfig.create({"data": path, "output": path, "epochs": epochs}), network, criterion,
+            TrainingConfig.create({"data": path, "output": path, "epochs": epochs, "batch_size": batch_size}), network,
+            criterion,
             Dataset("points", classes, nothing, nothing, {}), path, torch.device("cpu"),
             per_epoch, per_epoch * epochs, first_step,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """TensorBoard's files and MLflow's store hold what happened; neither can end a run."""
 
+import errno
 import logging
 import os
 import subprocess
@@ -49,7 +50,30 @@ def test_tensorboard_has_the_rules_verdicts_as_text(train: Any, small: Any, poin
         return str(event.tensor_proto.string_val[0].decode())
 
     assert told("DeadRelu") == "NoIssuesFound"
+    assert told("Overtraining") == "not judged: judges from step 70 on, the run had 40"
     assert told("UnchangedTensor").startswith("IssuesFound\n\nstep 22, ")
+
+
+@pytest.mark.parametrize("written", [0, 9])
+def test_a_full_disk_costs_tensorboard_one_warning_and_its_thread_no_traceback(
+    train: Any, small: Any, points: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    taken: list[bytes] = []
+
+    def write(_: RecordWriter, record: bytes) -> None:
+        taken.append(record)
+        if len(taken) > written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    before = threading.excepthook
+    run = train(small(), points(200), [Observer(1, create_rules()), TensorBoardLog(histogram_interval=1)])
+    assert (len(run.losses), run.error, threading.excepthook) == (40, None, before)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == ["tensorboard: nothing more can be written (No space left on device); the run goes on without"]
 
 
 def test_mlflow_gets_settings_metrics_and_verdicts(

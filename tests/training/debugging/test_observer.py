@@ -133,3 +133,14 @@ def test_activity_counts_how_often_a_channel_is_above_zero() -> None:
     activity = statistics.activity(outputs)
     assert activity[0] == 0 and activity[33] == 50 and activity[100] == 100
     assert nn.ReLU()(outputs).equal(outputs)
+
+
+def test_a_full_disk_costs_a_warning_and_the_rules_go_on(
+    train: Any, small: Any, points: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "observations.jsonl").symlink_to("/dev/full")
+    run = train(small(), points(200), [Observer(1, create_rules(["UnchangedTensor"]))], learning_rate=0.0)
+    assert run.status("UnchangedTensor") == "IssuesFound"
+    (warned,) = [each for each in caplog.messages if "observations.jsonl" in each]
+    assert warned == "observations.jsonl cannot be written (No space left on device); the run goes on without it"

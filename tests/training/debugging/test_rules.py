@@ -217,6 +217,44 @@ def test_a_rule_that_cannot_judge_says_so(train: Any, small: Any, points: Any) -
     assert verdict.status == "Error" and "atol" in str(verdict.error)
 
 
+def test_a_run_too_short_for_a_rule_is_told_and_how_long_it_had_to_be(
+    train: Any, small: Any, points: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run = train(small(), points(100), [Observer(100, create_rules())], epochs=2)
+    assert "; too little was seen to judge (rules.json says why): VanishingGradient, PoorWeight" in caplog.messages[-1]
+    assert {entry["status"] for entry in run.verdicts.values()} == {"NoIssuesFound"}  # for machines
+    told = {name: entry["unjudged"] for name, entry in run.verdicts.items() if not entry["judged"]}
+    assert told["VanishingGradient"] == "judges from step 300 on, the run had 10"
+    assert told["Overtraining"] == "judges from step 35 on, the run had 10"
+    assert {name for name, entry in run.verdicts.items() if entry["judged"]} == {
+        "ExplodingTensor", "DeadRelu", "WeightUpdateRatio", "Overfit", "StalledTrainingRule",
+    }  # fmt: skip
+    assert main([str(run.folder)]) == 0
+    (line,) = [line for line in caplog.messages if line.startswith("VanishingGradient ")]
+    assert line.split(maxsplit=1)[1] == "not judged     judges from step 300 on, the run had 10"
+
+
+@pytest.mark.parametrize("interval", [1, 10, 40])
+def test_the_step_from_which_a_rule_judges_is_the_one_it_names(
+    train: Any, small: Any, points: Any, interval: int
+) -> None:
+    run = train(small(), points(100), [Observer(interval)], epochs=70)
+    seen = [*read(run.folder / "observations.jsonl")]
+    for name in RULES:
+        (verdict,) = judge(create_rules([name]), seen).verdicts
+        assert verdict.rule.judged and verdict.pace is not None
+        first = verdict.rule.judges_from(verdict.pace)
+        for step in (first - 1, first):
+            (early,) = judge(create_rules([name]), [each for each in seen if each.step <= step]).verdicts
+            assert early.rule.judged == (step == first), (name, first)
+
+
+def test_a_rule_that_saw_nothing_of_what_it_looks_at_says_so(train: Any, small: Any, points: Any) -> None:
+    run = train(small(), points(100), [watched("DeadRelu", tensor_regex="none such")], epochs=1)
+    assert run.verdicts["DeadRelu"]["unjudged"] == "saw nothing to judge"
+
+
 def test_rules_can_be_read_from_json(tmp_path: Path) -> None:
     path = tmp_path / "rules.json"
     path.write_text(json.dumps([{"rule": "DeadRelu", "action": "stop"}]))
