@@ -238,9 +238,7 @@ def test_a_job_that_another_command_started_this_moment_is_followed(
     assert (tmp_path / "model" / "manifest.json").is_file()
 
 
-def test_two_deployments_at_once_end_with_one_endpoint(
-    here: Account, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_deployments_at_once_end_with_one_endpoint(here: Account, monkeypatch: pytest.MonkeyPatch) -> None:
     project = Project("both", "both")
     data.ensure_bucket(here.aws, project)
     wanted = endpoint.config_request(project, here.model(project), Hosting())

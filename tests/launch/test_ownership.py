@@ -152,16 +152,16 @@ def test_what_is_left_of_an_upload_that_was_killed_is_listed_and_removed(
     project, s3 = Project("killed", "delete-killed"), here.client("s3")
     data.ensure_bucket(here.aws, project)
 
-    def unfinished() -> list[str]:
+    def unfinished() -> set[str]:
         found = s3.list_multipart_uploads(Bucket="delete-killed").get("Uploads", [])
-        return [each["Key"] for each in found]
+        return {each["Key"] for each in found}
 
     for key in ("killed/data/weights-1/w.pth", "killed/theirs/x", "killed-not/data/x"):
         s3.create_multipart_upload(Bucket="delete-killed", Key=key)
     delete = ("delete", "--project", "killed", "--bucket", "delete-killed", "--yes", "--data")
     assert "killed/data/  0 files, 0.0 MB, 1 uploads that were broken off" in told(caplog, "status", *delete[1:5])
     assert "nothing is left" in told(caplog, *delete)
-    assert unfinished() == ["killed-not/data/x", "killed/theirs/x"]
+    assert unfinished() == {"killed-not/data/x", "killed/theirs/x"}
     s3.create_multipart_upload(Bucket="delete-killed", Key="killed/data/x")
     here.order(operation="GetBucket", code="AccessDenied", message="no", times=1, status=403)  # no leave to list them
     assert "has nothing to remove" in told(caplog, *delete)
