@@ -82,6 +82,7 @@ def test_settings_of_an_endpoint_that_cannot_be_are_refused(
     (tmp_path / "bad.png").write_bytes(b"")
     for flags, said in (
         (("--env", "NOVALUE"), "say NAME=VALUE"),
+        (("--env", "A B=1"), "say NAME=VALUE, with letters"),
         (("--kind", "async", "--shadow", packed), "--shadow needs a real-time endpoint"),
         (("--shadow", "no/such"), "--shadow no/such: there is no such folder, no such file, and no training job"),
         (("--smoke", tmp_path / "bad.png"), "bad.png: "),

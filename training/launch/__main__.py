@@ -30,6 +30,10 @@ log = logging.getLogger("training")
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 """What ends a command as Ctrl-C does, so that it cleans up and says what goes on."""
 
+STOPPED = (
+    "Stopped; repeat the command: what is there already is found and not made again. `status` lists what runs at AWS."
+)
+
 
 class _Ended(KeyboardInterrupt):
     """One of ENDS came."""
@@ -61,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", exc)
         return 2 if isinstance(exc, ConfigError) else 1
     except KeyboardInterrupt as exc:
-        log.error(
-            "%s", exc if exc.args else "Stopped; repeat the command: what is there already is found and not made again."
-        )
+        log.error("%s", exc if exc.args else STOPPED)
         log.error("The command was: python -m training.launch %s", shlex.join(given))
         ended = exc if isinstance(exc, _Ended) else exc.__cause__
         return 128 + (ended.number if isinstance(ended, _Ended) else signal.SIGINT)

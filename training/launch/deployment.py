@@ -1,6 +1,7 @@
 """The commands that predict at AWS: `deploy`, and `batch`."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -173,8 +174,8 @@ def environment(options: Options) -> dict[str, str]:
     found = {}
     for text in options.env:
         name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise ConfigError(f"--env {text}: say NAME=VALUE.")
+        if not equals or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
+            raise ConfigError(f"--env {name}: say NAME=VALUE, with letters, digits and _ in NAME.")
         found[name] = value
     return found
 

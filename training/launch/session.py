@@ -26,6 +26,7 @@ from botocore.exceptions import (
     ProfileNotFound,
     SSOError,
 )
+from botocore.parsers import ResponseParserError
 from botocore.utils import validate_region_name
 
 from training.errors import ConfigError
@@ -51,7 +52,7 @@ class _Explaining:
             if exc.response.get("Error", {}).get("Code") == "ModelError":
                 raise  # the container's answer: the caller (`client.py`) reads it
             raise refused(service, operation, exc.response.get("Error", {})) from exc
-        except BotoCoreError as exc:
+        except (BotoCoreError, ResponseParserError) as exc:
             raise unreachable(service, operation, exc) from exc
 
 
@@ -78,6 +79,12 @@ def unreachable(service: str, operation: str, exc: Exception) -> AwsError:
     if isinstance(exc, ConnectionError | HTTPClientError | IncompleteReadError):
         return AwsError(
             f"{service} cannot be reached ({exc}); is there network, and is the service in this region? Then {AGAIN}",
+            "Unreachable", operation,
+        )  # fmt: skip
+    if isinstance(exc, ResponseParserError):
+        return AwsError(
+            f"{service} was answered by something that is not AWS: a proxy, or a login page of the network? "
+            f"Mend that (HTTPS_PROXY, NO_PROXY), then {AGAIN}",
             "Unreachable", operation,
         )  # fmt: skip
     if isinstance(exc, RetriesExceededError):
