@@ -24,12 +24,17 @@ class Interrupted(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+    """A signal that ends a command as Ctrl-C does."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
 
 
 @contextmanager
-def raised() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt and SIGTERM `Terminated` while the context lasts, where nobody else catches them.
+def raised(*more: int) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, SIGTERM `Terminated` while the context lasts, where nobody else catches them;
+    so do `more` signals. One that is ignored stays so (nohup).
 
     Process 1 of a container does not hear a SIGTERM that it has no handler for. Before and after, Ctrl-C ends the
     process of a command at once (`service.model.interrupts`): there is nothing to save or to say.
@@ -38,8 +43,9 @@ def raised() -> Iterator[None]:
         yield  # signals reach the main thread alone
         return
     ours: dict[int, tuple[Handler, Handler]] = {
-        signal.SIGTERM: (signal.SIG_DFL, _end), signal.SIGINT: (leave, signal.default_int_handler),
-    }  # fmt: skip
+        signal.SIGINT: (leave, signal.default_int_handler),
+        **dict.fromkeys((signal.SIGTERM, *more), (signal.SIG_DFL, _end)),
+    }
     before = {number: old for number, (old, _) in ours.items() if signal.getsignal(number) == old}
     for number in before:
         signal.signal(number, ours[number][1])
@@ -51,7 +57,7 @@ def raised() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated(number)
 
 
 class Interruption:

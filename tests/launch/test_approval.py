@@ -121,3 +121,20 @@ def test_a_longer_start_is_allowed_to_the_container_too(
     name = hosted(here, project, packed, "Approved", startup_s, env)
     (container,) = here.client("sagemaker").describe_model(ModelName=name)["Containers"]
     assert container.get("Environment", {}).get("CLASSIFIER_START_TIMEOUT_S") == given
+
+
+def test_a_version_whose_archive_was_deleted_is_not_taken_for_one_that_is_here(here: Account, packed: Path) -> None:
+    project, s3 = Project("deleted", "deleted"), here.client("s3")
+    data.ensure_bucket(here.aws, project)
+    s3.upload_file(str(packed), "deleted", "deleted/jobs/j/output/model.tar.gz")
+    with registry.located(here.aws, project, "s3://deleted/deleted/jobs/j/output/model.tar.gz") as model:
+        first, _ = registry.register(here.aws, project, model, IMAGE, "Approved")
+        assert registry.register(here.aws, project, model, IMAGE, "Approved")[0] == first
+    with registry.located(here.aws, project, str(packed)) as model:
+        assert registry.register(here.aws, project, model, IMAGE, "Approved")[0] == first  # of the same content
+        s3.delete_object(Bucket="deleted", Key="deleted/jobs/j/output/model.tar.gz")
+        second, _ = registry.register(here.aws, project, model, IMAGE, "Approved")
+    assert second != first
+    described = here.client("sagemaker").describe_model_package(ModelPackageName=second)
+    place = described["InferenceSpecification"]["Containers"][0]["ModelDataUrl"]
+    assert place.startswith("s3://deleted/deleted/models/")

@@ -1,6 +1,7 @@
 """What a job made comes home: the model always, the run's files where they can be unpacked."""
 
 import logging
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from service.model.archive import MAX_MEMBERS
 from tests.rehearsal.start import REGION, Rehearsal
+from training.errors import ConfigError
+from training.launch.errors import LaunchError
 from training.launch.jobs import bring_home, pack
 from training.launch.session import Aws
 
@@ -56,3 +59,31 @@ def test_the_model_comes_home_whatever_the_run_left(
         assert "run's files (s3://home/output/output.tar.gz) were not brought home: " in caplog.text
     else:
         assert here == {"model", "model.tar.gz", "model-run"}
+
+
+def test_what_lies_there_stays_where_the_object_is_damaged(
+    job: Callable[[int], dict[str, Any]], aws: Aws, cloud: Rehearsal, artifact: Path, tmp_path: Path
+) -> None:
+    output, uri = tmp_path / "out" / "model", "s3://home/output/model.tar.gz"
+    found = job(2)
+    shutil.copytree(artifact, output)
+    before = sorted(output.iterdir())
+    whole = (tmp_path / "model.tar.gz").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"no archive"):
+        cloud.client("s3").put_object(Bucket=BUCKET, Key="output/model.tar.gz", Body=damaged)
+        with pytest.raises(LaunchError, match=rf"^{uri}: .*remove it, and the same command runs the job again"):
+            bring_home(aws, found, output)
+        assert sorted(output.iterdir()) == before and list(output.parent.iterdir()) == [output]
+
+
+def test_files_of_others_beside_it_stay(job: Callable[[int], dict[str, Any]], aws: Aws, tmp_path: Path) -> None:
+    home = tmp_path / "out"
+    (home / "model-run").mkdir(parents=True)
+    kept = [home / "model-run" / "notes.txt", home / "model-run.tar.gz"]
+    for path in kept:
+        path.write_text("mine")
+    bring_home(aws, job(2), home / "model")
+    assert [path.read_text() for path in kept] == ["mine", "mine"]
+    (home / "other.tar.gz").write_text("mine")
+    with pytest.raises(ConfigError, match=r"other\.tar\.gz, where its archive goes, is another file"):
+        bring_home(aws, {"ModelArtifacts": {"S3ModelArtifacts": "s3://home/output/model.tar.gz"}}, home / "other")

@@ -2,11 +2,13 @@
 
 import argparse
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from training.errors import ConfigError, TrainingError
+from training.errors import ConfigError, DataError, TrainingError
 from training.launch.__main__ import main
 from training.launch.data import channel_of, prefix_of
 from training.launch.experiments import channels
@@ -60,10 +62,10 @@ def test_a_place_that_is_not_there_is_named_with_its_flag(flag: str, data: Path,
 
 def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(b"x")
+    (folder / "cat").mkdir(parents=True)
+    (folder / "cat" / "a.png").write_bytes(b"x")
     channel = channel_of("train", folder)
-    (folder / "a.png").unlink()
+    (folder / "cat" / "a.png").unlink()
     with pytest.raises(TrainingError, match=r"a\.png cannot be read: No such file"):
         prefix_of(channel)
 
@@ -80,3 +82,50 @@ def test_a_bucket_that_the_projects_role_cannot_read_is_warned_of(caplog: pytest
     with caplog.at_level(logging.INFO, "training"):
         assert main(["train", *given, "--mlflow", arn]) == 0
     assert f'"mlflow_uri": "{arn}"' in caplog.text
+
+
+def test_class_folders_that_are_links_are_sent_as_the_check_reads_them(data: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for folder in data.iterdir():
+        (linked / folder.name).symlink_to(folder)
+    assert [key for key, _ in channel_of("train", linked).files] == [key for key, _ in channel_of("train", data).files]
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in ("train", "validation"):
+        (parts / name).symlink_to(linked)
+    keys = {key for key, _ in channel_of("train", parts).files}
+    assert keys == {f"{part}/{key}" for part in ("train", "validation") for key, _ in channel_of("train", data).files}
+    first = next(data.iterdir()).name
+    (linked / "own").mkdir()
+    shutil.copy(next((data / first).iterdir()), linked / "own" / "a.png")
+    (linked / "own" / "round").symlink_to(linked)  # not followed there either
+    assert {key for key, _ in channel_of("train", linked).files if key.startswith("own/")} == {"own/a.png"}
+
+
+def test_a_name_that_s3_cannot_have_is_a_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "cat"
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"\\udcff\.png': its name is no UTF-8.*rename it"):
+        channel_of("train", tmp_path / "data")
+
+
+def test_a_name_longer_than_any_is_a_sentence(data: Path) -> None:
+    long = "x" * 300
+    for given in ((long,), (data, long), (data, None, long)):
+        with pytest.raises(ConfigError, match=r"x{300}: File name too long"):
+            dry(*given)
+
+
+def test_broken_files_are_skipped_where_that_is_asked_for(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, aws: Aws
+) -> None:
+    broken = shutil.copytree(data, tmp_path / "broken")
+    (next(broken.iterdir()) / "broken.png").write_bytes(b"")
+    for command in (["upload"], ["train", "--image", "i", "--role", "resnet34-sagemaker", "--weights", "none"]):
+        given = [*command, "--data", str(broken), "--dry-run"]
+        caplog.clear()
+        assert main(given) == 1
+        assert "go on without them with --broken-files skip" in caplog.text
+        assert main([*given, "--broken-files", "skip"]) == 0, caplog.text

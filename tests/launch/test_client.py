@@ -1,6 +1,9 @@
 """The client: the same for an address and an endpoint, tried again where the service says later."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from training.launch.__main__ import main
 from training.launch.client import Outcome, Reply, UrlTarget, classify, classify_one, images_in, retry_after_s
 from training.launch.errors import LaunchError
 
+ROOT = Path(__file__).parents[2]
 GOOD = {"model": {"name": "m", "version": "1"}, "predictions": [{"label": "a", "index": 0, "probability": 0.9}]}
 
 
@@ -155,3 +159,79 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, capsys: pytest.Capt
     assert main(["status", "--epochs", "3"]) == 2
     assert main(["no-command"]) == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"predictions": [[0.1, 0.9]]},  # TensorFlow Serving's
+        {"predictions": "cat"},
+        {"predictions": [{"label": "cat", "probability": "high"}]},
+        {"predictions": [{"class": "cat"}]},
+        {**GOOD, "model": "resnet"},
+        [1],
+    ],
+)
+def test_what_another_service_answers_is_each_images_problem(answer: object, picture: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.csv"
+    with answering((200, {}, answer)) as (url, _):
+        assert main(["invoke", "--url", url, str(picture), "--output", str(output)]) == 1
+    assert "the answer is none of this service" in output.read_text()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://a..b", f"http://{'a' * 64}.com", "http://127.0.0.1:8080/ä", "http://127.0.0.1:8080/a b", "http://a b",
+        "http://127.0.0.1:99999", "http://[::1", "127.0.0.1:8080", "http://", "http://ann:secret@127.0.0.1:8080",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_is_a_sentence(url: str) -> None:
+    with pytest.raises(ConfigError, match="--url") as told:
+        UrlTarget(url)
+    assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("url", ["http://no-such-host.invalid", "https://127.0.0.1:{port}"])
+def test_a_wrong_name_or_scheme_ends_at_once_and_is_not_tried_for_each_image(url: str, picture: Path) -> None:
+    with answering((200, {}, GOOD)) as (real, _):
+        start_s = time.monotonic()
+        with pytest.raises(LaunchError, match=r"or give another --url"):
+            one(url.format(port=real.rpartition(":")[2]), picture)
+    assert time.monotonic() - start_s < 10
+
+
+def command(*arguments: object, **more: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "training.launch", *map(str, arguments)], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+        **more,
+    )  # fmt: skip
+
+
+def test_who_reads_no_further_ends_it_with_a_sentence(picture: Path) -> None:
+    with answering((200, {}, GOOD)) as (url, _):
+        reads, writes = os.pipe()
+        os.close(reads)
+        with command("invoke", "--url", url, picture, stdout=writes) as process:
+            os.close(writes)
+            _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Nobody reads the results any more" in stderr and "Traceback" not in stderr and "Exception" not in stderr
+
+
+def test_a_disk_that_is_full_is_a_sentence(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("/dev/full is Linux's")
+    with answering((200, {}, GOOD)) as (url, _):
+        assert main(["invoke", "--url", url, str(picture), "--output", "/dev/full", "--format", "csv"]) == 1
+    assert "/dev/full cannot be written further: No space left on device" in caplog.text
+
+
+def test_a_file_whose_name_is_no_utf_8_is_written_readably(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.png")
+    path.write_bytes(b"any bytes")
+    with answering((200, {}, GOOD)) as (url, _):
+        for kind in ("csv", "jsonl"):
+            output = tmp_path / f"a.{kind}"
+            assert main(["invoke", "--url", url, str(path), "--output", str(output)]) == 0
+            assert "xff.png" in output.read_text()

@@ -1,19 +1,21 @@
 """Every step broken off in its midst and repeated: one sentence, nothing left over, and the same end as without."""
 
+import io
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.in_process import POLL_S, ROLE, Account
+from tests.launch.in_process import POLL_S, ROLE, Account, meanwhile
 from tests.launch.telling import DENIED, EXPIRED, ctrl_c, problem, sigterm, told, when
 from tests.launch.test_faults import left
 from tests.rehearsal.start import IMAGE, Rehearsal
 from training.launch import autoscaling, data, deployment, endpoint, inventory
 from training.launch.attempts import TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
 from training.launch.endpoint import Hosting
-from training.launch.errors import AwsError
+from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
 from training.launch.session import Aws
 
@@ -218,3 +220,91 @@ def test_a_delete_broken_at_every_step_is_finished_by_repeating_it(
     assert "nothing is left" in said and "what stays by design: bucket delete-goes" in said
     assert [thing for thing in inventory.things(here.aws, project, with_data=True) if thing.remove] == []
     assert "has nothing to remove" in told(caplog, *delete)
+
+
+def test_a_job_that_another_command_started_this_moment_is_followed(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = train(here, "twice", data, tmp_path / "model", artifact)
+    told(caplog, *command, "--no-wait")
+    here.containers.runs = False
+    (name,) = TRAINING_JOBS.states(here.aws, Project("twice", ""))
+    # Both asked what there is before either had started it.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(TRAINING_JOBS), "states", lambda *_: {})
+        said = told(caplog, *command)
+    assert f"job {name} for this very request was started by another command this moment" in said
+    assert list(TRAINING_JOBS.states(here.aws, Project("twice", ""))) == [name]
+    assert (tmp_path / "model" / "manifest.json").is_file()
+
+
+def test_two_deployments_at_once_end_with_one_endpoint(here: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = Project("both", "both")
+    data.ensure_bucket(here.aws, project)
+    wanted = endpoint.config_request(project, here.model(project), Hosting())
+    other = endpoint.config_request(project, here.model(project, SAYS="other"), Hosting())
+    here.containers.ready.clear()
+    endpoint.ensure_config(here.aws, wanted)
+    here.client("sagemaker").create_endpoint(
+        EndpointName="both", EndpointConfigName=wanted["EndpointConfigName"], Tags=project.tags
+    )
+    found, seen = endpoint.find, []
+
+    def nothing_yet(*given: Any) -> Any:
+        seen.append(given)
+        return None if len(seen) == 1 else found(*given)
+
+    monkeypatch.setattr(endpoint, "find", nothing_yet)
+    with pytest.raises(LaunchError, match="is being made by another command this moment, and not as this one asks"):
+        deployment.bring(here.aws, project, None, other, Hosting(), POLL_S)
+    seen.clear()
+    client, describe = here.client("sagemaker"), here.client("sagemaker").describe_endpoint_config
+    missing = AwsError("", "ValidationException", "DescribeEndpointConfig", "Could not find it")
+
+    def not_yet(**given: Any) -> Any:
+        client.describe_endpoint_config = describe
+        raise missing
+
+    client.describe_endpoint_config = not_yet
+    with meanwhile(lambda: deployment.bring(here.aws, project, None, wanted, Hosting(), POLL_S)) as raised:
+        here.containers.ready.set()
+    assert not raised and here.status(project) == "InService"
+    assert here.records.endpoints["both"].endpoint_config_name == wanted["EndpointConfigName"]
+
+
+def test_a_terminal_that_is_closed_ends_the_waiting_and_not_the_job(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = train(here, "hung-up", data, tmp_path / "model", artifact)
+    with when("Training in progress", lambda: signal.raise_signal(signal.SIGHUP)):
+        assert "goes on at AWS" in told(caplog, *command, status=129)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    here.containers.runs = False
+    try:
+        with when("for this very request is there", lambda: signal.raise_signal(signal.SIGHUP)):
+            told(caplog, *command)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "model" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("answer", ["n\n", "", "y\n"])
+def test_delete_asks_and_takes_only_a_yes(
+    here: Account, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    project = Project("asks-first", "asks-first")
+    data.ensure_bucket(here.aws, project)
+    here.model(project)
+    delete = ("delete", "--project", "asks-first", "--bucket", "asks-first")
+    monkeypatch.setattr("sys.stdin", None)  # as it is with <&-
+    assert "There is no one to ask" in problem(caplog, *delete, status=2)
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    if answer == "y\n":
+        assert "nothing is left" in told(caplog, *delete)
+    else:
+        assert "Nothing was removed" in problem(caplog, *delete)

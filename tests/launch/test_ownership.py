@@ -144,3 +144,24 @@ def test_an_object_that_s3_does_not_let_go_is_told(here: Account, monkeypatch: p
 def test_what_is_written_is_what_delete_knows() -> None:
     with pytest.raises(AssertionError, match="would not be deleted"):
         Project("p", "b").uri("elsewhere", "x")
+
+
+def test_what_is_left_of_an_upload_that_was_killed_is_listed_and_removed(
+    here: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    project, s3 = Project("killed", "delete-killed"), here.client("s3")
+    data.ensure_bucket(here.aws, project)
+
+    def unfinished() -> set[str]:
+        found = s3.list_multipart_uploads(Bucket="delete-killed").get("Uploads", [])
+        return {each["Key"] for each in found}
+
+    for key in ("killed/data/weights-1/w.pth", "killed/theirs/x", "killed-not/data/x"):
+        s3.create_multipart_upload(Bucket="delete-killed", Key=key)
+    delete = ("delete", "--project", "killed", "--bucket", "delete-killed", "--yes", "--data")
+    assert "killed/data/  0 files, 0.0 MB, 1 uploads that were broken off" in told(caplog, "status", *delete[1:5])
+    assert "nothing is left" in told(caplog, *delete)
+    assert unfinished() == {"killed-not/data/x", "killed/theirs/x"}
+    s3.create_multipart_upload(Bucket="delete-killed", Key="killed/data/x")
+    here.order(operation="GetBucket", code="AccessDenied", message="no", times=1, status=403)  # no leave to list them
+    assert "has nothing to remove" in told(caplog, *delete)

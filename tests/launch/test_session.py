@@ -102,3 +102,44 @@ def test_without_boto3_the_commands_say_what_to_install() -> None:
     assert done.returncode == 1
     sentence = "boto3 is not installed: `uv sync --inexact --group training --group sagemaker` installs it.\n"
     assert done.stderr == sentence
+
+
+def test_a_token_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the end of a line, as secrets of CI systems have."""
+    for name, value in {**KEYS, "AWS_SESSION_TOKEN": "VERY-SECRET\n"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(AwsError, match="credentials hold what cannot be sent, such as the end of a line") as told:
+        connect("eu-central-1").identity  # noqa: B018
+    assert "VERY-SECRET" not in str(told.value)
+
+
+def test_a_profile_of_the_environment_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(ConfigError, match=r"^AWS_PROFILE: .*nobody"):
+        connect("eu-central-1")
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_a_proxys_page_in_place_of_awss_answer_is_a_sentence(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = b"<html><body>Please log in<br></body></html>"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with pytest.raises(AwsError, match=r"sts was answered by something that is not AWS: a proxy, or a login page"):
+            connect("eu-central-1").identity  # noqa: B018
+    finally:
+        server.shutdown()
+        server.server_close()

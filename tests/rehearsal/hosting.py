@@ -78,6 +78,7 @@ class Hosting:
         return [f"{name}/{variant}" for name, variants in self.servers.items() for variant in variants]
 
     def on_create_endpoint_config(self, given: dict[str, Any], forward: "Forward") -> dict[str, Any]:
+        self._require_new("endpoint configuration", given["EndpointConfigName"], self._plane.backend.endpoint_configs)
         answer = forward()
         self.configs[given["EndpointConfigName"]] = given
         return answer
@@ -89,6 +90,7 @@ class Hosting:
         return {**answer, **{key: kept[key] for key in more if key in kept}}
 
     def on_create_endpoint(self, given: dict[str, Any], forward: "Forward") -> dict[str, Any]:
+        self._require_new("endpoint", given["EndpointName"], self._plane.backend.endpoints)
         answer = forward()
         endpoint = self._plane.backend.endpoints[given["EndpointName"]]
         endpoint.endpoint_status = "Creating"
@@ -110,6 +112,13 @@ class Hosting:
         endpoint.endpoint_status, endpoint.last_modified_time = "Updating", utcnow()
         self._thread(self._bring_up, name, config, False)
         return {"EndpointArn": endpoint.arn}
+
+    @staticmethod
+    def _require_new(what: str, name: str, there: Mapping[str, Any]) -> None:
+        from tests.rehearsal.control_plane import Refusal
+
+        if name in there:
+            raise Refusal("ValidationException", f'Cannot create already existing {what} "{there[name].arn}".')
 
     def _require_alarms(self, given: dict[str, Any]) -> None:
         from tests.rehearsal.control_plane import Refusal

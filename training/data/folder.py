@@ -59,6 +59,12 @@ def read(
     return Dataset(root.resolve().name, classes, _labelled(train, classes), _labelled(validation, classes), facts)
 
 
+def class_folders(root: Path) -> list[Path]:
+    """The folders of classes that `read` looks into, links to folders among them. Raises: DataError."""
+    train_root, given = _layout(root)
+    return [*_visible_folders(train_root), *(_visible_folders(given) if given else ())]
+
+
 def has_classes(root: Path) -> bool:
     """Whether `root` looks like a folder of class folders."""
     return root.is_dir() and bool(_visible_folders(root))

@@ -51,7 +51,7 @@ def ami_for(instance: str, cuda: tuple[int, int] = IMAGE_CUDA) -> str | None:
     """
     if not has_gpu(instance):
         return None
-    if family(instance) in ("p2", "p3") and cuda >= (13, 0):
+    if family(instance) in ("p2", "p3", "p3dn") and cuda >= (13, 0):
         raise ConfigError(f"--instance {instance}: CUDA 13 dropped its GPU; take ml.g4dn, ml.g5 or ml.g6.")
     for ami in AMIS:
         # Of two with the same driver, the later edition.

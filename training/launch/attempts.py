@@ -69,7 +69,13 @@ class Jobs:
             if state == "Completed":
                 log.info("%s %s ended well, but what it wrote is no longer in S3: it is made again", self.what, name)
         fresh = f"{base}-{last + 1}"
-        getattr(aws.client("sagemaker"), f"create_{self.operation}")(**{f"{self.field}Name": fresh}, **wanted)
+        try:
+            getattr(aws.client("sagemaker"), f"create_{self.operation}")(**{f"{self.field}Name": fresh}, **wanted)
+        except AwsError as exc:
+            if not exc.is_there_already:
+                raise
+            log.info("%s %s for this very request was started by another command this moment", self.what, fresh)
+            return fresh
         log.info("%s %s is started", self.what, fresh)
         return fresh
 

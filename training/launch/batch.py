@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.model.errors import ImageError
-from service.model.images import decode
+from service.model.images import MEDIA_TYPES, decode
 from training.errors import DataError
 from training.launch import data
 from training.launch.client import Outcome, Reply, understood
@@ -47,13 +47,25 @@ def readable(paths: Sequence[Path]) -> tuple[list[Path], list[Outcome]]:
 
 def upload(aws: Aws, project: Project, paths: Sequence[Path]) -> tuple[str, dict[Path, str]]:
     """Bring the images to S3: the address of their folder, and the key of each below it. Raises: AwsError."""
-    sums = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    sums = {path: _sum(path) for path in paths}
     # Named by content: two files of the same name may come from two folders, and keys may hold no odd characters.
-    keys = {path: f"{sums[path][:32]}{path.suffix.lower()}" for path in paths}
+    keys = {path: f"{sums[path][:32]}{_ending(path)}" for path in paths}
     place = project.uri("batch", digest(sorted(keys.values())), "input") + "/"
     unique = {keys[path]: path for path in paths}
     data.put(aws, place, list(unique.items()), {keys[path]: sums[path] for path in paths}, "uploading images")
     return place, keys
+
+
+def _sum(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc.strerror}.") from exc
+
+
+def _ending(path: Path) -> str:
+    ending = path.suffix.lower()
+    return ending if ending in MEDIA_TYPES else ""
 
 
 def request(project: Project, model: str, place: str, instance: str = INSTANCE, count: int = 1) -> dict[str, Any]:

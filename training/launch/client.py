@@ -12,6 +12,9 @@ import http.client
 import json
 import logging
 import random
+import re
+import socket
+import ssl
 import threading
 import time
 import uuid
@@ -29,6 +32,7 @@ from service.model.images import MEDIA_TYPES
 from training.errors import ConfigError
 from training.launch.errors import THROTTLED, AwsError, LaunchError
 from training.launch.names import split_uri
+from training.launch.places import kind_of
 from training.launch.session import READ_TIMEOUT_S, Aws, read_body
 
 log = logging.getLogger("training")
@@ -43,6 +47,10 @@ TRANSIENT = frozenset(
      "InternalStreamFailure", "ModelNotReadyException", "InternalError", "ServiceUnavailableException"}
 )  # fmt: skip
 """AWS's own codes that say so."""
+_URL = re.compile(r"[!-~]+")
+"""What stands in the first line of a request; the rest of the world's letters are %-encoded there."""
+_NOBODY = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
+"""What no later try mends: a wrong port, a name that is none, https where http is spoken."""
 SMALLEST_LIMIT_BYTES = 4 * 2**20
 """What a serverless endpoint takes; a real-time one takes 25 MiB. AWS refuses more with the code of any wrong request.
 
@@ -98,10 +106,15 @@ class UrlTarget:
             host, port = parts.hostname, parts.port
         except ValueError:
             host, port, parts = None, None, urlsplit("")
-        if not host or parts.scheme not in ("http", "https"):
-            raise ConfigError(f"--url {url}: give the address of the service, such as http://127.0.0.1:8080.")
+        path = f"{parts.path.rstrip('/')}/invocations"
+        if not host or parts.scheme not in ("http", "https") or not _URL.fullmatch(path) or not _is_host(host):
+            raise ConfigError(
+                f"--url {url.rpartition('@')[2]}: give the address of the service, such as http://127.0.0.1:8080."
+            )
+        if parts.username is not None:
+            raise ConfigError("--url: a name or password in the address is not sent; leave it out.")
         self.name, self._host, self._port = url, host, port
-        self._path = f"{parts.path.rstrip('/')}/invocations"
+        self._path = path
         self._made = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._local = threading.local()
         self._connections: list[http.client.HTTPConnection] = []
@@ -127,9 +140,10 @@ class UrlTarget:
             self._answered = True
         except (OSError, http.client.HTTPException) as exc:
             connection.close()
-            if isinstance(exc, ConnectionRefusedError) and not self._answered:  # later, it may be starting anew
+            if not self._answered and isinstance(exc, _NOBODY):  # later, it may be starting anew
+                why = "nobody listens there" if isinstance(exc, ConnectionRefusedError) else str(exc)
                 raise LaunchError(
-                    f"{self.name}: nobody listens there; start the service ('make serve'), or give another --url."
+                    f"{self.name}: {why}; start the service ('make serve'), or give another --url."
                 ) from exc
             raise Unanswered(
                 f"{self.name} did not answer ({exc or type(exc).__name__}); is the service running?"
@@ -286,8 +300,12 @@ def understood(path: Path, reply: Reply, attempt: int = 1) -> Outcome:
     """What came of an image that was answered with 200; a problem where another service answered."""
     try:
         answer = json.loads(reply.body)
-        return Outcome(path, tuple(answer["predictions"]), None, attempt, answer.get("model", {}))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        found = [
+            {**each, "label": str(each["label"]), "probability": float(each["probability"])}
+            for each in answer["predictions"]
+        ]
+        return Outcome(path, tuple(found), None, attempt, dict(answer.get("model") or {}))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return Outcome(path, problem=f"the answer is none of this service: {reply.body[:100]!r}", tries=attempt)
 
 
@@ -309,15 +327,24 @@ def images_in(places: Iterable[Path]) -> list[Path]:
     """The image files that these files and folders are, in order. Raises: ConfigError where there is none."""
     found: list[Path] = []
     for place in places:
-        if place.is_dir():
-            found += sorted(p for p in place.rglob("*") if p.is_file() and p.suffix.lower() in MEDIA_TYPES)
-        elif place.is_file():
+        kind = kind_of(place)
+        if kind == "folder":
+            found += sorted(p for p in place.rglob("*") if p.suffix.lower() in MEDIA_TYPES and p.is_file())
+        elif kind == "file":
             found.append(place)
         else:
             raise ConfigError(f"{place}: there is no such file or folder.")
     if not found:
         raise ConfigError(f"No images ({', '.join(sorted(MEDIA_TYPES))}) in {', '.join(map(str, places))}.")
     return found
+
+
+def _is_host(host: str) -> bool:
+    """Whether a socket can be asked for it: a name's parts have 1 to 63 characters, none of them a space."""
+    try:
+        return _URL.fullmatch(host.encode("idna").decode()) is not None
+    except UnicodeError:
+        return False
 
 
 def _backoff_s(attempt: int) -> float:

@@ -51,13 +51,15 @@ def run_iam_role(options: Options, _: Sequence[str]) -> None:
 def run_upload(options: Options, _: Sequence[str]) -> None:
     """Check the data and send what is not in S3 yet."""
     aws, project = opened(options)
-    channels(aws, project, options)
+    channels(aws, project, options, options.broken_files)
 
 
 def run_invoke(options: Options, _: Sequence[str]) -> None:
     """Classify images and write what came of them. Raises: LaunchError where an image had a problem."""
     paths = images_in(options.images)
     kind = results.format_of(options.output, options.format)
+    if options.url and options.asynchronous:
+        raise ConfigError("--asynchronous is for an endpoint of SageMaker, not for --url: leave one out.")
     if options.url:
         target: Target = UrlTarget(options.url)
     else:
@@ -120,9 +122,12 @@ def run(options: Options, rest: Sequence[str]) -> None:
 
 
 def _agreed() -> bool:
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():  # None: it is closed
         raise ConfigError("There is no one to ask (no terminal): --yes removes without asking.")
-    return input("Remove all of this? [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input("Remove all of this? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False
 
 
 def _things(found: Sequence[inventory.Thing]) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError
 
-from training.data.folder import BrokenFiles
+from training.data.folder import BrokenFiles, class_folders
 from training.data.layouts import CIFAR100, open_dataset
 from training.errors import ConfigError, DataError
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project, digest, split_uri
+from training.launch.places import kind_of
 from training.launch.session import Aws, unreachable
 from training.progress import progress
 
@@ -43,18 +45,20 @@ class Channel:
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(path.stat().st_size for _, path in self.files)
+        return sum(_size(path) for _, path in self.files)
 
 
 def channel_of(name: str, place: Path) -> Channel:
-    """The channel that a place here is: a folder, or of weights a file. Raises: ConfigError where there is none."""
+    """The channel that a place here is: a folder, or of weights a file. Raises: ConfigError where there is none;
+    DataError.
+    """
     if name != "weights":
-        if not place.is_dir():
+        if kind_of(place) != "folder":
             raise ConfigError(f"--{'data' if name == 'train' else name} {place}: there is no such folder.")
         return Channel(name, tuple(_files(place)))
-    if not place.is_file():
+    if kind_of(place) != "file":
         raise ConfigError(f"--weights {place}: there is no such file; allowed are a file, imagenet and none.")
-    return Channel(name, ((place.name, place),))
+    return Channel(name, ((_key(place, Path(place.name)), place),))
 
 
 def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refuse") -> str:
@@ -93,7 +97,7 @@ def put(aws: Aws, place: str, files: list[tuple[str, Path]], sums: dict[str, str
 
     def send(key: str, path: Path) -> bool:
         target = prefix + key
-        if there.get(target) == path.stat().st_size:
+        if there.get(target) == _size(path):
             head = s3.head_object(Bucket=bucket, Key=target)
             if head["Metadata"].get(SHA256) == sums[key]:
                 return False
@@ -117,6 +121,18 @@ def listed(aws: Aws, place: str) -> Iterator[tuple[str, int]]:
             yield entry["Key"], entry["Size"]
 
 
+def is_there(aws: Aws, uri: str) -> bool:
+    """Whether the object is in S3; yes where that may not be asked. Raises: AwsError."""
+    bucket, key = split_uri(uri)
+    try:
+        aws.client("s3").head_object(Bucket=bucket, Key=key)
+    except AwsError as exc:
+        if not (exc.is_missing or exc.is_denied):
+            raise
+        return exc.is_denied
+    return True
+
+
 def ensure_bucket(aws: Aws, project: Project) -> None:
     """Make the project's bucket unless it is there and ours. Raises: LaunchError, AwsError."""
     s3 = aws.client("s3")
@@ -131,7 +147,11 @@ def ensure_bucket(aws: Aws, project: Project) -> None:
         if not exc.is_missing:
             raise
     where = {} if aws.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": aws.region}}
-    s3.create_bucket(Bucket=project.bucket, **where)
+    try:
+        s3.create_bucket(Bucket=project.bucket, **where)
+    except AwsError as exc:
+        if not exc.is_there_already:  # made by another command this moment
+            raise
     s3.put_public_access_block(
         Bucket=project.bucket,
         PublicAccessBlockConfiguration=dict.fromkeys(
@@ -144,9 +164,9 @@ def ensure_bucket(aws: Aws, project: Project) -> None:
 def fetch(aws: Aws, uri: str, target: Path) -> Path:
     """Bring one object home; whole or not at all. Raises: AwsError, LaunchError."""
     bucket, key = split_uri(uri)
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         aws.client("s3").download_file(bucket, key, str(part))
         part.replace(target)
     except AwsError as exc:
@@ -158,18 +178,40 @@ def fetch(aws: Aws, uri: str, target: Path) -> Path:
     except OSError as exc:
         raise LaunchError(f"{target} cannot be written: {exc.strerror or exc}.") from exc
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return target
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Key and path of what the training reads: of CIFAR-100 its files, else those of the class folders, which may be
+    links to folders elsewhere. Raises: DataError.
+    """
     if folder.name == CIFAR100:
         folder = folder.parent
     inner = folder / CIFAR100
-    for path in sorted((inner if inner.is_dir() else folder).rglob("*")):
+    places = [inner] if inner.is_dir() else class_folders(folder)
+    for path in sorted(path for place in places for path in place.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield relative.as_posix(), path
+            yield _key(path, relative), path
+
+
+def _key(path: Path, relative: Path) -> str:
+    """What the file is called in S3, whose keys are UTF-8; names of files may be any bytes. Raises: DataError."""
+    key = relative.as_posix()
+    try:
+        key.encode()
+    except UnicodeEncodeError as exc:
+        raise DataError(f"{str(path)!a}: its name is no UTF-8, as names in S3 are; rename it.") from exc
+    return key
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as exc:
+        raise DataError(f"{path} cannot be read: {exc.strerror}.") from exc
 
 
 def _hashed(channel: Channel) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """The commands that predict at AWS: `deploy`, and `batch`."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from training.errors import ConfigError
@@ -34,9 +36,13 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         options.ami or (amis.ami_for(options.instance, image.cuda) if image.cuda else None),
         options.startup_seconds, options.capture_percent, options.memory, options.max_concurrency,
     )  # fmt: skip
+    environment(options)  # what is no variable is told before anything is made
+    if options.shadow and options.kind != "realtime":
+        raise ConfigError(f"--shadow needs a real-time endpoint, not {options.kind}.")
     paths = images_in(options.smoke) if options.smoke else []
-    log.info("cost: %s", hosting.price)
-    with registry.located(aws, project, options.model) as model:
+    smoke.require_images(paths)
+    log.info("cost: %s%s", hosting.price, "; the shadow's instances cost as much again" if options.shadow else "")
+    with registry.located(aws, project, options.model) as model, _shadow(aws, project, options.shadow) as second:
         accuracy = (model.manifest.metrics.get("validation") or {}).get("accuracy")
         shown = f", validation accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         log.info("model: %s version %s%s", model.manifest.name, model.manifest.version, shown)
@@ -49,10 +55,9 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         data.ensure_bucket(aws, project)
         name = hosted(aws, project, model, image, options, role)
         shadow = None
-        if name and options.shadow:
-            with registry.located(aws, project, options.shadow) as second:
-                shadow = hosted(aws, project, second, image, options, role)
-        if name is None or (options.shadow and shadow is None):
+        if name and second:
+            shadow = hosted(aws, project, second, image, options, role)
+        if name is None or (second and shadow is None):
             log.info("not deployed: approve it in the registry and repeat the command, or leave --approval out of it")
             return
         action = bring(
@@ -71,6 +76,10 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         "python -m training.launch invoke --project %s IMAGE_OR_FOLDER asks it; `delete` ends it and its cost",
         project.name,
     )  # fmt: skip
+
+
+def _shadow(aws: Aws, project: Project, given: str | None) -> AbstractContextManager[registry.Located | None]:
+    return registry.located(aws, project, given, "--shadow") if given else nullcontext()
 
 
 def hosted(
@@ -165,8 +174,8 @@ def environment(options: Options) -> dict[str, str]:
     found = {}
     for text in options.env:
         name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise ConfigError(f"--env {text}: say NAME=VALUE.")
+        if not equals or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
+            raise ConfigError(f"--env {name}: say NAME=VALUE, with letters, digits and _ in NAME.")
         found[name] = value
     return found
 
@@ -181,6 +190,8 @@ def target_of(aws: Aws, project: Project, asynchronous: bool, name: str | None =
 def run_batch(options: Options, _: Sequence[str]) -> None:
     """Classify images by a batch transform. Raises: LaunchError where an image had a problem."""
     kind = results.format_of(options.output, options.format)
+    results.require_writable(options.output)
+    variables = environment(options)
     good, bad = batch.readable(images_in(options.images))
     for outcome in bad:
         log.warning("%s is left out: %s", outcome.path, outcome.problem)
@@ -196,7 +207,7 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
         container: dict[str, Any] = {"Image": image, "ModelDataUrl": registry.upload(aws, project, model)}
-        if variables := environment(options):
+        if variables:
             container["Environment"] = variables
         name = registry.create_model(aws, project, container, role, "batchmodel")
     place, keys = batch.upload(aws, project, good)

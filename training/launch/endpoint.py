@@ -126,10 +126,15 @@ def ensure_config(aws: Aws, wanted: Mapping[str, Any]) -> None:
     client, name = aws.client("sagemaker"), wanted["EndpointConfigName"]
     try:
         client.describe_endpoint_config(EndpointConfigName=name)
+        return
     except AwsError as exc:
         if not exc.is_missing:
             raise
+    try:
         client.create_endpoint_config(**wanted)
+    except AwsError as exc:
+        if not exc.is_there_already:
+            raise
 
 
 def find(aws: Aws, name: str) -> dict[str, Any] | None:
@@ -242,7 +247,7 @@ def create_or_update(
             return "created" if begun == "Creating" else "updated"
     ensure_config(aws, wanted)
     if found is None:
-        client.create_endpoint(EndpointName=name, EndpointConfigName=config, Tags=project.tags)
+        _create(aws, project, config)
         action = "created"
     elif found["EndpointConfigName"] == config:
         log.info("endpoint %s is in service with this very configuration", name)
@@ -263,6 +268,23 @@ def create_or_update(
         action = "updated"
     _settled(aws, project, dict(client.describe_endpoint(EndpointName=name)), poll_s, config)
     return action
+
+
+def _create(aws: Aws, project: Project, config: str) -> None:
+    """Raises: LaunchError where another command makes the endpoint this moment, otherwise; AwsError."""
+    name = project.endpoint
+    try:
+        aws.client("sagemaker").create_endpoint(EndpointName=name, EndpointConfigName=config, Tags=project.tags)
+    except AwsError as exc:
+        if not exc.is_there_already:
+            raise
+        now = find_ours(aws, project)
+        if now is None or now["EndpointConfigName"] != config:
+            raise LaunchError(
+                f"Endpoint {name} is being made by another command this moment, and not as this one asks; wait for "
+                "that, and repeat this command where it is to be as asked here."
+            ) from exc
+        log.info("endpoint %s with this very configuration is being made by another command", name)
 
 
 def wait_while_changing(aws: Aws, name: str, poll_s: float = POLL_S, tail: LogTail | None = None) -> dict[str, Any]:

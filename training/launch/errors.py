@@ -26,9 +26,11 @@ UNKNOWN_KEY = frozenset({"InvalidClientTokenId", "UnrecognizedClientException", 
 DENIED = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError", "403"})
 CAPACITY = frozenset({"CapacityError", "InsufficientCapacityException", "InsufficientInstanceCapacity"})
 MISSING = frozenset(
-    {"NoSuchKey", "NoSuchBucket", "NoSuchEntity", "404", "ResourceNotFound", "ResourceNotFoundException",
-     "ObjectNotFoundException", "RepositoryNotFoundException", "ImageNotFoundException"}
+    {"NoSuchKey", "NoSuchBucket", "NoSuchUpload", "NoSuchEntity", "404", "ResourceNotFound",
+     "ResourceNotFoundException", "ObjectNotFoundException", "RepositoryNotFoundException", "ImageNotFoundException"}
 )  # fmt: skip
+
+TAKEN = frozenset({"ResourceInUse", "EntityAlreadyExists", "BucketAlreadyOwnedByYou"})
 
 _PREFIXES = {
     "application-auto-scaling": "application-autoscaling", "cloudwatch-logs": "logs",
@@ -37,6 +39,7 @@ _PREFIXES = {
 """What IAM calls services that botocore calls otherwise."""
 _S3 = {
     "HeadBucket": "ListBucket", "ListObjectsV2": "ListBucket", "HeadObject": "GetObject",
+    "ListMultipartUploads": "ListBucketMultipartUploads",
     "DeleteObjects": "DeleteObject", "CreateMultipartUpload": "PutObject", "UploadPart": "PutObject",
     "CompleteMultipartUpload": "PutObject", "PutPublicAccessBlock": "PutBucketPublicAccessBlock",
 }  # fmt: skip
@@ -68,6 +71,14 @@ class AwsError(LaunchError):
         return self.code in MISSING or (
             self.code == "ValidationException"
             and bool(re.search(r"(?i)could not find|does not exist|not found", self.text))
+        )
+
+    @property
+    def is_there_already(self) -> bool:
+        """Whether it says that what was to be made is there: another command made it this moment."""
+        return self.code in TAKEN or (
+            self.code in ("ValidationException", "ConflictException")
+            and bool(re.search(r"(?i)already exist", self.text))
         )
 
     @property

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from training.config import FILES, TrainingConfig, merged
+from training.data.folder import BrokenFiles
 from training.errors import ConfigError
 from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
-from training.launch import cost, data, debugger, images, jobs, roles, source, tuning
+from training.launch import amis, cost, data, debugger, images, jobs, places, roles, source, tuning
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.names import Project, split_uri
 from training.launch.opening import Options, as_json, opened
@@ -22,12 +23,14 @@ PLACES = ("data", "validation", "output", "run_folder", "checkpoints", "cache_fo
 """Settings of a run that are the container's business, not a hyperparameter's."""
 
 
-def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
+def channels(
+    aws: Aws, project: Project, options: Options, broken_files: BrokenFiles = "refuse"
+) -> dict[str, str]:  # fmt: skip
     """The input channels, uploaded unless they are S3 addresses or this is a dry run. Raises: TrainingError."""
     weights = None if options.weights in ("imagenet", "none") else options.weights
-    places = {"train": options.data, "validation": options.validation, "weights": weights}
-    there = {name: place for name, place in places.items() if place and place.startswith("s3://")}
-    here = {name: Path(place) for name, place in places.items() if place and name not in there}
+    given = {"train": options.data, "validation": options.validation, "weights": weights}
+    there = {name: place for name, place in given.items() if place and place.startswith("s3://")}
+    here = {name: Path(place) for name, place in given.items() if place and name not in there}
     if options.validation and ("train" in there) != ("validation" in there):
         raise ConfigError(
             f"--data {options.data} --validation {options.validation}: one is in S3 and the other here, so they cannot "
@@ -35,7 +38,7 @@ def channels(aws: Aws, project: Project, options: Options) -> dict[str, str]:
         )
     local = [data.channel_of(name, place) for name, place in here.items()]
     if "train" in here:
-        log.info("data: %s", data.check(here["train"], here.get("validation")))
+        log.info("data: %s", data.check(here["train"], here.get("validation"), broken_files))
     if not options.dry_run and local:
         data.ensure_bucket(aws, project)
     found = {name: s3_channel(name, uri) for name, uri in there.items()}
@@ -91,36 +94,42 @@ def machines_of(options: Options, keep_warm_minutes: int = 0) -> jobs.Machines:
 
 
 def training_of(
-    aws: Aws, project: Project, options: Options, values: Mapping[str, str], machines: jobs.Machines, **more: Any
-) -> jobs.Training:
+    aws: Aws, project: Project, options: Options, values: Mapping[str, str], machines: jobs.Machines, *,
+    broken_files: BrokenFiles = "refuse", **more: Any,
+) -> jobs.Training:  # fmt: skip
     """What the job runs, with which data (uploaded now). Raises: TrainingError."""
     if options.send_code and not options.image:
         raise ConfigError("--send-code is for an image without our code: give its URI with --image.")
     role = roles.find_role(aws, project, options.role)
-    image = images.image_for("train", options.image).uri
+    image = images.image_for("train", options.image)
+    if options.image:
+        amis.family(options.instance)  # what it brings is not known
+    elif image.cuda:
+        amis.ami_for(options.instance, image.cuda)  # an old GPU is told before anything is uploaded
     if options.send_code:
         values = {**values, **source.hyperparameters(aws, project, options.dry_run)}
-    places = channels(aws, project, options)
-    others = sorted({split_uri(uri)[0] for uri in places.values()} - {project.bucket})
+    channel = channels(aws, project, options, broken_files)
+    others = sorted({split_uri(uri)[0] for uri in channel.values()} - {project.bucket})
     if others and not options.role:
         log.warning(
             "bucket %s: the role that iam-role makes reads %s alone; give a --role that may read it, or --bucket",
             ", ".join(others), project.bucket,
         )  # fmt: skip
-    return jobs.Training(image, role, places, values, machines, **more)
+    return jobs.Training(image.uri, role, channel, values, machines, **more)
 
 
 def run_train(options: Options, rest: Sequence[str]) -> None:
     """Start the training job, or find it again; follow it, and bring its model home."""
-    values, _, _ = hyperparameters(options, rest, "train", tune=False)
+    values, config, _ = hyperparameters(options, rest, "train", tune=False)
+    places.require_output(options.output)
     if options.mlflow:
         values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
     aws, project = opened(options)
     if options.debugger:
         debugger.rules_image(aws.region)  # a region without is told before anything is uploaded
     training = training_of(
-        aws, project, options, values, machines_of(options, options.keep_warm_minutes), debugger=options.debugger,
-        mlflow=options.mlflow,
+        aws, project, options, values, machines_of(options, options.keep_warm_minutes),
+        broken_files=config.broken_files, debugger=options.debugger, mlflow=options.mlflow,
     )  # fmt: skip
     wanted = jobs.request(project, training, aws.region)
     log.info("cost: %s", cost.job(options.instance, options.instances, options.max_hours, options.spot))
@@ -137,10 +146,11 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
 def run_tune(options: Options, rest: Sequence[str]) -> None:
     """Start the tuning job, or find it again; follow its trials, and bring the best one home."""
     values, config, settings = hyperparameters(options, rest, "tune", tune=True)
+    places.require_output(options.output / "model")
     aws, project = opened(options)
     search = tuning.Search(settings, options.parallel, options.strategy, not options.no_early_stopping)
     tuning.ranges(settings, values)  # what cannot be tuned is said before anything is uploaded
-    training = training_of(aws, project, options, values, machines_of(options))
+    training = training_of(aws, project, options, values, machines_of(options), broken_files=config.broken_files)
     wanted = tuning.request(project, training, search, aws.region)
     log.info(
         "cost: %d trials, %d at once; each %s", settings.trials, min(search.parallel, settings.trials),

@@ -48,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
 
     one = add("upload", "check data and bring it to S3; sends only what is not there")
     _data(one, required=True)
+    one.add_argument(
+        "--broken-files", choices=("refuse", "skip"), default="refuse",
+        help="skip: go on where files cannot be decoded, as 'train --broken-files skip' does (default: %(default)s)",
+    )  # fmt: skip
     _dry_run(one)
 
     one = add("train", "train on SageMaker, follow the log, bring the model home", epilog=TRAINING_HELP)
@@ -91,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--memory", type=int, default=4096, help="MB of a serverless endpoint (default: %(default)s)")
     one.add_argument(
-        "--max-concurrency", type=positive, default=5, help="of serverless and async (default: %(default)s)"
+        "--max-concurrency", type=between(1, 1000), default=5, help="of serverless and async (default: %(default)s)"
     )
     one.add_argument("--shadow", metavar="MODEL", help="a second model that gets a copy of every request")
     one.add_argument("--approval", choices=("Approved", "PendingManualApproval"), default="Approved")
@@ -105,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--endpoint", help="endpoint's name (default: the project's)")
     one.add_argument("--asynchronous", action="store_true", help="the endpoint is an asynchronous one")
     _images(one)
-    one.add_argument("--concurrency", type=positive, default=8, help="requests at once (default: %(default)s)")
+    one.add_argument("--concurrency", type=between(1, 1000), default=8, help="requests at once (default: %(default)s)")
 
     one = add("batch", "classify images with a batch transform job, which ends when it is done")
     _model(one)
@@ -130,18 +134,24 @@ def options_of(command: str) -> list[str]:
 
 
 PUSHED_HELP = "(default: what make push noted in artifacts/image.json)"
+MAX_HOURS = 672
+"""AWS lets a job run 28 days at most."""
 ROLE = "ARN or name of the role jobs run as (default: the project's, else this machine's)"
 
 
-def above_zero(text: str) -> float:
-    """A flag's number above 0. Raises: argparse.ArgumentTypeError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"given {text}, allowed are numbers above 0")
-    return value
+def up_to(most: float) -> Callable[[str], float]:
+    """What reads a flag's number above 0 and up to `most`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"given {text}, allowed are numbers above 0, up to {most:g}")
+        return value
+
+    return number
 
 
 def between(low: int, high: int) -> Callable[[str], int]:
@@ -171,7 +181,7 @@ def _common(one: argparse.ArgumentParser) -> None:
     one.add_argument("--profile", help="of ~/.aws (default: AWS_PROFILE)")
     one.add_argument("--bucket", help="default: SageMaker's own, sagemaker-REGION-ACCOUNT")
     one.add_argument(
-        "--poll-seconds", type=above_zero, default=POLL_S, help="how often AWS is asked (default: %(default)g)"
+        "--poll-seconds", type=up_to(3600), default=POLL_S, help="how often AWS is asked (default: %(default)g)"
     )
 
 
@@ -199,9 +209,13 @@ def _job(one: argparse.ArgumentParser) -> None:
     one.add_argument("--instance", default=jobs.INSTANCE, help="default: %(default)s")
     one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")
     one.add_argument("--volume-gb", type=positive, default=50, help="default: %(default)s")
-    one.add_argument("--max-hours", type=above_zero, default=24.0, help="AWS ends the job then (default: %(default)g)")
+    one.add_argument(
+        "--max-hours", type=up_to(MAX_HOURS), default=24.0, help="AWS ends the job then (default: %(default)g)"
+    )
     one.add_argument("--spot", action="store_true", help="spare capacity: cheaper; goes on from checkpoints")
-    one.add_argument("--retries", type=positive, default=1, help="after AWS's own failures (default: %(default)s)")
+    one.add_argument(
+        "--retries", type=between(1, 30), default=1, help="after AWS's own failures (default: %(default)s)"
+    )
     one.add_argument("--no-wait", action="store_true", help="start and return; the same command waits later")
     _dry_run(one)
 

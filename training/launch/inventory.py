@@ -1,7 +1,8 @@
 """What a project has at AWS, read from AWS: shown by `status`, removed by `delete`, in an order that works."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -175,7 +176,11 @@ def _logs(aws: Aws, project: Project) -> Iterator[Thing]:
 def _objects(aws: Aws, project: Project, jobs_run: bool) -> Iterator[Thing]:
     """A thing for each folder right below the project's prefix, and for each object that lies there by itself."""
     sizes: dict[str, list[int]] = {f"{part}/": [] for part in OF_JOBS} if jobs_run else {}
+    broken_off: Counter[str] = Counter()
     try:
+        broken_off.update(f"{part}/" for part, _, _ in _unfinished(aws, project) if part in PARTS)
+        for name in broken_off:
+            sizes.setdefault(name, [])
         for key, size in data.listed(aws, f"{project.uri()}/"):
             head, slash, _ = key.removeprefix(f"{project.name}/").partition("/")
             sizes.setdefault(head + slash, []).append(size)
@@ -187,15 +192,19 @@ def _objects(aws: Aws, project: Project, jobs_run: bool) -> Iterator[Thing]:
         part = name.removesuffix("/")
         ours = part in PARTS and name != part
         shown = f"{len(found)} files, {sum(found) / 1e6:.1f} MB" + ("" if ours else "; not written by these commands")
-        shown = shown if found else "what jobs write while they are stopped"
+        if broken_off[name]:
+            shown += f", {broken_off[name]} uploads that were broken off"
+        elif not found:
+            shown = "what jobs write while they are stopped"
         yield Thing(
             OBJECTS, f"{project.uri()}/{name}", shown,
             _at_once(delete_objects, aws, project, [part]) if ours else None, needed_by_jobs=True,
         )  # fmt: skip
 
 
-def delete_objects(aws: Aws, project: Project, parts: Iterable[str] = PARTS) -> None:
-    """Remove all objects in these parts of the project's prefix; the bucket stays, others may use it.
+def delete_objects(aws: Aws, project: Project, parts: Sequence[str] = PARTS) -> None:
+    """Remove all objects in these parts of the project's prefix, and what uploads left that were broken off; the bucket
+    stays, others may use it.
 
     Raises: AwsError, also where S3 keeps one of a thousand.
     """
@@ -208,6 +217,29 @@ def delete_objects(aws: Aws, project: Project, parts: Iterable[str] = PARTS) -> 
             )
             for error in answer.get("Errors", ()):
                 raise refused("s3", "DeleteObjects", error)
+    for part, key, upload in list(_unfinished(aws, project)):
+        if part in parts:
+            try:
+                s3.abort_multipart_upload(Bucket=project.bucket, Key=key, UploadId=upload)
+            except AwsError as exc:
+                if not exc.is_missing:  # it came to its end
+                    raise
+
+
+def _unfinished(aws: Aws, project: Project) -> Iterator[tuple[str, str, str]]:
+    """Folder below the prefix, key and id of every upload in parts that was begun and not ended, as by a command that
+    was killed: S3 keeps what came, bills it, and lists it among no objects. None where that may not be asked.
+
+    Raises: AwsError.
+    """
+    pages = aws.client("s3").get_paginator("list_multipart_uploads")
+    try:
+        for page in pages.paginate(Bucket=project.bucket, Prefix=f"{project.key()}/"):
+            for each in page.get("Uploads", ()):
+                yield each["Key"].split("/")[1], each["Key"], each["UploadId"]
+    except AwsError as exc:
+        if not exc.is_denied:
+            raise
 
 
 def _role(aws: Aws, project: Project) -> Iterator[Thing]:

@@ -3,10 +3,10 @@
 import gzip
 import json
 import logging
-import shutil
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from service.model.archive import unpack
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
+from service.model.manifest import Manifest
 from training.errors import ConfigError
-from training.launch import data, debugger
+from training.launch import data, debugger, places
 from training.launch.errors import JobFailed, LaunchError, failure_advice
 from training.launch.logs import TRAINING, LogTail
 from training.launch.names import Project, digest
@@ -73,9 +74,9 @@ def definition(project: Project, training: Training, region: str) -> dict[str, A
     resources: dict[str, Any] = {
         "InstanceType": machines.instance, "InstanceCount": machines.count, "VolumeSizeInGB": machines.volume_gb
     }  # fmt: skip
-    stopping: dict[str, Any] = {"MaxRuntimeInSeconds": int(machines.max_hours * 3600)}
+    stopping: dict[str, Any] = {"MaxRuntimeInSeconds": max(1, int(machines.max_hours * 3600))}
     if machines.spot:
-        stopping["MaxWaitTimeInSeconds"] = int((machines.max_hours + machines.wait_hours) * 3600)
+        stopping["MaxWaitTimeInSeconds"] = max(1, int((machines.max_hours + machines.wait_hours) * 3600))
     return {
         "AlgorithmSpecification": {
             "TrainingImage": training.image,
@@ -149,51 +150,64 @@ def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
 
 def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
     """Download and unpack the job's model.tar.gz into `output`, verified; the run's files beside it (`OUTPUT-run`).
+    What is there already stays until all of the new is here.
 
-    Raises: LaunchError where the artifact is damaged, or `output` is no artifact; AwsError.
+    Raises: LaunchError where the artifact is damaged; ConfigError where `output` holds something else; AwsError.
     """
-    archive = output.with_name(f"{output.name}.tar.gz")
-    data.fetch(aws, job["ModelArtifacts"]["S3ModelArtifacts"], archive)
+    uri, archive = str(job["ModelArtifacts"]["S3ModelArtifacts"]), output.with_name(f"{output.name}.tar.gz")
+    places.require_output(output)
     try:
-        replace_folder(archive, output)
-        artifact = open_artifact(output)
-        artifact.verify()
+        with _beside(output) as scratch:
+            packed = data.fetch(aws, uri, scratch / archive.name)
+            manifest = _unpacked(packed, scratch / "new")
+            packed.replace(archive)
+            _replace(output, scratch)
     except ArtifactError as exc:
-        raise LaunchError(str(exc)) from exc
-    run = job["ModelArtifacts"]["S3ModelArtifacts"].rsplit("/", 1)[0] + "/output.tar.gz"
-    packed = output.with_name(f"{output.name}-run.tar.gz")
+        raise LaunchError(
+            f"{uri}: {exc} Where the object is damaged, remove it, and the same command runs the job again."
+        ) from exc
+    except OSError as exc:
+        raise LaunchError(f"{output} cannot be written: {exc.strerror or exc}.") from exc
+    run = uri.rsplit("/", 1)[0] + "/output.tar.gz"
     try:
-        replace_folder(data.fetch(aws, run, packed), output.with_name(f"{output.name}-run"))
-    except (LaunchError, ArtifactError, OSError) as exc:
+        files = output.with_name(f"{output.name}-run")
+        places.require_replaceable(files, of_run=True)
+        with _beside(output) as scratch:
+            unpack(data.fetch(aws, run, scratch / "output.tar.gz"), _made(scratch / "new"))
+            _replace(files, scratch)
+    except (ConfigError, LaunchError, ArtifactError, OSError) as exc:
         # The model is here; curves and report are a bonus. --debugger on fills more than is unpacked.
         log.warning("the run's files (%s) were not brought home: %s", run, exc)
-    finally:
-        packed.unlink(missing_ok=True)
-    log.info("%s version %s is in %s (packed: %s)", artifact.manifest.name, artifact.manifest.version, output, archive)
+    log.info("%s version %s is in %s (packed: %s)", manifest.name, manifest.version, output, archive)
     return output
 
 
-def replace_folder(archive: Path, folder: Path) -> None:
-    """Unpack beside `folder` and put it in its place. Raises: ArtifactError, LaunchError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists() and any(folder.iterdir()) and not _ours(folder):
-        raise LaunchError(f"{folder} holds other things; name another --output.")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        unpack(archive, fresh)
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        fresh.rename(folder)
-        shutil.rmtree(Path(scratch) / "old", ignore_errors=True)
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A scratch folder on the same disk. Raises: OSError."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        yield Path(scratch)
 
 
-def _ours(folder: Path) -> bool:
-    return (
-        (folder / "manifest.json").is_file()
-        or (folder / "metrics.jsonl").is_file()
-        or (folder / "settings.json").is_file()
-    )
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _unpacked(archive: Path, folder: Path) -> Manifest:
+    """Raises: ArtifactError where it is no artifact, or damaged."""
+    unpack(archive, _made(folder))
+    artifact = open_artifact(folder)
+    artifact.verify()
+    return artifact.manifest
+
+
+def _replace(folder: Path, scratch: Path) -> None:
+    """`scratch`/new takes the place of `folder`. Raises: OSError."""
+    if folder.exists():
+        folder.rename(scratch / "old")
+    (scratch / "new").rename(folder)
 
 
 def pack(folder: Path, archive: Path) -> Path:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from training.launch.attempts import TRAINING_JOBS
 from training.launch.errors import AwsError, LaunchError
 from training.launch.jobs import describe, pack
 from training.launch.names import Project
+from training.launch.places import kind_of
 from training.launch.session import Aws
 
 log = logging.getLogger("training")
 
 Approval = Literal["Approved", "PendingManualApproval"]
 ARCHIVE = "model.tar.gz"
+JOB_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+"""What AWS allows."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +55,27 @@ class Located:
 
 
 @contextmanager
-def located(aws: Aws, project: Project, given: str | None) -> Iterator[Located]:
+def located(aws: Aws, project: Project, given: str | None, flag: str = "--model") -> Iterator[Located]:
     """The model that `given` names, in a scratch folder while the block lasts.
 
     `given`: an artifact's folder, a model.tar.gz, an s3:// address, the name of a training job; None: of the
-    project's newest training job that ended well. Raises: LaunchError, ConfigError, AwsError.
+    project's newest training job that ended well. `flag`: what it was given with. Raises: LaunchError, ConfigError,
+    AwsError.
     """
     with TemporaryDirectory(prefix="launch-", ignore_cleanup_errors=True) as scratch:
         archive, uri = Path(scratch) / ARCHIVE, None
-        path = Path(given) if given is not None else None
-        if path is not None and path.is_dir():
-            _require_artifact(path)
-            pack(path, archive)
-        elif path is not None and path.is_file():
+        is_s3 = given is not None and given.startswith("s3://")
+        path = None if given is None or is_s3 else Path(given)
+        kind = None if path is None else kind_of(path)
+        if path is not None and kind == "folder":
+            _require_artifact(path, flag)
+            _pack(path, archive, flag)
+        elif path is not None and kind == "file":
             archive = path
-        elif given is not None and given.startswith("s3://"):
+        elif given is not None and is_s3:
             archive, uri = data.fetch(aws, given, archive), given
         else:
-            uri = archive_of_job(aws, project, given)
+            uri = archive_of_job(aws, project, given, flag)
             archive = data.fetch(aws, uri, archive)
         folder = Path(scratch) / "model"
         folder.mkdir()
@@ -78,12 +85,10 @@ def located(aws: Aws, project: Project, given: str | None) -> Iterator[Located]:
             artifact.verify()
         except ArtifactError as exc:
             raise LaunchError(f"{given or uri}: {exc}") from exc
-        with archive.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        yield Located(folder, archive, sha256, artifact.manifest, uri)
+        yield Located(folder, archive, _sha256(archive), artifact.manifest, uri)
 
 
-def archive_of_job(aws: Aws, project: Project, name: str | None) -> str:
+def archive_of_job(aws: Aws, project: Project, name: str | None, flag: str = "--model") -> str:
     """The s3:// address of what a training job made. Raises: ConfigError, LaunchError, AwsError."""
     if name is None:
         listed = sorted(TRAINING_JOBS.listed(aws, project), key=lambda job: job["CreationTime"], reverse=True)
@@ -95,17 +100,21 @@ def archive_of_job(aws: Aws, project: Project, name: str | None) -> str:
                 "--model FOLDER, or train first."
             )
         log.info("model: of the newest job, %s", name)
+    if not JOB_NAME.fullmatch(name):  # AWS would say what names of jobs look like, and nothing of folders
+        raise _no_such(name, flag)
     try:
         job = describe(aws, name)
     except AwsError as exc:
         if exc.is_missing:
-            raise ConfigError(
-                f"--model {name}: there is no such folder, no such file, and no training job of this name."
-            ) from exc
+            raise _no_such(name, flag) from exc
         raise
     if job["TrainingJobStatus"] != "Completed":
         raise LaunchError(f"Job {name} is {job['TrainingJobStatus']}, so it has no model; see its log, or wait.")
     return str(job["ModelArtifacts"]["S3ModelArtifacts"])
+
+
+def _no_such(name: str, flag: str) -> ConfigError:
+    return ConfigError(f"{flag} {name}: there is no such folder, no such file, and no training job of this name.")
 
 
 def upload(aws: Aws, project: Project, model: Located) -> str:
@@ -135,13 +144,7 @@ def register(aws: Aws, project: Project, model: Located, image: str, approval: A
     rejected, or others made the group; AwsError.
     """
     client, group = aws.client("sagemaker"), project.package_group
-    there = find_group(aws, project)
-    if there:
-        ownership.require(aws, project, there["ModelPackageGroupArn"], f"Model package group {group}")
-    else:
-        client.create_model_package_group(
-            ModelPackageGroupName=group, ModelPackageGroupDescription=f"Models of {project.name}", Tags=project.tags
-        )
+    _ensure_group(aws, project)
     facts = {"sha256": model.sha256, "version": model.manifest.version, "image": image}
     for arn in packages(aws, group):
         described = client.describe_model_package(ModelPackageName=arn)
@@ -153,6 +156,8 @@ def register(aws: Aws, project: Project, model: Located, image: str, approval: A
                     f"The registry has this model as {arn.split('/', 1)[1]}, and it was rejected there"
                     f"{f' ({said})' if said else ''}. Deploy another one, or have it approved in the registry."
                 )
+            if not _has_archive(aws, project, model, described):
+                continue
             if status != approval == "Approved":
                 client.update_model_package(ModelPackageArn=arn, ModelApprovalStatus=approval)
                 status = approval
@@ -172,6 +177,28 @@ def register(aws: Aws, project: Project, model: Located, image: str, approval: A
     )
     log.info("registered %s (%s)", made["ModelPackageArn"], approval)
     return str(made["ModelPackageArn"]), approval
+
+
+def _ensure_group(aws: Aws, project: Project) -> None:
+    group, there = project.package_group, find_group(aws, project)
+    if there is None:
+        try:
+            aws.client("sagemaker").create_model_package_group(
+                ModelPackageGroupName=group, ModelPackageGroupDescription=f"Models of {project.name}", Tags=project.tags
+            )
+            return
+        except AwsError as exc:
+            there = find_group(aws, project) if exc.is_there_already else None
+            if there is None:
+                raise
+    ownership.require(aws, project, there["ModelPackageGroupArn"], f"Model package group {group}")
+
+
+def _has_archive(aws: Aws, project: Project, model: Located, described: Mapping[str, Any]) -> bool:
+    """Whether a version's archive is the one we have, or in S3 still: a job's output may be deleted since."""
+    containers = (described.get("InferenceSpecification") or {}).get("Containers") or [{}]
+    place = containers[0].get("ModelDataUrl")
+    return place is None or place == model.place(project) or data.is_there(aws, place)
 
 
 def packages(aws: Aws, group: str) -> list[str]:
@@ -198,13 +225,33 @@ def create_model(aws: Aws, project: Project, container: Mapping[str, Any], role:
     except AwsError as exc:
         if not exc.is_missing:
             raise
-        client.create_model(ModelName=name, Containers=[dict(container)], ExecutionRoleArn=role, Tags=project.tags)
+        try:
+            client.create_model(ModelName=name, Containers=[dict(container)], ExecutionRoleArn=role, Tags=project.tags)
+        except AwsError as made:  # by another command, this moment
+            if not made.is_there_already:
+                raise
     return name
 
 
-def _require_artifact(folder: Path) -> None:
+def _pack(folder: Path, archive: Path, flag: str) -> None:
+    try:
+        pack(folder, archive)
+    except OSError as exc:
+        place = exc.filename or archive
+        raise LaunchError(f"{flag} {folder} cannot be packed: {place}: {exc.strerror or exc}.") from exc
+
+
+def _sha256(archive: Path) -> str:
+    try:
+        with archive.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise LaunchError(f"{archive} cannot be read: {exc.strerror or exc}.") from exc
+
+
+def _require_artifact(folder: Path, flag: str) -> None:
     if not (folder / "manifest.json").is_file():
-        raise ConfigError(f"--model {folder}: there is no manifest.json in it; give an artifact's folder.")
+        raise ConfigError(f"{flag} {folder}: there is no manifest.json in it; give an artifact's folder.")
 
 
 def _figures(manifest: Manifest) -> dict[str, str]:

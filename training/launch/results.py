@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from training.errors import ConfigError
+from training.launch import places
 from training.launch.client import Outcome
 from training.launch.errors import LaunchError
 
@@ -28,6 +30,15 @@ def format_of(path: Path | None, given: Format | None) -> Format:
     if path.suffix in (".json", ".jsonl"):
         return "jsonl"
     raise ConfigError(f"--output {path}: the name must end in .csv or .jsonl, or give --format.")
+
+
+def require_writable(path: Path | None) -> None:
+    """Results can be put there: asked before a job costs. Raises: ConfigError."""
+    if path is None:
+        return
+    places.require_writable(path)
+    if places.kind_of(path) == "folder" or (path.exists() and not os.access(path, os.W_OK)):
+        raise ConfigError(f"--output {path} is no file that can be written; name another one.")
 
 
 def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple[int, int]:
@@ -57,7 +68,7 @@ def report(counts: tuple[int, int], output: Path | None) -> None:
 
 
 def _row(outcome: Outcome) -> list[str]:
-    cells = [str(outcome.path)]
+    cells = [_text(outcome.path)]
     for place in range(2):
         found = outcome.predictions[place : place + 1]
         cells += [found[0]["label"], f"{found[0]['probability']:.6g}"] if found else ["", ""]
@@ -66,19 +77,32 @@ def _row(outcome: Outcome) -> list[str]:
 
 def _object(outcome: Outcome) -> dict[str, object]:
     if outcome.problem:
-        return {"file": str(outcome.path), "problem": outcome.problem}
-    return {"file": str(outcome.path), "model": dict(outcome.model), "predictions": list(outcome.predictions)}
+        return {"file": _text(outcome.path), "problem": outcome.problem}
+    return {"file": _text(outcome.path), "model": dict(outcome.model), "predictions": list(outcome.predictions)}
+
+
+def _text(path: Path) -> str:
+    """The path as text: names of files may be bytes that are no UTF-8, which are written as \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 @contextmanager
 def _opened(path: Path | None) -> Iterator[IO[str]]:
+    """Where results are written. Raises: ConfigError where that cannot be; LaunchError where it cannot go on."""
     if path is None:
+        if sys.stdout is None:  # started with it closed
+            raise ConfigError("stdout is closed, so there is no place for the results; give --output FILE.")
         yield sys.stdout
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", newline="")
+        file = path.open("w", newline="", encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"--output {path} cannot be written: {exc.strerror}.") from exc
-    with file:
-        yield file
+    try:
+        with file:
+            yield file
+    except OSError as exc:
+        raise LaunchError(
+            f"{path} cannot be written further: {exc.strerror or exc}; what stands in it is not all."
+        ) from exc

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 from typing import Any
 
+from training.errors import ConfigError
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
 from training.launch.ownership import has_tags
@@ -13,6 +15,8 @@ log = logging.getLogger("training")
 
 SERVICE = "sagemaker.amazonaws.com"
 POLICY = "training-launch"
+ARN = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
+"""What SageMaker takes for a role."""
 
 _CALLER: dict[str, tuple[str, ...]] = {
     "*": (
@@ -51,7 +55,9 @@ _CALLER: dict[str, tuple[str, ...]] = {
         "sagemaker:CreateTransformJob", "sagemaker:DescribeTransformJob", "sagemaker:StopTransformJob",
     ),
     "iam::{account}:role/{name}-sagemaker": ("iam:PassRole", "iam:GetRole"),
-    "s3:::{bucket}": ("s3:ListBucket", "s3:CreateBucket", "s3:PutBucketPublicAccessBlock"),
+    "s3:::{bucket}": (
+        "s3:ListBucket", "s3:ListBucketMultipartUploads", "s3:CreateBucket", "s3:PutBucketPublicAccessBlock",
+    ),
     "s3:::{bucket}/{name}/0": ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"),
     "logs:{here}:log-group:/aws/sagemaker/Endpoints/{name}:log-stream:0": (
         "logs:DescribeLogStreams", "logs:GetLogEvents", "logs:DeleteLogGroup",
@@ -175,9 +181,11 @@ def find_role(aws: Aws, project: Project, given: str | None) -> str:
 
     SageMaker wants the whole ARN, its path included, which a name alone does not tell.
 
-    Raises: LaunchError that shows the policies where there is none; AwsError.
+    Raises: LaunchError that shows the policies where there is none; ConfigError where an ARN is none; AwsError.
     """
     if given and given.startswith("arn:"):
+        if not ARN.fullmatch(given):
+            raise ConfigError(f"--role {given}: a role's ARN looks like arn:aws:iam::123456789012:role/NAME.")
         return given
     iam = aws.client("iam")
     candidates = [given] if given else [role_name(project), *_own_role(aws)]

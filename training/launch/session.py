@@ -26,6 +26,7 @@ from botocore.exceptions import (
     ProfileNotFound,
     SSOError,
 )
+from botocore.parsers import ResponseParserError
 from botocore.utils import validate_region_name
 
 from training.errors import ConfigError
@@ -51,7 +52,7 @@ class _Explaining:
             if exc.response.get("Error", {}).get("Code") == "ModelError":
                 raise  # the container's answer: the caller (`client.py`) reads it
             raise refused(service, operation, exc.response.get("Error", {})) from exc
-        except BotoCoreError as exc:
+        except (BotoCoreError, ResponseParserError) as exc:
             raise unreachable(service, operation, exc) from exc
 
 
@@ -69,9 +70,21 @@ def unreachable(service: str, operation: str, exc: Exception) -> AwsError:
         )  # fmt: skip
     if isinstance(exc, SSOError):
         return AwsError(f"The login has expired ({exc}); `aws sso login`, then {AGAIN}", "ExpiredToken", operation)
+    if "Invalid header value" in str(exc):  # which it quotes, and which may be a secret
+        return AwsError(
+            "The AWS credentials hold what cannot be sent, such as the end of a line; set them anew "
+            "(AWS_SESSION_TOKEN, AWS_ACCESS_KEY_ID, ~/.aws).",
+            "NoCredentials", operation,
+        )  # fmt: skip
     if isinstance(exc, ConnectionError | HTTPClientError | IncompleteReadError):
         return AwsError(
             f"{service} cannot be reached ({exc}); is there network, and is the service in this region? Then {AGAIN}",
+            "Unreachable", operation,
+        )  # fmt: skip
+    if isinstance(exc, ResponseParserError):
+        return AwsError(
+            f"{service} was answered by something that is not AWS: a proxy, or a login page of the network? "
+            f"Mend that (HTTPS_PROXY, NO_PROXY), then {AGAIN}",
             "Unreachable", operation,
         )  # fmt: skip
     if isinstance(exc, RetriesExceededError):
@@ -151,7 +164,8 @@ def connect(region: str | None = None, profile: str | None = None) -> Aws:
     try:
         session = boto3.Session(region_name=region, profile_name=profile)
     except ProfileNotFound as exc:
-        raise ConfigError(f"--profile {profile}: {exc}; `aws configure list-profiles` lists them.") from exc
+        given = f"--profile {profile}" if profile else "AWS_PROFILE"
+        raise ConfigError(f"{given}: {exc}; `aws configure list-profiles` lists them.") from exc
     except BotoCoreError as exc:
         raise ConfigError(f"The settings in ~/.aws cannot be used: {exc}") from exc
     if not session.region_name:

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from service.model.artifact import open_artifact
-from service.model.images import MEDIA_TYPES
+from service.model.errors import ImageError
+from service.model.images import MEDIA_TYPES, decode
 from service.model.resize import decode_resized
+from training.errors import ConfigError
 from training.launch.client import Target, classify
 from training.launch.errors import LaunchError
 
@@ -34,6 +36,17 @@ def local_probabilities(folder: Path, paths: Sequence[Path]) -> npt.NDArray[np.f
         probs = torch.softmax(network(torch.from_numpy(batch)).float(), 1)  # [N, K]
     found: npt.NDArray[np.float32] = probs.numpy()
     return found
+
+
+def require_images(paths: Sequence[Path]) -> None:
+    """Each can be read and decoded here: asked before an endpoint costs. Raises: ConfigError."""
+    for path in paths:
+        try:
+            decode(path.read_bytes())
+        except (ImageError, OSError) as exc:
+            raise ConfigError(
+                f"--smoke {path}: {getattr(exc, 'strerror', None) or exc}; give images that can be read."
+            ) from exc
 
 
 def compare(target: Target, folder: Path, paths: Sequence[Path] = (), tolerance: float = TOLERANCE) -> int:

@@ -1,0 +1,149 @@
+"""What cannot be is refused with a sentence before anything is made at AWS, and before anything costs."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.launch.in_process import ROLE, Account
+from tests.launch.telling import problem
+from tests.rehearsal.start import IMAGE, Rehearsal
+from training.errors import ConfigError
+from training.launch.__main__ import main
+from training.launch.places import require_output
+
+SMALL = ("--weights", "none", "--quantize", "off")
+
+
+def refused(here: Account, caplog: pytest.LogCaptureFixture, *command: object) -> str:
+    """The sentence; nothing was made or sent."""
+    before = here.calls
+    sentence = problem(caplog, *command, status=2)
+    made = [call for call in here.calls - before if call.split()[1].startswith(("Create", "Put"))]
+    assert made == []
+    return sentence
+
+
+def train(data: Path, *more: object) -> tuple[object, ...]:
+    return ("train", "--project", "early", "--data", data, "--image", IMAGE, "--role", ROLE, *SMALL, *more)
+
+
+def deploy(packed: object, *more: object) -> tuple[object, ...]:
+    return ("deploy", "--project", "early", "--model", packed, "--image", IMAGE, "--role", ROLE, *more)
+
+
+def test_a_place_where_a_model_cannot_go_is_refused_before_the_job(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "app").mkdir()
+    for name in ("manifest.json", "settings.json", "index.html"):  # such as web applications have
+        (tmp_path / "app" / name).write_text("{}")
+    (tmp_path / "file").touch()
+    with tarfile.open(tmp_path / "photos.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "file", "photo.png")
+    for output, said in (
+        ("app", r"app holds other things \(index.html, settings.json\)"),
+        ("file", "file is no folder"),
+        ("file/model", r"cannot be written: \S+file is no folder"),
+        ("photos", r"photos\.tar\.gz, where its archive goes, is another file"),
+        ("..", "give a folder with a name of its own"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            require_output(tmp_path / output)
+    for command in (train(data, "--output", tmp_path / "app"), train(data, "--output", ".")):
+        assert "name" in refused(here, caplog, *command)
+    seek = ("tune", *train(data, "--output", tmp_path / "file")[1:])
+    assert "file is no folder" in refused(here, caplog, *seek)
+    assert len(list((tmp_path / "app").iterdir())) == 3
+
+
+def test_an_artifact_and_its_archive_may_be_replaced(tmp_path: Path, packed: Path, artifact: Path) -> None:
+    (tmp_path / "model").symlink_to(artifact)
+    (tmp_path / "model.tar.gz").symlink_to(packed)
+    require_output(tmp_path / "model")
+    require_output(tmp_path / "new" / "folders" / "model")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_gpu_that_the_image_cannot_use_is_refused(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Rehearsal.note_images(tmp_path)
+    noted = [each for each in train(data) if each not in ("--image", IMAGE)]
+    assert "CUDA 13 dropped its GPU" in refused(here, caplog, *noted, "--instance", "ml.p3.2xlarge")
+    assert "instance types look like" in refused(here, caplog, *train(data), "--instance", "banana")
+
+
+def test_settings_of_an_endpoint_that_cannot_be_are_refused(
+    here: Account, packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"")
+    for flags, said in (
+        (("--env", "NOVALUE"), "say NAME=VALUE"),
+        (("--env", "A B=1"), "say NAME=VALUE, with letters"),
+        (("--kind", "async", "--shadow", packed), "--shadow needs a real-time endpoint"),
+        (("--shadow", "no/such"), "--shadow no/such: there is no such folder, no such file, and no training job"),
+        (("--smoke", tmp_path / "bad.png"), "bad.png: "),
+        (("--role", "arn:aws:iam::123456789012:user"), "a role's ARN looks like"),
+    ):
+        assert said in refused(here, caplog, *deploy(packed, *flags))
+    for model in ("artifacts/typo", "x" * 300, "a b"):
+        assert f"{model}: " in refused(here, caplog, *deploy(model))
+
+
+def test_a_batch_whose_answers_could_not_be_written_is_refused(
+    here: Account, packed: Path, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "taken.csv").mkdir()
+    batch = ("batch", "--project", "early", "--model", packed, "--image", IMAGE, "--role", ROLE, asked)
+    assert "is no file that can be written" in refused(here, caplog, *batch, "--output", tmp_path / "taken.csv")
+    below = asked / next(asked.iterdir()).name / "a.csv"
+    assert "is no folder" in refused(here, caplog, *batch, "--output", below)
+    assert "say NAME=VALUE" in refused(here, caplog, *batch, "--env", "NOVALUE")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("upload", "--data", ""), "--data is given an empty text"),
+        (("upload", "--data="), "--data is given an empty text"),
+        (("invoke", ""), "invoke is given an empty text"),
+        (("deploy", "--model", "", "--dry-run"), "--model is given an empty text"),
+        (("invoke", "--url", "http://127.0.0.1:9", "--asynchronous", "x.png"), "x.png: there is no such file"),
+    ],
+)
+def test_an_empty_text_is_refused(
+    here: Account, caplog: pytest.LogCaptureFixture, command: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(here, caplog, *command)
+
+
+def test_flags_that_exclude_each_other_are_refused(
+    here: Account, asked: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    both = ("invoke", asked, "--url", "http://127.0.0.1:9", "--asynchronous")
+    assert "--asynchronous is for an endpoint of SageMaker" in refused(here, caplog, *both)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("status", "--poll-seconds", "1e300"),
+        ("train", "--data", "d", "--max-hours", "1e308"),
+        ("train", "--data", "d", "--retries", "31"),
+        ("invoke", "x", "--concurrency", "1000000"),
+    ],
+)
+def test_numbers_beyond_all_bounds_are_refused(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    assert f"given {flags[-1]}, allowed are" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="nothing may be put into"):
+        require_output(closed / "model")
