@@ -128,7 +128,7 @@ def test_parameters_of_a_rule_have_a_column_of_their_own_and_those_without_a_val
     cells = [[re.sub(r"<.*?>", "", cell).strip() for cell in row] for row in rows]
     assert cells[1] == ["DeadRelu", "no issues", "", "share 0.5"]
     assert cells[2] == ["AllZero", "not judged", "judges from step 300 on, the run had 12", "threshold 1e-07"]
-    assert (cells[0][0], cells[0][3]) == ("Overfit", "-")
+    assert (cells[0][0], cells[0][3]) == ("Overfit", "")
 
 
 def test_a_calibration_error_of_few_images_is_called_uncertain_and_that_of_many_is_not(tmp_path: Path) -> None:
@@ -136,6 +136,15 @@ def test_a_calibration_error_of_few_images_is_called_uncertain_and_that_of_many_
         measured = some_figures(2, per_class)
         path = write_report(tmp_path, manifest_of(("cat", "dog"), measured.n), some_images(measured), measured)
         assert ("Below 1,000 images this is uncertain: with 60, perfect" in Page(path.read_text()).text) == said
+
+
+def test_classes_and_pairs_that_are_as_hard_as_the_one_named_are_counted(tmp_path: Path) -> None:
+    logits = np.eye(4)[[0, 1, 1, 0, 3, 3]]
+    measured = figures(logits, [0, 1, 1, 2, 2, 3])
+    path = write_report(tmp_path, manifest_of(("a", "b", "c", "d"), 6), some_images(measured), measured)
+    text = Page(path.read_text()).text.replace("\u00a0", " ")
+    assert "Most often confused: c taken for a, once (50.0 % of that class), as often as one other pair." in text
+    assert "Hardest: c (0.0 %); easiest: a and 2 more (100 %)." in text
 
 
 def test_the_error_that_chance_would_show_is_what_calibrated_networks_show() -> None:

@@ -15,6 +15,8 @@ MAX_POINTS = 400
 """Points a line is drawn with; more are averaged in groups of neighbours."""
 MAX_DOTS = 40
 """Lines of at most so many points show each of them."""
+FEW = 10
+"""The accuracy of fewer images is drawn pale."""
 DURATIONS = (("h", 3_600_000), ("min", 60_000), ("s", 1000), ("ms", 1))
 """Units and what they are in ms."""
 
@@ -59,6 +61,8 @@ class Bar:
     width: float
     height: float
     text: str
+    faint: bool = False
+    """Drawn pale, for what few images say."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def reliability_chart(figures: Figures) -> Chart:
             continue
         left, right, top = x_axis.place(each.low) + 1, x_axis.place(each.high) - 1, y_axis.place(each.accuracy)
         text = f"{each.n:,} images: confidence {percent(each.confidence)}, accuracy {percent(each.accuracy)}"
-        bars.append(Bar(left, top, right - left, HEIGHT - BOTTOM - top, text))
+        bars.append(Bar(left, top, right - left, HEIGHT - BOTTOM - top, text, each.n < FEW))
     diagonal = f"M{LEFT} {HEIGHT - BOTTOM}L{WIDTH - RIGHT} {TOP}"
     ticks = x_axis.ticks(_tick_text(percent)), y_axis.ticks(_tick_text(percent))
     return Chart("Accuracy by confidence", "confidence", *ticks, bars=tuple(bars), diagonal=diagonal)

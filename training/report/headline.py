@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from service.model.manifest import Manifest
 from training.figures import Figures
 from training.report import rules
@@ -51,18 +53,30 @@ def _confusions(classes: Sequence[str], figures: Figures) -> str:
     if not pairs:
         return "Not one image is taken for another class."
     (pair,) = pairs
+    times = "once" if pair.n == 1 else f"{pair.n:,} times"
+    mistakes = figures.confusion.copy()
+    np.fill_diagonal(mistakes, 0)
+    others = int((mistakes == pair.n).sum()) - 1
+    alike = f", as often as {others:,} other pairs" if others > 1 else ", as often as one other pair" if others else ""
     return (
-        f"Most often confused: {classes[pair.true]} taken for {classes[pair.predicted]}, "
-        f"{pair.n:,} times ({percent(pair.share)} of that class)."
+        f"Most often confused: {classes[pair.true]} taken for {classes[pair.predicted]}, {times} "
+        f"({percent(pair.share)} of that class){alike}."
     )
 
 
 def _classes(classes: Sequence[str], figures: Figures) -> str:
-    ranked = sorted((each.accuracy, k) for k, each in enumerate(figures.classes) if each.accuracy is not None)
-    (worst, worst_k), (best, best_k) = ranked[0], ranked[-1]
+    found = {
+        name: each.accuracy for name, each in zip(classes, figures.classes, strict=True) if each.accuracy is not None
+    }
+    worst, best = min(found.values()), max(found.values())
     if worst == best:
         return f"Every class is recognised at {percent(best)}."
-    return f"Hardest class: {classes[worst_k]} ({percent(worst)}); easiest: {classes[best_k]} ({percent(best)})."
+
+    def those(accuracy: float) -> str:
+        first, *others = (name for name, each in found.items() if each == accuracy)
+        return f"{first}{f' and {len(others):,} more' if others else ''} ({percent(accuracy)})"
+
+    return f"Hardest: {those(worst)}; easiest: {those(best)}."
 
 
 def _within_groups(figures: Figures, groups: Sequence[str]) -> str:
