@@ -294,3 +294,14 @@ def test_an_alarm_of_others_is_not_overwritten_and_what_needs_it_is_refused(here
     inventory.remove(here.aws, inventory.things(here.aws, project), POLL_S)
     names = ["alarmed-5xx", "alarmed-latency", "alarmed-wake"]
     assert cloudwatch.describe_alarms(AlarmNames=names)["MetricAlarms"] == theirs
+
+
+def test_scaling_that_another_command_removes_this_moment_is_no_error(
+    here: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, _ = live(here, "twofold")
+    autoscaling.apply(here.aws, project, Hosting(max_count=2))
+    before = autoscaling.found(here.aws, project)
+    autoscaling.remove(here.aws, project)
+    monkeypatch.setattr(autoscaling, "found", lambda *_: before)  # as a second command saw it
+    autoscaling.remove(here.aws, project)

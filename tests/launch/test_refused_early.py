@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.in_process import ROLE, Account
-from tests.launch.telling import problem
+from tests.launch.telling import problem, told
 from tests.rehearsal.start import IMAGE, Rehearsal
 from training.errors import ConfigError
 from training.launch.__main__ import main
@@ -89,7 +89,7 @@ def test_settings_of_an_endpoint_that_cannot_be_are_refused(
         (("--role", "arn:aws:iam::123456789012:user"), "a role's ARN looks like"),
     ):
         assert said in refused(here, caplog, *deploy(packed, *flags))
-    for model in ("artifacts/typo", "x" * 300, "a b"):
+    for model in ("artifacts/typo", "x" * 300, "a b", "s3://b", "s3://b/models/"):
         assert f"{model}: " in refused(here, caplog, *deploy(model))
 
 
@@ -127,9 +127,25 @@ def test_flags_that_exclude_each_other_are_refused(
     assert "--asynchronous is for an endpoint of SageMaker" in refused(here, caplog, *both)
 
 
+@pytest.mark.parametrize("bucket", ["s3://mine", "My Bucket", "a/b", "..", "x" * 64])
+def test_what_is_no_name_of_a_bucket_is_refused(here: Account, caplog: pytest.LogCaptureFixture, bucket: str) -> None:
+    assert "give a name alone" in refused(here, caplog, "status", "--bucket", bucket)
+
+
+def test_a_limit_that_would_not_be_kept_is_refused(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seek = ("tune", *train(data, "--dry-run", "--timeout-minutes", "90")[1:])
+    assert "--trials and --max-hours bound a search" in refused(here, caplog, *seek)
+
+
+def test_a_password_in_an_address_is_not_shown(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = told(caplog, *train(data, "--dry-run", "--mlflow-uri", "http://ann:SECRET@host/a"))
+    assert "://***@host/a" in said and "SECRET" not in said
+
+
 @pytest.mark.parametrize(
     "flags",
     [
+        ("train", "--data", "d", "--volume-gb", "9" * 30),
         ("status", "--poll-seconds", "1e300"),
         ("train", "--data", "d", "--max-hours", "1e308"),
         ("train", "--data", "d", "--retries", "31"),

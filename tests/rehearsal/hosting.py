@@ -78,8 +78,11 @@ class Hosting:
         return [f"{name}/{variant}" for name, variants in self.servers.items() for variant in variants]
 
     def on_create_endpoint_config(self, given: dict[str, Any], forward: "Forward") -> dict[str, Any]:
-        self._require_new("endpoint configuration", given["EndpointConfigName"], self._plane.backend.endpoint_configs)
-        answer = forward()
+        with self._plane.lock:  # of two at once one is refused
+            self._require_new(
+                "endpoint configuration", given["EndpointConfigName"], self._plane.backend.endpoint_configs
+            )
+            answer = forward()
         self.configs[given["EndpointConfigName"]] = given
         return answer
 
@@ -90,8 +93,9 @@ class Hosting:
         return {**answer, **{key: kept[key] for key in more if key in kept}}
 
     def on_create_endpoint(self, given: dict[str, Any], forward: "Forward") -> dict[str, Any]:
-        self._require_new("endpoint", given["EndpointName"], self._plane.backend.endpoints)
-        answer = forward()
+        with self._plane.lock:
+            self._require_new("endpoint", given["EndpointName"], self._plane.backend.endpoints)
+            answer = forward()
         endpoint = self._plane.backend.endpoints[given["EndpointName"]]
         endpoint.endpoint_status = "Creating"
         self._thread(self._bring_up, given["EndpointName"], given["EndpointConfigName"], True)

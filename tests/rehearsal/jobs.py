@@ -42,11 +42,13 @@ class Jobs:
         from tests.rehearsal.control_plane import Refusal
 
         name = given["TrainingJobName"]
-        if name in self._given:
-            raise Refusal("ResourceInUse", f"Job name must be unique within an AWS account and region: {name}")
         if given["ResourceConfig"]["InstanceCount"] > 1:
             raise Refusal("ValidationException", "The rehearsal has one host; InstanceCount must be 1.")
-        answer = forward()
+        with self._plane.lock:  # of two at once one is refused
+            if name in self._given:
+                raise Refusal("ResourceInUse", f"Job name must be unique within an AWS account and region: {name}")
+            answer = forward()
+            self._given[name] = given
         self._begin(name, given)
         self._start(self._train, name)
         return answer

@@ -1,10 +1,13 @@
 """Autoscaling of the endpoint's variant: the number of instances follows requests and concurrency, within bounds."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from training.launch import ownership
 from training.launch.endpoint import VARIANT, Hosting
+from training.launch.errors import AwsError
 from training.launch.names import Project
 from training.launch.session import Aws
 
@@ -121,9 +124,11 @@ def remove(aws: Aws, project: Project) -> None:
     """No more scaling; where there was none, nothing happens. Raises: AwsError."""
     target, listed = found(aws, project)
     for policy in listed:
-        _delete_policy(aws, project, policy["PolicyName"])
+        with _unless_gone():
+            _delete_policy(aws, project, policy["PolicyName"])
     if target:
-        aws.client("application-autoscaling").deregister_scalable_target(**_place(project))
+        with _unless_gone():
+            aws.client("application-autoscaling").deregister_scalable_target(**_place(project))
 
 
 def restore(aws: Aws, project: Project, target: dict[str, Any] | None, listed: list[dict[str, Any]]) -> None:
@@ -149,6 +154,16 @@ def _delete_policy(aws: Aws, project: Project, name: str) -> None:
             if ours:
                 aws.client("cloudwatch").delete_alarms(AlarmNames=[alarm["AlarmName"]])
     aws.client("application-autoscaling").delete_scaling_policy(**_place(project), PolicyName=name)
+
+
+@contextmanager
+def _unless_gone() -> Iterator[None]:
+    """Another command, or the endpoint's end, may remove it this moment."""
+    try:
+        yield
+    except AwsError as exc:
+        if not exc.is_missing:
+            raise
 
 
 def _place(project: Project) -> dict[str, str]:

@@ -70,7 +70,7 @@ class AwsError(LaunchError):
         """Whether it says that what was asked for does not exist. SageMaker says so as a ValidationException."""
         return self.code in MISSING or (
             self.code == "ValidationException"
-            and bool(re.search(r"(?i)could not find|does not exist|not found", self.text))
+            and bool(re.search(r"(?i)could not find|does not exist|not found|no scal\w+ \w+ found", self.text))
         )
 
     @property

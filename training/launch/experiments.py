@@ -82,6 +82,8 @@ def hyperparameters(
     settings = TuningConfig.create(tuning_values)
     if tune and settings.metric != "validation_accuracy":
         raise ConfigError("--metric: SageMaker's tuner is given validation:accuracy; training.hpo knows others.")
+    if tune and settings.timeout_minutes is not None:
+        raise ConfigError("--timeout-minutes is for training.hpo; here --trials and --max-hours bound a search.")
     return jobs.as_text({**values, **watching}), config, settings
 
 

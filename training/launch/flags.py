@@ -208,7 +208,7 @@ def _job(one: argparse.ArgumentParser) -> None:
     one.add_argument("--role", help=ROLE)
     one.add_argument("--instance", default=jobs.INSTANCE, help="default: %(default)s")
     one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")
-    one.add_argument("--volume-gb", type=positive, default=50, help="default: %(default)s")
+    one.add_argument("--volume-gb", type=between(1, 16384), default=50, help="default: %(default)s")
     one.add_argument(
         "--max-hours", type=up_to(MAX_HOURS), default=24.0, help="AWS ends the job then (default: %(default)g)"
     )

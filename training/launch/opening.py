@@ -2,22 +2,31 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from training.errors import ConfigError
 from training.launch.names import Project
 from training.launch.session import Aws, connect
 
 Options = argparse.Namespace
+BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
+"""What S3 allows, and of old in us-east-1."""
 
 
 def opened(options: Options) -> tuple[Aws, Project]:
     """The account and the project that the flags name. Raises: ConfigError, AwsError."""
     aws = connect(options.region, options.profile)
+    if options.bucket and not BUCKET.fullmatch(options.bucket):
+        raise ConfigError(
+            f"--bucket {options.bucket}: give a name alone, of 3 to 63 small letters, digits, dots and hyphens."
+        )
     bucket = options.bucket or f"sagemaker-{aws.region}-{aws.account}"
     return aws, Project(options.project, bucket)
 
 
 def as_json(values: Sequence[Any]) -> str:
-    """The values as indented JSON, for people to read."""
-    return "\n".join(json.dumps(value, indent=2, default=str) for value in values)
+    """The values as indented JSON, for people to read, without passwords in addresses."""
+    shown = "\n".join(json.dumps(value, indent=2, default=str) for value in values)
+    return re.sub(r"://[^/@\s]+@", "://***@", shown)  # the name and password of an address

@@ -21,7 +21,7 @@ from training.launch import data, ownership
 from training.launch.attempts import TRAINING_JOBS
 from training.launch.errors import AwsError, LaunchError
 from training.launch.jobs import describe, pack
-from training.launch.names import Project
+from training.launch.names import Project, split_uri
 from training.launch.places import kind_of
 from training.launch.session import Aws
 
@@ -73,6 +73,8 @@ def located(aws: Aws, project: Project, given: str | None, flag: str = "--model"
         elif path is not None and kind == "file":
             archive = path
         elif given is not None and is_s3:
+            if not split_uri(given)[1] or given.endswith("/"):
+                raise ConfigError(f"{flag} {given}: give the address of an archive, s3://bucket/folder/model.tar.gz.")
             archive, uri = data.fetch(aws, given, archive), given
         else:
             uri = archive_of_job(aws, project, given, flag)
