@@ -18,12 +18,12 @@ with no_telemetry():
 Precision = Literal["fp32", "bf16", "int8"]
 
 BEST_PIXELS = 8 * 224 * 224
-"""Pixels per call beyond which each image takes no less time, but its batch more memory and those behind it longer.
+"""Pixels per call beyond which no image takes less time, but its batch more memory and those behind it longer.
 
-Seen on 2 cores of an AVX512-BF16 EPYC, OpenVINO 2026.4, two lanes, the service at 224 px and 32 clients, three rounds in
-turns: 8 an int8 batch 101 images/s, p99 358 ms, 316 MiB, 16 of them 99/s, 470 ms, 384 MiB; bfloat16 57/s, 590 ms,
-381 MiB against 57/s, 775 ms, 424 MiB. Without HTTP, int8: 88 (1), 94 (4), 89 to 100 (8), 96 to 105 (16), 71 (32). At 32 px
-the forward pass alone: 2,213 (1), 3,883 (8), 5,303 (32).
+Seen on 2 cores of an AVX512-BF16 EPYC, OpenVINO 2026.4, two lanes, the service at 224 px with 32 clients, three rounds
+in turns: int8 in batches of 8: 101 images/s, p99 358 ms, 316 MiB; of 16: 99/s, 470 ms, 384 MiB; bfloat16 57/s, 590 ms,
+381 MiB against 57/s, 775 ms, 424 MiB. Without HTTP, int8: 88 (1), 94 (4), 89 to 100 (8), 96 to 105 (16), 71 (32). At
+32 px the forward pass alone: 2,213 (1), 3,883 (8), 5,303 (32).
 """
 
 MAX_LANES = 8
