@@ -38,7 +38,7 @@ def job(instance: str, count: int, max_hours: float, spot: bool, trials: int = 1
     price = USD_PER_HOUR.get(instance)
     bound = ""
     if price is not None:
-        of = f"for all {trials} of at most {max_hours:g} h" if trials > 1 else f"in {max_hours:g} h"
+        of = f"for all {trials} trials of {max_hours:g} h" if trials > 1 else f"in {max_hours:g} h"
         bound = f"; at most {trials * count * price * max_hours:,.2f} USD {of}"
     return hourly(instance, count) + bound + ("; spot instances usually cost 30 to 70 % less" if spot else "")
 
