@@ -100,51 +100,52 @@ def apply(aws: Aws, project: Project, hosting: Hosting, before: tuple[int, int] 
             _delete_policy(aws, project, policy["PolicyName"])
     log.info(
         "endpoint %s scales from %d to %d instances (%s)%s", project.endpoint, hosting.min_count, hosting.max_count,
-        ", ".join(wanted), "" if before == (hosting.min_count, hosting.max_count) else _before(before),
+        ", ".join(wanted), "" if before == (hosting.min_count, hosting.max_count) else _told(before),
     )  # fmt: skip
 
 
-def tell_plan(project: Project, hosting: Hosting, bounds: tuple[int, int] | None, kept: bool) -> None:
-    """Say how a deployment would have the endpoint scale; `bounds`: between which it scales now."""
-    wanted = (hosting.min_count, hosting.max_count)
+def tell_plan(project: Project, hosting: Hosting, now: Scaling, kept: bool) -> None:
+    """Say how a deployment would have the endpoint scale; `now`: as `found` tells it, `kept`: it would stay so."""
+    wanted, before = (hosting.min_count, hosting.max_count), bounds(now)
     if kept:
         log.info("would let it scale from %d to %d instances, as before", *wanted)
     elif scales(hosting):
         names = [*policies(project, hosting), *([wake(project)] if wakes(hosting) else ())]
-        log.info("would let it scale from %d to %d instances (%s)%s", *wanted, ", ".join(names), _before(bounds))
-    elif bounds:
-        log.info("would end its scaling, which is from %d to %d instances", *bounds)
+        log.info("would let it scale from %d to %d instances (%s)%s", *wanted, ", ".join(names), _told(before))
+    elif before:
+        log.info("would end its scaling, which is from %d to %d instances", *before)
 
 
-def bring(
-    aws: Aws, project: Project, hosting: Hosting, before: Scaling, bounds: tuple[int, int] | None, kept: bool,
-    poll_s: float = POLL_S,
-) -> None:  # fmt: skip
+def bring(aws: Aws, project: Project, hosting: Hosting, was: Scaling, kept: bool, poll_s: float = POLL_S) -> None:
     """Let an endpoint that is in service scale as asked, and say what that changes. Safe to repeat.
 
-    `before`: what `found` told before the deployment, which may have removed it; `kept`: it is to be as it was.
+    `was`: what `found` told before the deployment, which may have removed it; `kept`: it is to be so again.
     Raises: LaunchError as `apply` does; AwsError; StoppedWaiting.
     """
     if kept:
         if found(aws, project)[0] is None:
-            restore(aws, project, *before)
-        one = max(1, hosting.min_count)
-        end = f"--max {one}" if one == 1 == hosting.min_count else f"--min {one} --max {one}"
+            restore(aws, project, *was)
+        end = "--max 1" if hosting.min_count == 1 else "--min {0} --max {0}".format(max(1, hosting.min_count))
         log.info(
             "endpoint %s scales from %d to %d instances as before; %s ends that",
             project.endpoint, hosting.min_count, hosting.max_count, end,
         )  # fmt: skip
         return
-    apply(aws, project, hosting, bounds)
-    if bounds and not scales(hosting):
+    before = bounds(was)
+    apply(aws, project, hosting, before)
+    if before and not scales(hosting):
         _set_count(aws, project, hosting.min_count, poll_s)
-        log.info(
-            "endpoint %s no longer scales%s; instances: %d", project.endpoint, _before(bounds), hosting.min_count
-        )  # fmt: skip
+        log.info("endpoint %s no longer scales%s; instances: %d", project.endpoint, _told(before), hosting.min_count)
 
 
-def _before(bounds: tuple[int, int] | None) -> str:
-    return "" if bounds is None else f", before from {bounds[0]} to {bounds[1]}"
+def bounds(scaling: Scaling) -> tuple[int, int] | None:
+    """The instances between which it scales, None where it does not."""
+    target = scaling[0]
+    return None if target is None else (int(target["MinCapacity"]), int(target["MaxCapacity"]))
+
+
+def _told(before: tuple[int, int] | None) -> str:
+    return "" if before is None else f", before from {before[0]} to {before[1]}"
 
 
 def _set_count(aws: Aws, project: Project, count: int, poll_s: float) -> None:

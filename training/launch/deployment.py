@@ -37,7 +37,8 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     smoke.require_images(paths)
     now = live.look(aws, project)
     live.require_kind(project, now, options.kind)
-    bounds = now.bounds if now else None
+    scaling = now.scaling if now else autoscaling.NONE
+    bounds = autoscaling.bounds(scaling)
     kept = bounds is not None and options.min_count is None and options.max_count is None
     hosting = hosting_of(options, image, bounds if kept else None)
     log.info("cost: %s", hosting.price(bool(options.shadow)))
@@ -49,7 +50,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         if options.dry_run:
             wanted = endpoint.config_request(project, "MODEL", hosting, options.shadow and "SHADOW")
             log.info("would register it and bring endpoint %s to: %s", project.endpoint, as_json([wanted]))
-            autoscaling.tell_plan(project, hosting, bounds, kept)
+            autoscaling.tell_plan(project, hosting, scaling, kept)
             return
         role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
@@ -64,8 +65,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             wanted = endpoint.config_request(project, name, hosting, shadow)
             action = bring(aws, project, now and now.endpoint, wanted, hosting, options.poll_seconds)
             log.info("endpoint %s is %s", project.endpoint, action)
-            before = now.scaling if now else autoscaling.NONE
-            autoscaling.bring(aws, project, hosting, before, bounds, kept, options.poll_seconds)
+            autoscaling.bring(aws, project, hosting, scaling, kept, options.poll_seconds)
             try:
                 smoke.compare(target_of(aws, project, options.kind == "async"), model.folder, paths)
             except LaunchError as exc:

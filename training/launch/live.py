@@ -30,12 +30,6 @@ class Live:
     """As DescribeEndpointConfig does; None where it was deleted, or is of no matter any more."""
     scaling: autoscaling.Scaling = autoscaling.NONE
 
-    @property
-    def bounds(self) -> tuple[int, int] | None:
-        """The instances it scales between, None where it does not scale."""
-        target = self.scaling[0]
-        return None if target is None else (int(target["MinCapacity"]), int(target["MaxCapacity"]))
-
 
 def look(aws: Aws, project: Project) -> Live | None:
     """The project's endpoint; None where there is none. Raises: LaunchError where others made it; AwsError."""
