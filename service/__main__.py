@@ -76,7 +76,8 @@ def _keep_standard_files() -> None:
 
 def serve(settings: Settings, worker: Worker) -> int:
     """Serve in this process until told to stop; returns the exit status."""
-    from service.runtime import Runtime  # here, because a supervisor needs none of this
+    from service.app import create_app  # here, because a supervisor needs none of this
+    from service.server import Server
 
     failed = threading.Event()
 
@@ -87,13 +88,7 @@ def serve(settings: Settings, worker: Worker) -> int:
         failed.set()
         stop()
 
-    runtime = Runtime(settings, on_failure=fail, worker=worker)
-    runtime.load()  # beside the imports of the framework, a third of a second
-
-    from service.app import create_app
-    from service.server import Server
-
-    server = Server(create_app(runtime), worker.lifeline())
+    server = Server(create_app(settings, on_failure=fail, worker=worker), worker.lifeline())
     _stop_with(stop, worker.supervisor_pid)
     server.run(sockets=[worker.listener()])
     return 1 if failed.is_set() else 0

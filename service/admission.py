@@ -140,11 +140,6 @@ class Places:
         """Of the request; more than it has places take turns."""
         self._admission = admission
 
-    @property
-    def alone(self) -> bool:
-        """Whether nothing else is under way."""
-        return self._admission.under_way == 1
-
     def take_more(self, wanted: int) -> None:
         """Hold up to `wanted` more: they say how many of its images are under way at once. Some stay for others."""
         allowed = self._admission.allowed

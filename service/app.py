@@ -1,10 +1,10 @@
-"""Puts the service together: the runtime in, an ASGI app out. Importing this starts nothing.
+"""Puts the service together: settings and runtime in, an ASGI app out. Importing this starts nothing.
 
 FastAPI routes and answers everything but POST /invocations, which goes straight to `service.invocations`:
 FastAPI's way to a route costs more processor time than a small picture's decoding.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -12,22 +12,35 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import exposition, openapi, page, reference, telemetry
+from service.classifier import Classifier
 from service.errors import error_body
 from service.invocations import PATH, Invocations
 from service.metrics import Metrics
 from service.routes import router
 from service.runtime import Runtime
+from service.settings import Settings
 from service.tracing import Tracing
+from service.workers import Worker
 
 
-def create_app(runtime: Runtime) -> FastAPI:
-    """The app; its lifespan opens and closes the runtime, once."""
-    settings, worker = runtime.settings, runtime.worker
+def create_app(
+    settings: Settings,
+    classifier: Classifier | None = None,
+    on_failure: Callable[[], None] | None = None,
+    worker: Worker | None = None,
+) -> FastAPI:
+    """The app; its lifespan loads `settings.model`, or uses `classifier` if one is given.
+
+    `on_failure` is called once when the model cannot be served. `worker`: which of several this process is.
+    """
+
     metrics = Metrics(worker.page(), worker.index) if worker else Metrics()
     tracing = Tracing()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        runtime = Runtime(settings, classifier, on_failure, worker)
+        app.state.runtime = runtime
         with metrics.watching(runtime.gauges), tracing.running():
             await runtime.open()
             try:
@@ -41,10 +54,9 @@ def create_app(runtime: Runtime) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from the client's own Host header
     )
-    app.state.runtime = runtime
     app.state.metrics = metrics
     app.state.settings = settings
-    app.direct = telemetry.Telemetry(Invocations(runtime), metrics, tracing)
+    app.direct = telemetry.Telemetry(Invocations(lambda: app.state.runtime), metrics, tracing)
     app.include_router(router)
     app.include_router(exposition.router)
     app.include_router(reference.router)

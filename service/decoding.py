@@ -1,6 +1,6 @@
 """Decide where an image is decoded, and bound what that may cost: payload -> uint8 `[S, S, 3]`.
 
-    plain JPEG, few pixels     here: on the event loop if it is tiny, or small and alone; else in a thread
+    plain JPEG, few pixels     here: on the event loop if it is tiny, else in a thread
     anything else              in a decoder process (`service.decoder_process`), which may be killed; a plain JPEG of
                                four times the model's side too, for Pillow scales it while decoding
 
@@ -44,10 +44,6 @@ log = logging.getLogger(__name__)
 TINY_SIDE_PX = 128
 """Plain JPEGs of at most this side squared, for a model of at most this side, are decoded on the event loop: CIFAR's
 take 0.02 ms, less than handing them to a thread."""
-
-LONE_PIXELS = 2**18
-"""Plain JPEGs up to here are decoded on the event loop too while their request is the only one: 2 ms in which nobody
-else waits, and no hand-over to a thread whose core is cold."""
 
 IN_PROCESS_PIXELS, IN_PROCESS_BYTES = 4 * 2**20, 2**20
 """Plain JPEGs up to here are decoded in the service's own process, in at most 0.1 s (one core, EPYC). TurboJPEG keeps
@@ -113,10 +109,8 @@ class Decoders:
         await asyncio.gather(*[process.end() for process in self._idle])
         self._idle.clear()
 
-    async def decode(
-        self, payload: bytes, side_px: int, patience_s: float | None = None, alone: bool = False
-    ) -> RgbImage:
-        """Decode, crop and resize as `service.model.resize.decode_resized` does. `alone`: nothing else is under way.
+    async def decode(self, payload: bytes, side_px: int, patience_s: float | None = None) -> RgbImage:
+        """Decode, crop and resize as `service.model.resize.decode_resized` does.
 
         Cancelled while it waits for a process, it costs no more; later, its process still finishes.
         Returns: uint8 `[side_px, side_px, 3]`.
@@ -126,9 +120,8 @@ class Decoders:
         few = size is not None and size.height * size.width <= IN_PROCESS_PIXELS
         if size is not None and few and not is_scaled(size, enough_px(side_px)):
             decode = partial(_decode_plain, payload, size, side_px)
-            pixels = size.height * size.width
-            here = (pixels <= TINY_SIDE_PX**2 and side_px <= TINY_SIDE_PX) or (alone and pixels <= LONE_PIXELS)
-            image = decode() if here else await asyncio.get_running_loop().run_in_executor(self._threads, decode)
+            tiny = size.height * size.width <= TINY_SIDE_PX**2 and side_px <= TINY_SIDE_PX
+            image = decode() if tiny else await asyncio.get_running_loop().run_in_executor(self._threads, decode)
             if image is not None:
                 return image
         until_s = None if patience_s is None else asyncio.get_running_loop().time() + patience_s

@@ -6,7 +6,7 @@ documents it, `app` leads the requests here.
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -48,14 +48,14 @@ Header = tuple[bytes, bytes]
 
 
 class Invocations:
-    """Answers invocations by the runtime."""
+    """Answers invocations with what `runtime()` gives."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Callable[[], Runtime]) -> None:
         self._runtime = runtime
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; every error of the table becomes its answer."""
-        runtime = self._runtime
+        runtime = self._runtime()
         given = _joined(scope["headers"])
         headers: list[Header] = []
         media_type = JSON

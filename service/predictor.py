@@ -69,7 +69,7 @@ class Predictor:
         async def outcome(payload: bytes) -> Outcome:
             started_s = time.perf_counter()
             try:
-                image = await self.decoders.decode(payload, self.classifier.side_px, patience_s, places.alone)
+                image = await self.decoders.decode(payload, self.classifier.side_px, patience_s)
             except ImageError as exc:
                 return exc
             finally:

@@ -1,6 +1,6 @@
 """The service's parts and their lifecycle: loading -> warming_up -> ready (or failing) -> stopping, or failed.
 
-Given to `create_app`, opened and closed in the app's lifespan. Routes ask it for answers and see no tensors.
+Built by `create_app`, opened and closed in the app's lifespan. Routes ask it for answers and see no tensors.
 """
 
 import asyncio
@@ -8,7 +8,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Barrier
 from typing import Literal
@@ -78,12 +78,9 @@ class Runtime:
     ) -> None:
         """With a `classifier`, nothing is loaded. `on_failure` is called when the model cannot be served."""
         self.settings = settings
-        self.worker = worker
-        """Which of several processes this is."""
         self._state: State = "loading"
         self._given = classifier
-        self._loading: Future[Classifier] | None = None
-        self._states = worker.states() if worker else None
+        self._worker, self._states = worker, worker.states() if worker else None
         device = worker.index % max(1, gpus()) if worker else 0
         threads = worker.share(settings.engine_threads) if worker else settings.engine_threads
         self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch)
@@ -140,12 +137,8 @@ class Runtime:
         """The model's own image to try, if it came with one. Raises: NotReady."""
         return self.require_ready().classifier.example
 
-    def load(self) -> None:
-        """Begin to load the model, in a thread: before there is an event loop, where time is to be saved."""
-        self._loading = self._engine_threads.submit(self._load)
-
     async def open(self) -> None:
-        """Begin to load, unless that has begun; `state` tells how far it is.
+        """Begin to load; `state` tells how far it is.
 
         The replacement of a worker that died loads before it returns, and so before it accepts connections: the others
         answer meanwhile.
@@ -195,10 +188,7 @@ class Runtime:
             if self._given is not None:
                 classifier = self._given
             else:
-                if self._loading is None:
-                    self.load()
-                assert self._loading is not None
-                classifier = await asyncio.wrap_future(self._loading)
+                classifier = await loop.run_in_executor(self._engine_threads, self._load)
             if self.stopping:
                 return
             self._state = "warming_up"
@@ -237,8 +227,8 @@ class Runtime:
         self._state = "ready"
         if not self.stopping:
             self._decoders.open()  # not before: starting takes a core for a quarter of a second
-            if self.worker is not None and self._states is not None:
-                self._states.tell_ready(self.worker.index)
+            if self._worker is not None and self._states is not None:
+                self._states.tell_ready(self._worker.index)
             self._log_ready(classifier)
 
     def _note_failure(self, failures: int) -> None:
@@ -294,7 +284,7 @@ class Runtime:
         host = "127.0.0.1" if self.settings.host == "0.0.0.0" else self.settings.host  # noqa: S104  # compared
         url = f"http://{f'[{host}]' if ':' in host else host}:{self.settings.port}/invocations"
         log.info("ready: %s", url)
-        if self.worker is not None and self.worker.index:
+        if self._worker is not None and self._worker.index:
             return  # the first worker says the rest
         if self.settings.page:
             log.info("a page to try images on: %s", url.removesuffix("invocations"))

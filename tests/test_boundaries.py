@@ -85,11 +85,10 @@ import asyncio, sys
 from pathlib import Path
 from service.app import create_app
 from service.model.artifact import open_artifact
-from service.runtime import Runtime
 from service.settings import Settings
 
 async def answer(model):
-    app = create_app(Runtime(Settings(model=model, engine=sys.argv[2])))
+    app = create_app(Settings(model=model, engine=sys.argv[2]))
     sent, body = [], open_artifact(model).read("example")
     async with app.router.lifespan_context(app):
         while app.state.runtime.state in ("loading", "warming_up"):

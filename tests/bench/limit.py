@@ -105,24 +105,31 @@ def parallel(infer: Infer, images: Images, size: int) -> Callable[[], int]:
 
 
 def asynchronous(compiled: Any, images: Images, size: int) -> Callable[[], int]:
-    """OpenVINO's queue of infer requests, as many as its throughput mode wants."""
-    import openvino
+    """As many of OpenVINO's infer requests under way as its throughput mode wants, in turn.
 
-    queue = openvino.AsyncInferQueue(compiled)
-    finished: deque[int] = deque()
+    Not its AsyncInferQueue: one that is let go while a callback of its ends waits for itself, after `wait_all` too.
+    """
+    wanted = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+    free = deque(compiled.create_infer_request() for _ in range(wanted))
+    running: deque[Any] = deque()
 
-    def done(request: Any, _: object) -> None:
-        finished.append(len(top_five(request.get_output_tensor(0).data)))
+    def finish() -> int:
+        request = running.popleft()
+        request.wait()
+        free.append(request)
+        return len(top_five(request.get_output_tensor(0).data))
 
-    queue.set_callback(done)
-    # Destroyed while a request runs, a queue hangs: its destructor waits, in the callback, for that very request.
-    images.users.callback(queue.wait_all)
+    def finish_all() -> None:
+        while running:
+            finish()
+
+    images.users.callback(finish_all)
 
     def step() -> int:
-        queue.start_async({0: images.batch(size)})
-        count = 0
-        while finished:
-            count += finished.popleft()
+        batch = images.batch(size)
+        count = 0 if free else finish()
+        running.append(free.popleft())
+        running[-1].start_async({0: batch})
         return count
 
     return step

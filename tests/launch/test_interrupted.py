@@ -160,7 +160,7 @@ def test_a_search_broken_at_every_step_is_finished_by_repeating_it(
     assert f"launch deploy --project seeks --model {tmp_path / 'found' / 'model'} puts it behind an endpoint" in said
     deploy = ("deploy", "--project", "seeks", "--image", IMAGE, "--role", ROLE)
     sentence = problem(caplog, *deploy)
-    trial = re.search(r"no training job that ended well.*can be deployed as it is: --model (seeks-t-\w+-1-00\d-\w+)\.", sentence)
+    trial = re.search(r"no training job that ended well.* as it is: --model (seeks-t-\w+-1-00\d-\w+)\.", sentence)
     assert trial and "model: tiny version" in told(caplog, *deploy, "--model", trial[1], "--dry-run")
     assert "nothing is left" in told(caplog, "delete", "--project", "seeks", "--data", "--yes")
 

@@ -17,7 +17,6 @@ from PIL import Image
 from service.app import create_app
 from service.classifier import Classifier, ModelCard
 from service.engines.fake import FakeEngine
-from service.runtime import Runtime
 from service.schemas import ErrorResponse
 from service.server import Server
 from service.settings import Settings
@@ -84,7 +83,7 @@ def serve(
     engine: FakeEngine, ready: bool = True, on_failure: Callable[[], None] | None = None, **settings: Any
 ) -> Iterator[Served]:
     card = ModelCard("fake", "1", tuple(f"grey {k}" for k in range(engine.num_classes)))
-    app = create_app(Runtime(Settings(**settings), Classifier(card, 32, engine), on_failure))
+    app = create_app(Settings(**settings), Classifier(card, 32, engine), on_failure)
     server = Server(app)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

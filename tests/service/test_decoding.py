@@ -135,20 +135,6 @@ def test_plain_jpegs_need_no_process_and_everything_else_does() -> None:
     run(main)
 
 
-def test_a_small_jpeg_that_is_alone_is_decoded_where_it_is_and_a_larger_one_is_not() -> None:
-    async def main() -> None:
-        decoders = Decoders(1, 60)
-        image = await decoders.decode(FILES["photo"], 224, alone=True)
-        np.testing.assert_array_equal(image, decode_resized(FILES["photo"], 224))
-        assert not decoders._threads._threads
-        await decoders.decode(encoded(picture(640, 480), "JPEG"), 224, alone=True)
-        assert decoders._threads._threads
-        assert not pids()
-        await decoders.close()
-
-    run(main)
-
-
 def test_errors_come_with_their_sentences() -> None:
     async def main() -> None:
         async with opened() as decoders:

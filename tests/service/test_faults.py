@@ -187,18 +187,6 @@ def test_no_more_are_let_in_than_are_answered_in_time_at_the_rate_seen_of_late()
     assert admission.allowed == LEAST_PLACES
 
 
-def test_a_place_is_alone_while_there_is_no_other() -> None:
-    admission = Admission(8, 1, deadline_s=60)
-    with admission.place() as first:
-        assert first.alone
-        with admission.place() as second:
-            assert not first.alone
-            assert not second.alone
-        assert first.alone
-        first.take_more(2)
-        assert not first.alone
-
-
 # Dead workers.
 
 

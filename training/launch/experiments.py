@@ -177,7 +177,8 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     )  # fmt: skip
     if options.dry_run:
         log.info("would start a tuning job with: %s", as_json([wanted["HyperParameterTuningJobConfig"]]))
-        log.info("would try them with: %s", effective(options, config, [name for name in SOURCES if name not in values]))
+        tuned = [name for name in SOURCES if name not in values]
+        log.info("would try them with: %s", effective(options, config, tuned))
         return
     name = TUNING_JOBS.start(aws, project, wanted, options.poll_seconds)
     if options.no_wait:
