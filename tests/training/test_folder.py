@@ -249,8 +249,9 @@ def test_the_folder_above_the_data_is_told(tmp_path: Path, caplog: pytest.LogCap
     root = make(tmp_path / "all", pets__cat=4, pets__dog=4, flowers__rose=4, misc=2)
     with caplog.at_level(logging.WARNING):
         load(root)
-    assert f"{root}: 12 of the 14 images lie in folders within the class folders (flowers/rose, pets/cat, pets/dog)" in (
-        caplog.text
+    assert (
+        f"{root}: 12 of the 14 images lie in folders within the class folders (flowers/rose, pets/cat, pets/dog)"
+        in (caplog.text)
     )
     assert f"name the folder that holds them, such as {root / 'flowers'}" in caplog.text
     caplog.clear()

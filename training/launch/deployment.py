@@ -7,7 +7,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from training.errors import ConfigError
-from training.launch import amis, autoscaling, batch, cost, data, endpoint, images, live, registry, results, roles, smoke
+from training.launch import (
+    amis,
+    autoscaling,
+    batch,
+    cost,
+    data,
+    endpoint,
+    images,
+    live,
+    registry,
+    results,
+    roles,
+    smoke,
+)
 from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import AwsError, LaunchError
@@ -63,7 +76,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             return
         with _costs_told(aws, project, hosting, bool(second)):
             wanted = endpoint.config_request(project, name, hosting, shadow)
-            action = bring(aws, project, now and now.endpoint, wanted, hosting, options.poll_seconds)
+            action = bring(aws, project, now.endpoint if now else None, wanted, hosting, options.poll_seconds)
             log.info("endpoint %s is %s", project.endpoint, action)
             autoscaling.bring(aws, project, hosting, scaling, kept, options.poll_seconds)
             try:
