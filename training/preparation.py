@@ -12,6 +12,7 @@ from training.config import TrainingConfig
 from training.data.dataset import Dataset
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
+from training.data.sides import hint
 from training.devices import computes_in_bf16, pick_device, set_up_torch
 from training.distributed import ALONE, Group
 from training.errors import ConfigError, DataError
@@ -56,6 +57,9 @@ def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device |
             "data: %s, %d classes, %d images to train on, %d to validate on",
             dataset.name, len(dataset.classes), len(dataset.train), len(dataset.validation),
         )  # fmt: skip
+        said = None if "side" in config.model_fields_set else hint(dataset.train, config.side)
+        if said:
+            log.warning("%s", said)
     train = Loader(dataset.train, config.side, config.loader_workers, "train", device, group.local_world_size)
     validation = Loader(
         dataset.validation, config.side, config.loader_workers, "validation", device, group.local_world_size

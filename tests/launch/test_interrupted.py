@@ -157,6 +157,11 @@ def test_a_search_broken_at_every_step_is_finished_by_repeating_it(
     assert list(TUNING_JOBS.states(here.aws, Project("seeks", "")).values()) == ["Completed"]
     for name in ("best.json", "model/manifest.json"):
         assert (tmp_path / "found" / name).is_file()
+    assert f"launch deploy --project seeks --model {tmp_path / 'found' / 'model'} puts it behind an endpoint" in said
+    deploy = ("deploy", "--project", "seeks", "--image", IMAGE, "--role", ROLE)
+    sentence = problem(caplog, *deploy)
+    trial = re.search(r"no training job that ended well.* as it is: --model (seeks-t-\w+-1-00\d-\w+)\.", sentence)
+    assert trial and "model: tiny version" in told(caplog, *deploy, "--model", trial[1], "--dry-run")
     assert "nothing is left" in told(caplog, "delete", "--project", "seeks", "--data", "--yes")
 
 
@@ -170,10 +175,12 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on_without_it(
     failing(here, 1)
     said = told(caplog, *tune(here, "one-fails", data, tmp_path / "found", artifact))
     assert re.search(r"trial one-fails-t-\w+-1-00\d-\w+ failed: AlgorithmError: it diverged", said)
-    assert "Completed, 1 trials done, 0 running, 1 failed or stopped" in said
-    table = said.split("    trial  accuracy  state      settings\n")[-1].splitlines()
-    assert re.fullmatch(r"      1   50\.00 %  Completed  batch_size=8 epochs=[12] learning_rate=0\.\d+", table[0])
-    assert re.match(r"      2         -  Failed     batch_size=8", table[1])
+    assert "Completed, 1 trial done, 0 running, 1 failed or stopped" in said
+    rows = said.split("    trial  accuracy  state      settings\n")[-1].splitlines()
+    first = re.fullmatch(r" {8}(\d)   50\.00 %  Completed  batch_size=8 epochs=[12] learning_rate=0\.\d+", rows[0])
+    other = re.match(r" {8}(\d)         -  Failed     batch_size=8", rows[1])
+    assert first and other and {first[1], other[1]} == {"1", "2"}
+    assert f"-00{other[1]}-" in re.findall(r"trial (\S+) failed: Algo", said)[0]  # the numbers are the jobs'
     assert (tmp_path / "found" / "best.json").is_file()
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.launch.in_process import ROLE, Account
 from tests.launch.telling import told
@@ -43,10 +44,11 @@ def test_a_dry_run_of_train_tells_job_and_price(here: Account, data: Path, caplo
 def test_a_dry_run_of_tune_tells_trials_and_price(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     said = dry(
         here, caplog, "tune", "--data", data, "--image", IMAGE, "--role", ROLE, *SMALL, "--trials", 3, "--parallel", 2,
-        "--instance", "ml.g4dn.xlarge", "--max-hours", 1,
+        "--instance", "ml.g4dn.xlarge", "--instances", 2, "--max-hours", 2, "--epochs", 7,
     )  # fmt: skip
     assert re.fullmatch(
-        rf"cost: 3 trials, 2 at once; each 1 x ml\.g4dn\.xlarge: about 0\.74 USD per hour {NOTE}; at most 0\.74 USD .*",
+        rf"cost: 3 trials, 2 at once; each 2 x ml\.g4dn\.xlarge: about 1\.47 USD per hour {NOTE}; "
+        r"at most 8\.83 USD for all 3 trials of 2 h",
         cost(said),
     )
     assert '"MaxNumberOfTrainingJobs": 3' in said and '"MaxParallelTrainingJobs": 2' in said
@@ -55,13 +57,14 @@ def test_a_dry_run_of_tune_tells_trials_and_price(here: Account, data: Path, cap
 @pytest.mark.parametrize(
     ("flags", "price"),
     [
-        (("--max", 3), rf"1 x ml\.g4dn\.xlarge: about 0\.74 USD per hour {NOTE}, up to 3"),
-        (("--min", 2, "--max", 2), rf"2 x ml\.g4dn\.xlarge: about 1\.47 USD per hour {NOTE}"),
+        (("--max", 3), rf"1 to 3 x ml\.g4dn\.xlarge: about 0\.74 to 2\.21 USD per hour, 540 to 1,610 a month {NOTE}"),
+        (("--min", 2, "--max", 2), rf"2 x ml\.g4dn\.xlarge: about 1\.47 USD per hour, 1,070 a month {NOTE}"),
         (("--kind", "serverless"), rf"serverless, 4096 MB: about 0\.29 USD per hour of computing, .* \({DATE}\)"),
         (
             ("--kind", "async", "--min", 0, "--max", 1),
-            rf"1 x ml\.g4dn\.xlarge: about 0\.74 USD per hour {NOTE}, up to 1",
+            rf"0 to 1 x ml\.g4dn\.xlarge: 0 USD while idle, else up to about 0\.74 USD per hour, 540 a month {NOTE}",
         ),
+        (("--instance", "ml.g5.24xlarge"), r"1 x ml\.g5\.24xlarge: not in our price table; see \S+"),
     ],
 )
 def test_a_dry_run_of_deploy_tells_endpoint_and_price(
@@ -71,6 +74,55 @@ def test_a_dry_run_of_deploy_tells_endpoint_and_price(
     assert re.fullmatch(f"cost: {price}", cost(said))
     assert "would register it and bring endpoint planned to" in said
     assert re.search(r"model: .* version \S+, validation accuracy \d", said)
+    assert ("would let it scale" in said) is (0 in flags or flags == ("--max", 3))
+
+
+def test_a_shadow_is_in_the_price_and_does_not_scale(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    deploy = ("deploy", "--model", packed, "--shadow", packed, "--image", IMAGE, "--role", ROLE)
+    assert re.fullmatch(
+        rf"cost: 1 x ml\.g4dn\.xlarge, and 1 for the shadow: about 1\.47 USD per hour, 1,070 a month {NOTE}",
+        cost(dry(here, caplog, *deploy)),
+    )
+    assert "1 to 3 x ml.g4dn.xlarge, and 1 for the shadow: about 1.47 to 2.94 USD per hour" in cost(
+        dry(here, caplog, *deploy, "--max", 3)
+    )
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    for name in ("cat", "dog"):
+        (tmp_path / "photographs" / name).mkdir(parents=True)
+        for number in range(3):
+            picture = Image.new("RGB", (400, 300), (number, 0, 0))
+            picture.save(tmp_path / "photographs" / name / f"{number}.jpg")
+    return tmp_path / "photographs"
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_photographs_that_would_be_looked_at_as_stamps_are_told(
+    here: Account, data: Path, photographs: Path, caplog: pytest.LogCaptureFixture, command: str
+) -> None:
+    learn = (command, "--image", IMAGE, "--role", ROLE, *SMALL)
+    hint = "the pictures are about 300 px, and the training looks at them at 32 px: --side 224 suits photographs"
+    assert hint in dry(here, caplog, *learn, "--data", photographs)
+    for more in (("--data", photographs, "--side", "32"), ("--data", data)):
+        assert "the pictures are about" not in dry(here, caplog, *learn, *more)
+
+
+def test_a_dry_run_tells_the_settings_that_nobody_gave_too(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learn = ("--data", data, "--image", IMAGE, "--role", ROLE, *SMALL, "--epochs", 3)
+    said = dry(here, caplog, "train", *learn)
+    (line,) = [line for line in said.splitlines() if line.startswith("would train with: ")]
+    for setting in ("side=32", "epochs=3", "learning_rate=0.01748", "batch_size=128", "weights=none", "freeze=none"):
+        assert f" {setting}" in line
+    assert "output=" not in line and "device=" not in line
+    said = dry(here, caplog, "tune", *learn)
+    (line,) = [line for line in said.splitlines() if line.startswith("would try them with: ")]
+    assert " side=32" in line and " epochs=3" in line and " learning_rate=" not in line and "batch_size=" not in line
 
 
 def test_dry_runs_of_the_other_commands_change_nothing(

@@ -102,6 +102,55 @@ def test_cifar_100_is_uploaded_as_it_is_and_a_job_gets_it(
     assert "uploading train: 0 of" in told(caplog, *train, "--data", sample_root, "--no-wait")
 
 
+def test_only_what_the_training_reads_is_sent(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = shutil.copytree(data, tmp_path / "mine")
+    classes = sorted(mine.iterdir())
+    images = {f"{path.parent.name}/{path.name}" for path in data.rglob("*.png")}
+    (mine / "notes.txt").write_text("mine")
+    (mine / "README.jpg").write_bytes(b"beside the classes")
+    for name in ("passwords.txt", "model.bin", ".hidden.png"):
+        (classes[0] / name).write_bytes(b"mine")
+    (classes[0] / "inner").mkdir()
+    (classes[0] / "inner" / "keys.csv").write_text("mine")
+    (classes[1] / "broken.png").write_bytes(b"")
+    validation = shutil.copytree(mine, tmp_path / "validation")
+    upload = ("upload", "--project", "only", "--data", mine, "--validation", validation, "--broken-files", "skip")
+    assert f"would upload {len(images)} files" in told(caplog, *upload, "--dry-run")
+    said = told(caplog, *upload)
+    assert f"{classes[0]}: 3 files are not JPEG" in said and "are left out" in said
+    there: dict[str, set[str]] = {}
+    for key in keys(here, "only"):
+        _, channel, name = key.split("/", 2)
+        there.setdefault(channel.split("-")[0], set()).add(name)
+    assert there == {"train": images, "validation": images}
+
+
+def test_of_a_split_that_is_given_both_parts_are_sent_and_what_replaces_one_instead_of_it(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(data, tmp_path / "both" / part)
+    (tmp_path / "both" / "val" / "list.txt").write_text("mine")
+    count = sum(1 for path in data.rglob("*.png"))
+    upload = ("upload", "--project", "parts-of", "--data", tmp_path / "both", "--dry-run")
+    assert f"would upload {2 * count} files" in told(caplog, *upload)
+    said = told(caplog, *upload, "--validation", data)
+    assert said.count(f"would upload {count} files") == 2
+
+
+def test_of_cifar_100_only_its_own_files_are_sent(
+    here: Account, sample_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(sample_root, tmp_path / "cifar")
+    (root / "cifar-100-python" / "passwords.txt").write_text("mine")
+    (root / "notes.txt").write_text("mine")
+    told(caplog, "upload", "--project", "own-files", "--data", root)
+    names = {key.split("/", 2)[2] for key in keys(here, "own-files")}
+    assert names == {f"cifar-100-python/{name}" for name in ("train", "test", "meta", "sample.json")}
+
+
 @pytest.mark.timeout(900)
 def test_a_job_is_given_its_validation_and_weights_and_uses_both(
     cloud: Rehearsal, aws: Aws, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

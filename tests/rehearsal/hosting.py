@@ -112,6 +112,7 @@ class Hosting:
             raise Refusal("ValidationException", f"Cannot update in-progress endpoint {endpoint.arn}.")
         self._require_alarms(given)
         self._require_machines_of_before(name, endpoint.endpoint_config_name, config)
+        self._require_kind_of_before(endpoint.endpoint_config_name, config)
         self.updates[name] = given
         endpoint.endpoint_status, endpoint.last_modified_time = "Updating", utcnow()
         self._thread(self._bring_up, name, config, False)
@@ -149,6 +150,14 @@ class Hosting:
                 "ValidationException", "The variant(s) \"main\" must be deregistered as scalable targets with AWS Auto "
                 "Scaling before they can be updated to another instance type.",
             )  # fmt: skip
+
+    def _require_kind_of_before(self, before: str, config: str) -> None:
+        """https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints-update.html, its note"""
+        from tests.rehearsal.control_plane import Refusal
+
+        old, new = (self.configs.get(each, {}).get("ProductionVariants", [{}])[0] for each in (before, config))
+        if old and "ServerlessConfig" in new and "ServerlessConfig" not in old:
+            raise Refusal("ValidationException", "Updating a real-time endpoint to a serverless one is not supported.")
 
     def on_delete_endpoint(self, given: dict[str, Any], forward: "Forward") -> dict[str, Any]:
         from tests.rehearsal.control_plane import Refusal

@@ -171,7 +171,7 @@ class Journey:
         model = ("--model", self._folder / "model", "--image", IMAGE, "--role", "resnet34-sagemaker")
         self._run("deploy", *project, *model, "--kind", "async", "--min", 0, "--max", 2, say="scales from 0 to 2")
         picture = sorted(self._pictures.iterdir())[0]
-        self._run("invoke", *project, "--asynchronous", picture)
+        self._run("invoke", *project, picture)
         self._run("delete", *project, "--yes", "--data", say="nothing is left")
         return "created, answered through S3, removed"
 

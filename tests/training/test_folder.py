@@ -245,6 +245,30 @@ def test_folders_within_a_class_belong_to_it(tmp_path: Path) -> None:
     assert np.bincount([*dataset.train.labels, *dataset.validation.labels]).tolist() == [4, 2]
 
 
+def test_the_folder_above_the_data_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make(tmp_path / "all", pets__cat=4, pets__dog=4, flowers__rose=4, misc=2)
+    with caplog.at_level(logging.WARNING):
+        load(root)
+    assert (
+        f"{root}: 12 of the 14 images lie in folders within the class folders (flowers/rose, pets/cat, pets/dog)"
+        in (caplog.text)
+    )
+    assert f"name the folder that holds them, such as {root / 'flowers'}" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load(make(tmp_path / "some", ant__red=2, ant__black=2, bee=4))
+    assert caplog.text == ""
+
+
+def test_a_folder_that_holds_other_things_mostly_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make(tmp_path, ant=3, bee=3)
+    for number in range(7):
+        (root / "bee" / f"{number}.txt").touch()
+    with caplog.at_level(logging.WARNING):
+        load(root)
+    assert f"{root}: 7 of its 13 files are no images; is it the folder that holds one folder of images" in caplog.text
+
+
 @pytest.mark.parametrize("ending", ["PNG", "JPG", "Jpeg"])
 def test_endings_count_in_any_case(tmp_path: Path, ending: str) -> None:
     root = make(tmp_path, ant=1, bee=2)

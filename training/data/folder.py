@@ -59,10 +59,11 @@ def read(
     return Dataset(root.resolve().name, classes, _labelled(train, classes), _labelled(validation, classes), facts)
 
 
-def class_folders(root: Path) -> list[Path]:
-    """The folders of classes that `read` looks into, links to folders among them. Raises: DataError."""
+def images_below(root: Path) -> list[Path]:
+    """The image files, by their names, in the class folders that `read` looks into. Raises: DataError."""
     train_root, given = _layout(root)
-    return [*_visible_folders(train_root), *(_visible_folders(given) if given else ())]
+    folders = [*_visible_folders(train_root), *(_visible_folders(given) if given else ())]
+    return [path for folder in folders for path in _files(folder)[0]]
 
 
 def has_classes(root: Path) -> bool:
@@ -94,19 +95,44 @@ def _layout(root: Path) -> tuple[Path, Path | None]:
 def _scan(root: Path) -> ByClass:
     """The image files of each class folder; refuses a class without any."""
     found: ByClass = {}
+    others = 0
     for folder in _visible_folders(root):
         if not folder.name.isprintable():
             raise DataError(f"{str(folder)!r}: the name of a class must be printable text; rename the folder.")
-        visible = (p for p in folder.rglob("*") if not any(n.startswith(".") for n in p.relative_to(folder).parts))
-        files = sorted(path for path in visible if path.is_file())
-        found[folder.name] = [path for path in files if path.suffix.lower() in MEDIA_TYPES]
-        others = len(files) - len(found[folder.name])
-        if others:
-            log.warning("%s: %d files are not %s by their name and are left out", folder, others, allowed_formats())
+        found[folder.name], left_out = _files(folder)
+        others += left_out
+        if left_out:
+            log.warning("%s: %d files are not %s by their name and are left out", folder, left_out, allowed_formats())
     if not found:
         raise DataError(f"{root} has no class folders: put the images of each class into a folder of its name.")
     _refuse_empty(found)
+    _warn_of_another_level(root, [path for files in found.values() for path in files], others)
     return found
+
+
+def _files(folder: Path) -> tuple[list[Path], int]:
+    """The image files below a class folder, and how many others lie there; hidden ones are not looked at."""
+    visible = (p for p in folder.rglob("*") if not any(n.startswith(".") for n in p.relative_to(folder).parts))
+    files = sorted(path for path in visible if path.is_file())
+    images = [path for path in files if path.suffix.lower() in MEDIA_TYPES]
+    return images, len(files) - len(images)
+
+
+def _warn_of_another_level(root: Path, images: list[Path], others: int) -> None:
+    """Say so where `root` looks like the folder above the data, or like no data at all."""
+    inner = [path.relative_to(root).parts[:2] for path in images if len(path.relative_to(root).parts) > 2]
+    if 2 * len(inner) > len(images):
+        log.warning(
+            "%s: %d of the %d images lie in folders within the class folders (%s), and count as of the outer one's "
+            "class; if the inner folders are the classes, name the folder that holds them, such as %s",
+            root, len(inner), len(images), ", ".join("/".join(parts) for parts in sorted(set(inner))[:3]),
+            root / min(inner)[0],
+        )  # fmt: skip
+    if others > len(images):
+        log.warning(
+            "%s: %d of its %d files are no images; is it the folder that holds one folder of images per class?",
+            root, others, others + len(images),
+        )  # fmt: skip
 
 
 def _decodable(images: ByClass, broken_files: BrokenFiles) -> ByClass:

@@ -1,15 +1,16 @@
 """Autoscaling of the endpoint's variant: the number of instances follows requests and concurrency, within bounds."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from training.launch import ownership
-from training.launch.endpoint import VARIANT, Hosting
+from training.launch.endpoint import VARIANT, Hosting, wait_while_changing
 from training.launch.errors import AwsError
 from training.launch.names import Project
 from training.launch.session import Aws
+from training.launch.wait import POLL_S
 
 log = logging.getLogger("training")
 
@@ -26,6 +27,10 @@ POLICY_FIELDS = (
     "PolicyName", "PolicyType", "TargetTrackingScalingPolicyConfiguration", "StepScalingPolicyConfiguration",
 )  # fmt: skip
 """What PutScalingPolicy takes of what DescribeScalingPolicies tells."""
+
+Scaling = tuple[Mapping[str, Any] | None, Sequence[Mapping[str, Any]]]
+"""A scalable target, None where there is none, and its policies."""
+NONE: Scaling = (None, ())
 
 
 def resource(project: Project) -> str:
@@ -58,16 +63,26 @@ def policies(project: Project, hosting: Hosting) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def apply(aws: Aws, project: Project, hosting: Hosting) -> None:
+def scales(hosting: Hosting) -> bool:
+    """Whether there is room between its counts."""
+    return hosting.kind != "serverless" and hosting.max_count > hosting.min_count
+
+
+def wakes(hosting: Hosting) -> bool:
+    """Whether it goes down to 0 instances, from where nothing but an alarm would bring it up."""
+    return hosting.kind == "async" and hosting.min_count == 0
+
+
+def apply(aws: Aws, project: Project, hosting: Hosting, before: tuple[int, int] | None = None) -> None:
     """Scale between the hosting's counts; without room between them, not at all. Safe to repeat.
 
+    `before`: the counts it scaled between, to be told where these are others.
     Raises: LaunchError where others made the alarm that wakes an endpoint of 0 instances; AwsError.
     """
-    if hosting.kind == "serverless" or hosting.max_count == hosting.min_count:
+    if not scales(hosting):
         remove(aws, project)
         return
-    wakes = hosting.kind == "async" and hosting.min_count == 0
-    if wakes:  # before it may go down to 0, from where nothing else would bring it up
+    if wakes(hosting):  # before it may go down to 0
         ownership.require_alarms(aws, project, [wake(project)])
     client, place = aws.client("application-autoscaling"), _place(project)
     client.register_scalable_target(**place, MinCapacity=hosting.min_count, MaxCapacity=hosting.max_count)
@@ -77,16 +92,71 @@ def apply(aws: Aws, project: Project, hosting: Hosting) -> None:
             **place, PolicyName=name, PolicyType="TargetTrackingScaling",
             TargetTrackingScalingPolicyConfiguration=tracking,
         )  # fmt: skip
-    if wakes:
+    if wakes(hosting):
         _wake(aws, project)
         wanted |= {wake(project): {}}
     for policy in found(aws, project)[1]:
         if policy["PolicyName"] not in wanted:
             _delete_policy(aws, project, policy["PolicyName"])
     log.info(
-        "endpoint %s scales from %d to %d instances (%s)",
-        project.endpoint, hosting.min_count, hosting.max_count, ", ".join(wanted),
+        "endpoint %s scales from %d to %d instances (%s)%s", project.endpoint, hosting.min_count, hosting.max_count,
+        ", ".join(wanted), "" if before == (hosting.min_count, hosting.max_count) else _told(before),
     )  # fmt: skip
+
+
+def tell_plan(project: Project, hosting: Hosting, now: Scaling, kept: bool) -> None:
+    """Say how a deployment would have the endpoint scale; `now`: as `found` tells it, `kept`: it would stay so."""
+    wanted, before = (hosting.min_count, hosting.max_count), bounds(now)
+    if kept:
+        log.info("would let it scale from %d to %d instances, as before", *wanted)
+    elif scales(hosting):
+        names = [*policies(project, hosting), *([wake(project)] if wakes(hosting) else ())]
+        log.info("would let it scale from %d to %d instances (%s)%s", *wanted, ", ".join(names), _told(before))
+    elif before:
+        log.info("would end its scaling, which is from %d to %d instances", *before)
+
+
+def bring(aws: Aws, project: Project, hosting: Hosting, was: Scaling, kept: bool, poll_s: float = POLL_S) -> None:
+    """Let an endpoint that is in service scale as asked, and say what that changes. Safe to repeat.
+
+    `was`: what `found` told before the deployment, which may have removed it; `kept`: it is to be so again.
+    Raises: LaunchError as `apply` does; AwsError; StoppedWaiting.
+    """
+    if kept:
+        if found(aws, project)[0] is None:
+            restore(aws, project, *was)
+        end = "--max 1" if hosting.min_count == 1 else "--min {0} --max {0}".format(max(1, hosting.min_count))
+        log.info(
+            "endpoint %s scales from %d to %d instances as before; %s ends that",
+            project.endpoint, hosting.min_count, hosting.max_count, end,
+        )  # fmt: skip
+        return
+    before = bounds(was)
+    apply(aws, project, hosting, before)
+    if before and not scales(hosting):
+        _set_count(aws, project, hosting.min_count, poll_s)
+        log.info("endpoint %s no longer scales%s; instances: %d", project.endpoint, _told(before), hosting.min_count)
+
+
+def bounds(scaling: Scaling) -> tuple[int, int] | None:
+    """The instances between which it scales, None where it does not."""
+    target = scaling[0]
+    return None if target is None else (int(target["MinCapacity"]), int(target["MaxCapacity"]))
+
+
+def _told(before: tuple[int, int] | None) -> str:
+    return "" if before is None else f", before from {before[0]} to {before[1]}"
+
+
+def _set_count(aws: Aws, project: Project, count: int, poll_s: float) -> None:
+    """So many instances, whatever scaling had reached: that stays when the scaling is removed."""
+    client, name = aws.client("sagemaker"), project.endpoint
+    variants = client.describe_endpoint(EndpointName=name).get("ProductionVariants") or []
+    if any(each["VariantName"] == VARIANT and each.get("DesiredInstanceCount", count) != count for each in variants):
+        client.update_endpoint_weights_and_capacities(
+            EndpointName=name, DesiredWeightsAndCapacities=[{"VariantName": VARIANT, "DesiredInstanceCount": count}]
+        )
+        wait_while_changing(aws, name, poll_s)
 
 
 def wake(project: Project) -> str:
@@ -111,7 +181,7 @@ def _wake(aws: Aws, project: Project) -> None:
     )  # fmt: skip
 
 
-def found(aws: Aws, project: Project) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+def found(aws: Aws, project: Project) -> Scaling:
     """The scalable target, None where there is none, and its policies. Raises: AwsError."""
     client = aws.client("application-autoscaling")
     place = {"ServiceNamespace": NAMESPACE, "ScalableDimension": DIMENSION}
@@ -131,7 +201,7 @@ def remove(aws: Aws, project: Project) -> None:
             aws.client("application-autoscaling").deregister_scalable_target(**_place(project))
 
 
-def restore(aws: Aws, project: Project, target: dict[str, Any] | None, listed: list[dict[str, Any]]) -> None:
+def restore(aws: Aws, project: Project, target: Mapping[str, Any] | None, listed: Sequence[Mapping[str, Any]]) -> None:
     """Put back what `found` told before it was removed. The endpoint must be in service. Raises: LaunchError as
     `apply` does; AwsError.
     """

@@ -8,6 +8,7 @@ from contextlib import closing
 from training.errors import ConfigError
 from training.launch import (
     inventory,
+    live,
     preflight,
     results,
     roles,
@@ -64,7 +65,8 @@ def run_invoke(options: Options, _: Sequence[str]) -> None:
         target: Target = UrlTarget(options.url)
     else:
         aws, project = opened(options)
-        target = target_of(aws, project, options.asynchronous, options.endpoint)
+        name = options.endpoint or project.endpoint
+        target = target_of(aws, project, options.asynchronous or live.is_asynchronous(aws, name), name)
     with closing(target):
         outcomes = classify(target, paths, concurrency=options.concurrency)
         shown = progress(outcomes, f"asking {target.name}", len(paths)) if options.output else outcomes

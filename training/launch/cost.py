@@ -20,20 +20,59 @@ SERVERLESS_USD_PER_GB_S = 0.00002
 """Serverless inference is billed by the milliseconds of a request and the memory; nothing while it waits."""
 
 
+HOURS_A_MONTH = 730
+NOTE = f"(us-east-1, estimate of {DATE}; {PAGE})"
+UNKNOWN = f"not in our price table; see {PAGE}"
+
+
 def hourly(instance: str, count: int = 1) -> str:
     """`2 x ml.g5.xlarge: about 2.82 USD per hour (...)`."""
     price = USD_PER_HOUR.get(instance)
-    note = f"(us-east-1, estimate of {DATE}; {PAGE})"
     if price is None:
-        return f"{count} x {instance}: not in our price table; see {PAGE}"
-    return f"{count} x {instance}: about {count * price:.2f} USD per hour {note}"
+        return f"{count} x {instance}: {UNKNOWN}"
+    return f"{count} x {instance}: about {count * price:.2f} USD per hour {NOTE}"
 
 
-def job(instance: str, count: int, max_hours: float, spot: bool) -> str:
-    """What a job costs per hour, and at most."""
+def job(instance: str, count: int, max_hours: float, spot: bool, trials: int = 1) -> str:
+    """What a job costs per hour, and at most; with `trials`, all of them together."""
     price = USD_PER_HOUR.get(instance)
-    bound = "" if price is None else f"; at most {count * price * max_hours:.2f} USD in {max_hours:g} h"
+    bound = ""
+    if price is not None:
+        of = f"for all {trials} trials of {max_hours:g} h" if trials > 1 else f"in {max_hours:g} h"
+        bound = f"; at most {trials * count * price * max_hours:,.2f} USD {of}"
     return hourly(instance, count) + bound + ("; spot instances usually cost 30 to 70 % less" if spot else "")
+
+
+def endpoint(instance: str, least: int, most: int, shadow: bool = False) -> str:
+    """What an endpoint of `least` to `most` instances costs, per hour and per month.
+
+    `shadow`: a second variant runs on as many instances as the first has at least, which do not scale.
+    """
+    seconds = max(1, least) if shadow else 0
+    machines = f"{least if least == most else f'{least} to {most}'} x {instance}"
+    if shadow:
+        machines += f", and {seconds} for the shadow"
+    if instance not in USD_PER_HOUR:
+        return f"{machines}: {UNKNOWN}"
+    return f"{machines}: {per_hour(instance, least + seconds, most + seconds)} {NOTE}"
+
+
+def per_hour(instance: str, least: int, most: int) -> str:
+    """`about 0.74 to 2.21 USD per hour, 540 to 1,610 a month`."""
+    price = USD_PER_HOUR.get(instance)
+    if price is None:
+        return f"what {PAGE} says of {instance}"
+    low, high = least * price, most * price
+    hour, month = f"{high:.2f}", f"{_of_month(high):,}"
+    if least == 0:
+        return f"0 USD while idle, else up to about {hour} USD per hour, {month} a month"
+    if least < most:
+        hour, month = f"{low:.2f} to {hour}", f"{_of_month(low):,} to {month}"
+    return f"about {hour} USD per hour, {month} a month"
+
+
+def _of_month(per_hour: float) -> int:
+    return 10 * round(per_hour * HOURS_A_MONTH / 10)
 
 
 def serverless(memory_mb: int) -> str:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError
 
-from training.data.folder import BrokenFiles, class_folders
+from training.data.dataset import Dataset, FileImages
+from training.data.folder import BrokenFiles, images_below
 from training.data.layouts import CIFAR100, open_dataset
 from training.errors import ConfigError, DataError
 from training.launch.errors import AwsError, LaunchError
@@ -61,18 +62,30 @@ def channel_of(name: str, place: Path) -> Channel:
     return Channel(name, ((_key(place, Path(place.name)), place),))
 
 
-def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refuse") -> str:
+def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refuse") -> Dataset:
     """Open the data as the training will, so that what it would refuse is refused before anything costs.
 
-    Returns: a sentence about it. Raises: DataError.
+    Raises: DataError.
     """
     dataset = open_dataset(
         data, validation_fraction=0.1, seed=0, broken_files=broken_files, validation_root=validation
     )  # fmt: skip
-    return (
-        f"{dataset.name}: {len(dataset.classes)} classes, {len(dataset.train)} images to train on, "
-        f"{len(dataset.validation)} to validate on"
-    )
+    log.info(
+        "data: %s: %d classes, %d images to train on, %d to validate on",
+        dataset.name, len(dataset.classes), len(dataset.train), len(dataset.validation),
+    )  # fmt: skip
+    return dataset
+
+
+def counted(channel: Channel, dataset: Dataset) -> Channel:
+    """The channel without the files that `check` has not counted as images: what the job is not to read, it is not
+    given.
+    """
+    sides = [images for images in (dataset.train, dataset.validation) if isinstance(images, FileImages)]
+    if channel.name == "weights" or not sides:
+        return channel
+    paths = {path for images in sides for path in images.paths}
+    return replace(channel, files=tuple((key, path) for key, path in channel.files if path in paths))
 
 
 def upload(aws: Aws, project: Project, channel: Channel) -> str:
@@ -184,17 +197,20 @@ def fetch(aws: Aws, uri: str, target: Path) -> Path:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Key and path of what the training reads: of CIFAR-100 its files, else those of the class folders, which may be
-    links to folders elsewhere. Raises: DataError.
+    """Key and path of what the training reads: of CIFAR-100 its files, else the images in the class folders, which may
+    be links to folders elsewhere. Raises: DataError.
     """
     if folder.name == CIFAR100:
         folder = folder.parent
     inner = folder / CIFAR100
-    places = [inner] if inner.is_dir() else class_folders(folder)
-    for path in sorted(path for place in places for path in place.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            yield _key(path, relative), path
+    for path in sorted(_of_cifar100(inner) if inner.is_dir() else images_below(folder)):
+        yield _key(path, path.relative_to(folder)), path
+
+
+def _of_cifar100(inner: Path) -> list[Path]:
+    from training.data import cifar100  # torchvision, which takes seconds and which folders do without
+
+    return [inner / name for name in (*cifar100.FILES, cifar100.SAMPLE_CHECKSUMS) if (inner / name).is_file()]
 
 
 def _key(path: Path, relative: Path) -> str:

@@ -2,12 +2,25 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from training.errors import ConfigError
-from training.launch import amis, autoscaling, batch, cost, data, endpoint, images, registry, results, roles, smoke
+from training.launch import (
+    amis,
+    autoscaling,
+    batch,
+    cost,
+    data,
+    endpoint,
+    images,
+    live,
+    registry,
+    results,
+    roles,
+    smoke,
+)
 from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import AwsError, LaunchError
@@ -20,7 +33,7 @@ log = logging.getLogger("training")
 
 SCALING_IS_OFF = (
     "The endpoint does not scale now: AWS changes the machines of none that does, so its autoscaling was taken off. "
-    "This same command, once more, waits for the update and turns it on again, as its --min and --max say."
+    "This same command, once more, with --min {} --max {}, waits for the update and turns it on again."
 )
 STARTUP_MARGIN_S = 30
 """So much before SageMaker gives a container up, the service ends its start with a sentence."""
@@ -30,28 +43,29 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     """Register the model, bring the endpoint to it, let it scale, and compare its answers with local ones."""
     aws, project = opened(options)
     image = images.image_for(images.hosting_target(options.kind, options.instance), options.image)
-    hosting = endpoint.Hosting(
-        options.kind, options.instance, options.min_count,
-        options.min_count if options.max_count is None else options.max_count,
-        options.ami or (amis.ami_for(options.instance, image.cuda) if image.cuda else None),
-        options.startup_seconds, options.capture_percent, options.memory, options.max_concurrency,
-    )  # fmt: skip
     environment(options)  # what is no variable is told before anything is made
     if options.shadow and options.kind != "realtime":
         raise ConfigError(f"--shadow needs a real-time endpoint, not {options.kind}.")
     paths = images_in(options.smoke) if options.smoke else []
     smoke.require_images(paths)
-    log.info("cost: %s%s", hosting.price, "; the shadow's instances cost as much again" if options.shadow else "")
+    now = live.look(aws, project)
+    live.require_kind(project, now, options.kind)
+    scaling = now.scaling if now else autoscaling.NONE
+    bounds = autoscaling.bounds(scaling)
+    kept = bounds is not None and options.min_count is None and options.max_count is None
+    hosting = hosting_of(options, image, bounds if kept else None)
+    log.info("cost: %s", hosting.price(bool(options.shadow)))
     with registry.located(aws, project, options.model) as model, _shadow(aws, project, options.shadow) as second:
         accuracy = (model.manifest.metrics.get("validation") or {}).get("accuracy")
         shown = f", validation accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         log.info("model: %s version %s%s", model.manifest.name, model.manifest.version, shown)
+        live.tell_replaced(aws, now, model.manifest)
         if options.dry_run:
             wanted = endpoint.config_request(project, "MODEL", hosting, options.shadow and "SHADOW")
             log.info("would register it and bring endpoint %s to: %s", project.endpoint, as_json([wanted]))
+            autoscaling.tell_plan(project, hosting, scaling, kept)
             return
         role = roles.find_role(aws, project, options.role)
-        before = endpoint.find_ours(aws, project)
         data.ensure_bucket(aws, project)
         name = hosted(aws, project, model, image, options, role)
         shadow = None
@@ -60,22 +74,56 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         if name is None or (second and shadow is None):
             log.info("not deployed: approve it in the registry and repeat the command, or leave --approval out of it")
             return
-        action = bring(
-            aws, project, before, endpoint.config_request(project, name, hosting, shadow), hosting, options.poll_seconds
-        )  # fmt: skip
-        log.info("endpoint %s is %s", project.endpoint, action)
-        autoscaling.apply(aws, project, hosting)
-        try:
-            smoke.compare(target_of(aws, project, options.kind == "async"), model.folder, paths)
-        except LaunchError as exc:
-            raise LaunchError(
-                f"{exc}\n  Endpoint {project.endpoint} is {action} and in service all the same: repeat the command to "
-                "test it again, `deploy --model` with the model of before goes back to that, `delete` ends it."
-            ) from exc
+        with _costs_told(aws, project, hosting, bool(second)):
+            wanted = endpoint.config_request(project, name, hosting, shadow)
+            action = bring(aws, project, now.endpoint if now else None, wanted, hosting, options.poll_seconds)
+            log.info("endpoint %s is %s", project.endpoint, action)
+            autoscaling.bring(aws, project, hosting, scaling, kept, options.poll_seconds)
+            try:
+                smoke.compare(target_of(aws, project, options.kind == "async"), model.folder, paths)
+            except LaunchError as exc:
+                raise LaunchError(
+                    f"{exc}\n  Endpoint {project.endpoint} is {action} and in service all the same: repeat the command "
+                    "to test it again, `deploy --model` with the model of before goes back to that, `delete` ends it."
+                ) from exc
     log.info(
         "python -m training.launch invoke --project %s IMAGE_OR_FOLDER asks it; `delete` ends it and its cost",
         project.name,
     )  # fmt: skip
+
+
+def hosting_of(options: Options, image: images.Image, bounds: tuple[int, int] | None) -> endpoint.Hosting:
+    """How the endpoint is to run; `bounds`: the instances that it is to go on scaling between. Raises: ConfigError."""
+    least = 1 if options.min_count is None else options.min_count
+    most = least if options.max_count is None else options.max_count
+    least, most = bounds or (least, most)
+    ami = options.ami or (amis.ami_for(options.instance, image.cuda) if image.cuda else None)
+    return endpoint.Hosting(
+        options.kind, options.instance, least, most, ami, options.startup_seconds, options.capture_percent,
+        options.memory, options.max_concurrency,
+    )  # fmt: skip
+
+
+@contextmanager
+def _costs_told(aws: Aws, project: Project, hosting: endpoint.Hosting, shadow: bool) -> Iterator[None]:
+    """Whoever leaves (Ctrl-C) an endpoint that is there, or is being made, is told so, and what it costs."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        try:
+            found = endpoint.find(aws, project.endpoint)
+        except LaunchError:  # what it was stopped by must be told
+            raise exc from exc.__cause__
+        if found is None or found["EndpointStatus"] in live.GONE:
+            raise
+        said = (
+            str(exc) if isinstance(exc, StoppedWaiting) else "Stopped; the same command goes on from here, `python -m "
+            f"training.launch delete --project {project.name}` ends the endpoint."
+        )  # fmt: skip
+        raise StoppedWaiting(
+            f"{said} Endpoint {project.endpoint} is {found['EndpointStatus']}; its cost until it is deleted: "
+            f"{hosting.price(shadow)}"
+        ) from (exc.__cause__ or exc)
 
 
 def _shadow(aws: Aws, project: Project, given: str | None) -> AbstractContextManager[registry.Located | None]:
@@ -119,7 +167,7 @@ def bring(
         return endpoint.create_or_update(aws, project, wanted, hosting, poll_s)
     except LaunchError:
         if not _scales_as_before(aws, project, scaled):
-            log.warning("%s", SCALING_IS_OFF)
+            log.warning("%s", _scaling_is_off(hosting, scaled))
         try:
             undo(aws, endpoint.find(aws, project.endpoint), wanted)
         except LaunchError as exc:  # the failure itself is what must be told
@@ -128,12 +176,20 @@ def bring(
     except KeyboardInterrupt as exc:
         if _scales_as_before(aws, project, scaled):
             raise
-        raise StoppedWaiting(" ".join([*map(str, exc.args), SCALING_IS_OFF])) from (exc.__cause__ or exc)
+        said = [*map(str, exc.args), _scaling_is_off(hosting, scaled)]
+        raise StoppedWaiting(" ".join(said)) from (exc.__cause__ or exc)
 
 
-def _scales_as_before(
-    aws: Aws, project: Project, scaled: tuple[dict[str, Any] | None, list[dict[str, Any]]] | None
-) -> bool:
+def _scaling_is_off(hosting: endpoint.Hosting, scaled: autoscaling.Scaling | None) -> str:
+    """What to say of an endpoint whose scaling, as it was, could not be put back."""
+    counts = (hosting.min_count, hosting.max_count)
+    target = scaled[0] if scaled else None
+    if target is not None and not autoscaling.scales(hosting):
+        counts = (target["MinCapacity"], target["MaxCapacity"])
+    return SCALING_IS_OFF.format(*counts)
+
+
+def _scales_as_before(aws: Aws, project: Project, scaled: autoscaling.Scaling | None) -> bool:
     """Put back what was taken off for an update, `scaled`; no where AWS has its hands on the endpoint still."""
     if scaled is None or scaled[0] is None:
         return True
@@ -155,10 +211,10 @@ def undo(aws: Aws, now: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> 
     """
     if now and now["EndpointStatus"] not in ("InService", "Failed"):
         return  # on its way to them, or somewhere between the old and the new: AWS needs both
-    client, name, live = aws.client("sagemaker"), wanted["EndpointConfigName"], now and now["EndpointConfigName"]
-    if live == name:
+    client, name, hosts = aws.client("sagemaker"), wanted["EndpointConfigName"], now and now["EndpointConfigName"]
+    if hosts == name:
         return
-    kept = endpoint.models_of(client.describe_endpoint_config(EndpointConfigName=live)) if live else set()
+    kept = endpoint.models_of(client.describe_endpoint_config(EndpointConfigName=hosts)) if hosts else set()
     removals = [(client.delete_endpoint_config, {"EndpointConfigName": name})]
     removals += [(client.delete_model, {"ModelName": each}) for each in sorted(endpoint.models_of(wanted) - kept)]
     for call, given in removals:

@@ -64,13 +64,11 @@ class Hosting:
         if self.kind == "serverless" and self.memory_mb not in range(1024, 6145, 1024):
             raise ConfigError(f"--memory {self.memory_mb}: serverless endpoints have 1024, 2048, ... or 6144 MB.")
 
-    @property
-    def price(self) -> str:
-        """What it costs, as a line."""
+    def price(self, shadow: bool = False) -> str:
+        """What it costs, as a line; with a shadow, both variants together."""
         if self.kind == "serverless":
             return cost.serverless(self.memory_mb)
-        most = f", up to {self.max_count}" if self.max_count > self.min_count else ""
-        return cost.hourly(self.instance, max(1, self.min_count)) + most
+        return cost.endpoint(self.instance, self.min_count, self.max_count, shadow)
 
 
 def config_request(project: Project, model: str, hosting: Hosting, shadow: str | None = None) -> dict[str, Any]:
@@ -160,26 +158,27 @@ def models_of(config: Mapping[str, Any]) -> set[str]:
     return {v["ModelName"] for v in [*config["ProductionVariants"], *(config.get("ShadowProductionVariants") or ())]}
 
 
+def config_of(aws: Aws, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration of the endpoint that `found` describes; None where it was deleted. Raises: AwsError."""
+    try:
+        name = found["EndpointConfigName"]
+        return dict(aws.client("sagemaker").describe_endpoint_config(EndpointConfigName=name))
+    except AwsError as exc:
+        if exc.is_missing:
+            return None
+        raise
+
+
 def changes_machines(aws: Aws, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether the endpoint is to run on another instance type, or as another kind, than it does. Raises: AwsError.
+    """Whether the endpoint is to run on another instance type than it does. Raises: AwsError.
 
     Yes where its configuration was deleted, so that nobody knows.
     """
-    name = before["EndpointConfigName"]
-    if name == wanted["EndpointConfigName"]:
+    if before["EndpointConfigName"] == wanted["EndpointConfigName"]:
         return False
-    try:
-        old = aws.client("sagemaker").describe_endpoint_config(EndpointConfigName=name)
-    except AwsError as exc:
-        if exc.is_missing:
-            return True
-        raise
-
-    def machines(config: Mapping[str, Any]) -> tuple[object, ...]:
-        variant = config["ProductionVariants"][0]
-        return variant.get("InstanceType"), "ServerlessConfig" in variant, "AsyncInferenceConfig" in config
-
-    return machines(old) != machines(wanted)
+    old = config_of(aws, before)
+    new = wanted["ProductionVariants"][0]
+    return old is None or old["ProductionVariants"][0].get("InstanceType") != new.get("InstanceType")
 
 
 def put_alarms(aws: Aws, project: Project) -> list[str]:

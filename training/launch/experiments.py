@@ -1,12 +1,13 @@
 """The commands that learn: data brought to S3, settings checked, `train` and `tune`."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from training.config import FILES, TrainingConfig, merged
 from training.data.folder import BrokenFiles
+from training.data.sides import hint
 from training.errors import ConfigError
 from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
@@ -15,7 +16,7 @@ from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.names import Project, split_uri
 from training.launch.opening import Options, as_json, opened
 from training.launch.session import Aws
-from training.tuning.config import TuningConfig, split_tuning
+from training.tuning.config import SOURCES, TuningConfig, split_tuning
 
 log = logging.getLogger("training")
 
@@ -24,9 +25,12 @@ PLACES = ("data", "validation", "output", "run_folder", "checkpoints", "cache_fo
 
 
 def channels(
-    aws: Aws, project: Project, options: Options, broken_files: BrokenFiles = "refuse"
+    aws: Aws, project: Project, options: Options, broken_files: BrokenFiles = "refuse", side_px: int | None = None
 ) -> dict[str, str]:  # fmt: skip
-    """The input channels, uploaded unless they are S3 addresses or this is a dry run. Raises: TrainingError."""
+    """The input channels, uploaded unless they are S3 addresses or this is a dry run. Raises: TrainingError.
+
+    `side_px`: what the training looks at, where nobody has said so: pictures that are far larger are told.
+    """
     weights = None if options.weights in ("imagenet", "none") else options.weights
     given = {"train": options.data, "validation": options.validation, "weights": weights}
     there = {name: place for name, place in given.items() if place and place.startswith("s3://")}
@@ -38,7 +42,11 @@ def channels(
         )
     local = [data.channel_of(name, place) for name, place in here.items()]
     if "train" in here:
-        log.info("data: %s", data.check(here["train"], here.get("validation"), broken_files))
+        dataset = data.check(here["train"], here.get("validation"), broken_files)
+        local = [data.counted(channel, dataset) for channel in local]
+        said = None if side_px is None else hint(dataset.train, side_px)
+        if said:
+            log.warning("%s", said)
     if not options.dry_run and local:
         data.ensure_bucket(aws, project)
     found = {name: s3_channel(name, uri) for name, uri in there.items()}
@@ -87,6 +95,13 @@ def hyperparameters(
     return jobs.as_text({**values, **watching}), config, settings
 
 
+def effective(options: Options, config: TrainingConfig, tuned: Collection[str] = ()) -> str:
+    """The settings that a job runs with, given or not, but for those that are `tuned`, as a line."""
+    found = {name: value for name, value in config.model_dump(mode="json").items() if name not in (*PLACES, *tuned)}
+    found |= {"freeze": ",".join(config.frozen) or "none", "weights": options.weights or config.weights}
+    return " ".join(f"{name}={value}" for name, value in found.items())
+
+
 def machines_of(options: Options, keep_warm_minutes: int = 0) -> jobs.Machines:
     """What the flags say the job runs on. Raises: ConfigError."""
     return jobs.Machines(
@@ -97,7 +112,7 @@ def machines_of(options: Options, keep_warm_minutes: int = 0) -> jobs.Machines:
 
 def training_of(
     aws: Aws, project: Project, options: Options, values: Mapping[str, str], machines: jobs.Machines, *,
-    broken_files: BrokenFiles = "refuse", **more: Any,
+    config: TrainingConfig, **more: Any,
 ) -> jobs.Training:  # fmt: skip
     """What the job runs, with which data (uploaded now). Raises: TrainingError."""
     if options.send_code and not options.image:
@@ -110,7 +125,8 @@ def training_of(
         amis.ami_for(options.instance, image.cuda)  # an old GPU is told before anything is uploaded
     if options.send_code:
         values = {**values, **source.hyperparameters(aws, project, options.dry_run)}
-    channel = channels(aws, project, options, broken_files)
+    side_px = None if "side" in config.model_fields_set else config.side
+    channel = channels(aws, project, options, config.broken_files, side_px)
     others = sorted({split_uri(uri)[0] for uri in channel.values()} - {project.bucket})
     if others and not options.role:
         log.warning(
@@ -131,12 +147,13 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
         debugger.rules_image(aws.region)  # a region without is told before anything is uploaded
     training = training_of(
         aws, project, options, values, machines_of(options, options.keep_warm_minutes),
-        broken_files=config.broken_files, debugger=options.debugger, mlflow=options.mlflow,
+        config=config, debugger=options.debugger, mlflow=options.mlflow,
     )  # fmt: skip
     wanted = jobs.request(project, training, aws.region)
     log.info("cost: %s", cost.job(options.instance, options.instances, options.max_hours, options.spot))
     if options.dry_run:
         log.info("would start a training job with: %s", as_json([training.hyperparameters, training.channels]))
+        log.info("would train with: %s", effective(options, config))
         return
     name = TRAINING_JOBS.start(aws, project, wanted, options.poll_seconds)
     if options.no_wait:
@@ -152,14 +169,16 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     aws, project = opened(options)
     search = tuning.Search(settings, options.parallel, options.strategy, not options.no_early_stopping)
     tuning.ranges(settings, values)  # what cannot be tuned is said before anything is uploaded
-    training = training_of(aws, project, options, values, machines_of(options), broken_files=config.broken_files)
+    training = training_of(aws, project, options, values, machines_of(options), config=config)
     wanted = tuning.request(project, training, search, aws.region)
     log.info(
         "cost: %d trials, %d at once; each %s", settings.trials, min(search.parallel, settings.trials),
-        cost.job(options.instance, options.instances, options.max_hours, options.spot),
+        cost.job(options.instance, options.instances, options.max_hours, options.spot, settings.trials),
     )  # fmt: skip
     if options.dry_run:
         log.info("would start a tuning job with: %s", as_json([wanted["HyperParameterTuningJobConfig"]]))
+        tuned = [name for name in SOURCES if name not in values]
+        log.info("would try them with: %s", effective(options, config, tuned))
         return
     name = TUNING_JOBS.start(aws, project, wanted, options.poll_seconds)
     if options.no_wait:
@@ -169,3 +188,8 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     tuning.write_best_of(job, config, options.output / "best.json")
     best = jobs.describe(aws, tuning.best_of(job)["TrainingJobName"])
     jobs.bring_home(aws, best, options.output / "model")
+    log.info(
+        "python -m training.launch deploy --project %s --model %s puts it behind an endpoint as it is; `train "
+        "--from-tuning %s` trains anew with what it found",
+        project.name, options.output / "model", options.output / "best.json",
+    )  # fmt: skip

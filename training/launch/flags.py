@@ -81,11 +81,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--kind", choices=("realtime", "serverless", "async"), default="realtime")
     one.add_argument("--instance", default=endpoint.INSTANCE, help="default: %(default)s")
     one.add_argument(
-        "--min", type=between(0, 1000), default=1, dest="min_count", help="instances at least (default: %(default)s)"
+        "--min", type=between(0, 1000), dest="min_count", help="instances at least (default: 1, or as it scales)"
     )
     one.add_argument(
-        "--max", type=positive, dest="max_count", help="instances at most (default: --min, no autoscaling)"
-    )
+        "--max", type=positive, dest="max_count",
+        help="instances at most (default: --min, no autoscaling; without either it scales on as it does)",
+    )  # fmt: skip
     one.add_argument("--ami", help="InferenceAmiVersion (default: the one CUDA 13 needs)")
     one.add_argument(
         "--startup-seconds", type=between(60, 3600), default=endpoint.STARTUP_S, help="default: %(default)s"
@@ -107,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     where = one.add_mutually_exclusive_group()
     where.add_argument("--url", help="address of a service, such as http://127.0.0.1:8080")
     where.add_argument("--endpoint", help="endpoint's name (default: the project's)")
-    one.add_argument("--asynchronous", action="store_true", help="the endpoint is an asynchronous one")
+    one.add_argument(
+        "--asynchronous", action="store_true", help="the endpoint is asynchronous, where that may not be looked up"
+    )
     _images(one)
     one.add_argument("--concurrency", type=between(1, 1000), default=8, help="requests at once (default: %(default)s)")
 

@@ -18,7 +18,7 @@ from service.model.images import MEDIA_TYPES
 from service.model.manifest import Manifest
 from training.errors import ConfigError
 from training.launch import data, ownership
-from training.launch.attempts import TRAINING_JOBS
+from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.errors import AwsError, LaunchError
 from training.launch.jobs import describe, pack
 from training.launch.names import Project, split_uri
@@ -97,9 +97,11 @@ def archive_of_job(aws: Aws, project: Project, name: str | None, flag: str = "--
         done = (job["TrainingJobName"] for job in listed if job["TrainingJobStatus"] == "Completed")
         name = next((each for each in done if TRAINING_JOBS.has_output(aws, each)), None)
         if name is None:
+            trial = _best_trial(aws, project)
+            tuned = f" The best trial of `tune` can be deployed as it is: {flag} {trial}." if trial else ""
             raise LaunchError(
                 f"Project {project.name} has no training job that ended well and whose model is in S3 still; give "
-                "--model FOLDER, or train first."
+                f"--model FOLDER, or train first.{tuned}"
             )
         log.info("model: of the newest job, %s", name)
     if not JOB_NAME.fullmatch(name):  # AWS would say what names of jobs look like, and nothing of folders
@@ -113,6 +115,16 @@ def archive_of_job(aws: Aws, project: Project, name: str | None, flag: str = "--
     if job["TrainingJobStatus"] != "Completed":
         raise LaunchError(f"Job {name} is {job['TrainingJobStatus']}, so it has no model; see its log, or wait.")
     return str(job["ModelArtifacts"]["S3ModelArtifacts"])
+
+
+def _best_trial(aws: Aws, project: Project) -> str | None:
+    """The training job that the newest search found best, and whose model is in S3 still. Raises: AwsError."""
+    listed = sorted(TUNING_JOBS.listed(aws, project), key=lambda job: job["CreationTime"], reverse=True)
+    done = (
+        job["HyperParameterTuningJobName"] for job in listed if job["HyperParameterTuningJobStatus"] == "Completed"
+    )  # fmt: skip
+    name = next((each for each in done if TUNING_JOBS.has_output(aws, each)), None)
+    return None if name is None else str(TUNING_JOBS.describe(aws, name)["BestTrainingJob"]["TrainingJobName"])
 
 
 def _no_such(name: str, flag: str) -> ConfigError:

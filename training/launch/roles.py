@@ -49,7 +49,8 @@ _CALLER: dict[str, tuple[str, ...]] = {
     ),
     "sagemaker:{here}:endpoint/{name}": (
         "sagemaker:CreateEndpoint", "sagemaker:DescribeEndpoint", "sagemaker:UpdateEndpoint",
-        "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint", "sagemaker:InvokeEndpointAsync",
+        "sagemaker:UpdateEndpointWeightsAndCapacities", "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint",
+        "sagemaker:InvokeEndpointAsync",
     ),
     "sagemaker:{here}:transform-job/{name}-batch-0": (
         "sagemaker:CreateTransformJob", "sagemaker:DescribeTransformJob", "sagemaker:StopTransformJob",

@@ -1,6 +1,7 @@
 """Tuning jobs: trials in parallel at SageMaker, a live table of them, the best one's settings and model home."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +102,20 @@ def value_of(trial: Mapping[str, Any]) -> float | None:
     return None if metric is None else float(metric["Value"])
 
 
+def number_of(trial: Mapping[str, Any]) -> str:
+    """The number that SageMaker gave a trial, which its job's name has before the last part: `...-003-1f2e3d4c`."""
+    found = re.search(r"-(\d+)-[^-]+$", trial["TrainingJobName"])
+    return str(int(found[1])) if found else "-"
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """The trials as lines of text."""
     rows = []
-    for place, trial in enumerate(found, 1):
+    for trial in found:
         value, tuned = value_of(trial), trial.get("TunedHyperParameters", {})
         shown = "       -" if value is None else f"{100 * value:6.2f} %"
         settings = " ".join(f"{name}={str(text).strip(chr(34))}" for name, text in sorted(tuned.items()))
-        rows.append(f"    {place:>3}  {shown}  {trial['TrainingJobStatus']:<10} {settings}")
+        rows.append(f"    {number_of(trial):>5}  {shown}  {trial['TrainingJobStatus']:<10} {settings}")
     return "\n".join(["    trial  accuracy  state      settings", *rows])
 
 
@@ -178,4 +185,5 @@ def _state(job: Mapping[str, Any]) -> str:
     counters = job.get("TrainingJobStatusCounters", {})
     done, running = counters.get("Completed", 0), counters.get("InProgress", 0)
     failed = counters.get("NonRetryableError", 0) + counters.get("Stopped", 0)
-    return f"{job['HyperParameterTuningJobStatus']}, {done} trials done, {running} running, {failed} failed or stopped"
+    trials_done = f"{done} trial{'' if done == 1 else 's'} done"
+    return f"{job['HyperParameterTuningJobStatus']}, {trials_done}, {running} running, {failed} failed or stopped"

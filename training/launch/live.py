@@ -1,0 +1,114 @@
+"""The project's endpoint as it is before a deployment: its kind, how it scales, which model it serves."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from service.model.manifest import Manifest
+from training.errors import ConfigError
+from training.launch import autoscaling, endpoint
+from training.launch.endpoint import Kind
+from training.launch.errors import AwsError
+from training.launch.names import Project
+from training.launch.session import Aws
+
+log = logging.getLogger("training")
+
+GONE = ("Failed", "Deleting")
+"""What a deployment makes anew, so that nothing of it counts."""
+KINDS: dict[Kind, str] = {"realtime": "a real-time", "serverless": "a serverless", "async": "an asynchronous"}
+
+
+@dataclass(frozen=True)
+class Live:
+    """An endpoint of the project's."""
+
+    endpoint: Mapping[str, Any]
+    """As DescribeEndpoint tells it."""
+    config: Mapping[str, Any] | None = None
+    """As DescribeEndpointConfig does; None where it was deleted, or is of no matter any more."""
+    scaling: autoscaling.Scaling = autoscaling.NONE
+
+
+def look(aws: Aws, project: Project) -> Live | None:
+    """The project's endpoint; None where there is none. Raises: LaunchError where others made it; AwsError."""
+    found = endpoint.find_ours(aws, project)
+    if found is None or found["EndpointStatus"] in GONE:
+        return None if found is None else Live(found)
+    return Live(found, endpoint.config_of(aws, found), autoscaling.found(aws, project))
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+    """What an endpoint of this configuration is."""
+    if config["ProductionVariants"][0].get("ServerlessConfig"):
+        return "serverless"
+    return "async" if config.get("AsyncInferenceConfig") else "realtime"
+
+
+def is_asynchronous(aws: Aws, name: str) -> bool:
+    """Whether the endpoint is; no where it is not there, or may not be asked about. Raises: AwsError."""
+    try:
+        found = endpoint.find(aws, name)
+        config = None if found is None else endpoint.config_of(aws, found)
+    except AwsError as exc:
+        if exc.is_denied:
+            return False
+        raise
+    return config is not None and kind_of(config) == "async"
+
+
+def require_kind(project: Project, now: Live | None, wanted: Kind) -> None:
+    """Raises: ConfigError where the endpoint is of another kind, which an update does not change.
+
+    https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints-update.html
+    """
+    if now is None or now.config is None or kind_of(now.config) == wanted:
+        return
+    raise ConfigError(
+        f"Endpoint {project.endpoint} is {KINDS[kind_of(now.config)]} one, and --kind {wanted} asks for "
+        f"{KINDS[wanted]} one, which no update makes of it: give another --project, or remove it first (`python -m "
+        f"training.launch delete --project {project.name}`)."
+    )
+
+
+def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
+    """Say which version is replaced by which, and where the measured accuracy falls. Raises: AwsError."""
+    facts = {} if now is None or now.config is None else served(aws, now.config)
+    if "version" not in facts or facts["version"] == new.version:
+        return
+    measured = facts.get("validation_accuracy")
+    before = None if measured is None else float(measured)
+    after = (new.metrics.get("validation") or {}).get("accuracy")
+    log.info(
+        "version %s%s takes the place of %s%s", new.version, _shown(after), facts["version"], _shown(before)
+    )  # fmt: skip
+    if before is not None and after is not None and after < before:
+        log.warning(
+            "the measured accuracy falls from %.2f %% to %.2f %%; `deploy --model` with the model of before goes back",
+            100 * before, 100 * after,
+        )  # fmt: skip
+
+
+def served(aws: Aws, config: Mapping[str, Any]) -> dict[str, str]:
+    """What the registry notes of the model that a configuration hosts; nothing where it cannot be told.
+
+    Raises: AwsError.
+    """
+    client = aws.client("sagemaker")
+    try:
+        model = client.describe_model(ModelName=config["ProductionVariants"][0]["ModelName"])
+        container = (model.get("Containers") or [model.get("PrimaryContainer") or {}])[0]
+        package = container.get("ModelPackageName")
+        if package is None:
+            return {}
+        described = client.describe_model_package(ModelPackageName=package)
+        return dict(described.get("CustomerMetadataProperties") or {})
+    except AwsError as exc:
+        if exc.is_missing or exc.is_denied:
+            return {}
+        raise
+
+
+def _shown(accuracy: float | None) -> str:
+    return "" if accuracy is None else f" (validation accuracy {100 * accuracy:.2f} %)"
