@@ -277,8 +277,14 @@ class Jobs:
         return found
 
     def on_stop_hyper_parameter_tuning_job(self, given: dict[str, Any], _: "Forward") -> dict[str, Any]:
-        search = self._searches[given["HyperParameterTuningJobName"]]
-        search["stop"] = True
+        from tests.rehearsal.control_plane import Refusal
+
+        name = given["HyperParameterTuningJobName"]
+        search = self._searches[name]
+        if search["status"] != "InProgress":
+            raise Refusal("ValidationException", f"The tuning job {name} has ended.")
+        search["stop"], search["status"] = True, "Stopping"
+        self._sync_search(name)
         for trial in search["trials"]:
             if self._more[trial]["TrainingJobStatus"] == "InProgress":
                 self.on_stop_training_job({"TrainingJobName": trial}, lambda: {})
@@ -307,6 +313,8 @@ class Jobs:
             self._plane.backend.create_training_job(**_moto_arguments(request))
             self._begin(trial, {**request, "Tuned": tuned})
             search["trials"].append(trial)
+            if search["stop"] and trial not in self._stopped:  # it was told while this one began
+                self.on_stop_training_job({"TrainingJobName": trial}, lambda: {})
             self._train(trial)
 
         try:
@@ -339,8 +347,12 @@ class Jobs:
         return answer
 
     def on_stop_transform_job(self, given: dict[str, Any], _: "Forward") -> dict[str, Any]:
+        from tests.rehearsal.control_plane import Refusal
+
         job = self._plane.backend.transform_jobs[given["TransformJobName"]]
-        job.transform_job_status = "Stopped"
+        if job.transform_job_status != "InProgress":
+            raise Refusal("ValidationException", f"The transform job {given['TransformJobName']} has ended.")
+        job.transform_job_status = "Stopping"  # the job's own thread ends its server
         return {}
 
     def _start(self, work: Any, *arguments: Any) -> None:

@@ -21,7 +21,10 @@ except ModuleNotFoundError as exc:
     package = (exc.name or "").partition(".")[0]
     if package not in ("boto3", "botocore"):
         raise
-    sys.exit(f"{package} is not installed: `uv sync --inexact --group training --group sagemaker` installs it.")
+    sys.exit(
+        f"{package} is not installed: `make setup-sagemaker` installs it, or `uv sync --inexact --group training "
+        "--group sagemaker`."
+    )
 
 log = logging.getLogger("training")
 
@@ -54,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(exc, ConfigError) else 1
     except KeyboardInterrupt as exc:
         log.error("%s", exc if exc.args else STOPPED)
+        if getattr(exc, "ends", ""):
+            from training.launch.opening import command_line
+
+            log.error("To end it: %s", command_line(options, exc.ends))  # type: ignore[attr-defined]
         log.error("The command was: python -m training.launch %s", shlex.join(given))
         ended = exc if isinstance(exc, Terminated) else exc.__cause__
         return 128 + (ended.signal_number if isinstance(ended, Terminated) else signal.SIGINT)

@@ -12,8 +12,10 @@ from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
 from training.launch import amis, cost, data, debugger, images, jobs, places, roles, source, tuning
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
+from training.launch.flags import options_of
 from training.launch.names import Project, split_uri
-from training.launch.opening import Options, as_json, opened
+from training.launch.opening import Options, as_json, command_line, opened
+from training.launch.running import tell_others
 from training.launch.session import Aws
 from training.tuning.config import TuningConfig, split_tuning
 
@@ -37,6 +39,8 @@ def channels(
             "be checked together; give two folders or two s3:// addresses."
         )
     local = [data.channel_of(name, place) for name, place in here.items()]
+    for name, uri in there.items():
+        data.require_there(aws, "data" if name == "train" else name, s3_channel(name, uri))
     if "train" in here:
         log.info("data: %s", data.check(here["train"], here.get("validation"), broken_files))
     if not options.dry_run and local:
@@ -67,7 +71,13 @@ def hyperparameters(
 ) -> tuple[dict[str, str], TrainingConfig, TuningConfig]:
     """The training's settings in `rest`, checked here as the job will check them. Raises: ConfigError."""
     models = (TuningConfig, TrainingConfig) if tune else (TrainingConfig, Instrumentation)
-    given = parse_flags(rest, f"training.launch {program}", program, models, FILES)
+    given = parse_flags(rest, f"training.launch {program}", program, models, FILES, besides=options_of(program))
+    best = given.get("from_tuning")
+    if best is not None and places.kind_of(Path(str(best))) is None:
+        raise ConfigError(
+            f"--from-tuning {best} is missing; `python -m training.launch tune` writes best.json into its --output "
+            "(by itself artifacts/sagemaker-tuning), `python -m training.hpo` likewise."
+        )
     misplaced = [name for name in given if name in PLACES]
     if misplaced:
         raise ConfigError(f"{', '.join(misplaced)}: the container has its own; leave it out.")
@@ -139,10 +149,13 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
         log.info("would start a training job with: %s", as_json([training.hyperparameters, training.channels]))
         return
     name = TRAINING_JOBS.start(aws, project, wanted, options.poll_seconds)
+    tell_others(aws, project, options, name)
     if options.no_wait:
-        log.info("it runs; the same command without --no-wait follows it and brings the model home")
+        _tell_on_its_own(options, name, "model")
         return
-    jobs.bring_home(aws, jobs.wait_for(aws, name, options.poll_seconds), options.output)
+    job = jobs.wait_for(aws, name, options.poll_seconds)
+    log.info("its log: %s", command_line(options, f"logs {name}"))
+    jobs.bring_home(aws, job, options.output)
 
 
 def run_tune(options: Options, rest: Sequence[str]) -> None:
@@ -162,10 +175,18 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
         log.info("would start a tuning job with: %s", as_json([wanted["HyperParameterTuningJobConfig"]]))
         return
     name = TUNING_JOBS.start(aws, project, wanted, options.poll_seconds)
+    tell_others(aws, project, options, name)
     if options.no_wait:
-        log.info("it runs; the same command without --no-wait follows it and brings the result home")
+        _tell_on_its_own(options, name, "result")
         return
     job = tuning.wait_for(aws, name, options.poll_seconds)
     tuning.write_best_of(job, config, options.output / "best.json")
     best = jobs.describe(aws, tuning.best_of(job)["TrainingJobName"])
     jobs.bring_home(aws, best, options.output / "model")
+
+
+def _tell_on_its_own(options: Options, name: str, what: str) -> None:
+    log.info(
+        "it runs; the same command without --no-wait follows it and brings the %s home, `%s` shows its log, `%s` ends it",
+        what, command_line(options, f"logs {name} --follow"), command_line(options, f"stop {name}"),
+    )  # fmt: skip

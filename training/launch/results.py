@@ -46,9 +46,9 @@ def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple
     count = bad = 0
     with _opened(path) as file:
         table = csv.writer(file, lineterminator="\n") if kind == "csv" else None
-        if table:
-            table.writerow(COLUMNS)
         for outcome in outcomes:
+            if table and not count:  # not before: where no image can be asked about, nothing is written
+                table.writerow(COLUMNS)
             count, bad = count + 1, bad + (outcome.problem is not None)
             if table:
                 table.writerow(_row(outcome))
