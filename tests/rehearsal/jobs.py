@@ -106,17 +106,19 @@ class Jobs:
         stream = Stream(self._plane.client("logs"), "/aws/sagemaker/TrainingJobs", f"{name}/algo-1-{int(start_s)}")
         folder = self._plane.work / name
         try:
-            self._set(name, "InProgress", "Downloading", "Downloading the training image and input data")
+            self._set(name, self._now(name), "Downloading", "Downloading the training image and input data")
             self._fill(folder, name, given)
-            self._set(name, "InProgress", "Training", "Training image download completed. Training in progress.")
+            if name in self._stopped:
+                self._set(name, "Stopped", "Stopped", "Training job stopped", TrainingEndTime=time.time())
+                return
+            self._set(name, self._now(name), "Training", "Training image download completed. Training in progress.")
             env = {"TRAINING_JOB_NAME": name, "OMP_NUM_THREADS": "1", **given.get("Environment", {})}
             self._running[name] = running = self._plane.engine.train(folder, env, stream.add)
             if name in self._stopped:
                 running.stop()
             status = running.wait()
             stream.close()
-            now = "Stopping" if name in self._stopped else "InProgress"
-            self._set(name, now, "Uploading", "Uploading generated training model")
+            self._set(name, self._now(name), "Uploading", "Uploading generated training model")
             metrics = _metrics(stream.lines, given["AlgorithmSpecification"].get("MetricDefinitions", []))
             self._take(folder, name, given, status)
             seconds = max(1, int(time.time() - start_s))
@@ -139,6 +141,9 @@ class Jobs:
             stream.close()
             self._running.pop(name, None)
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _now(self, name: str) -> str:
+        return "Stopping" if name in self._stopped else "InProgress"
 
     def _fill(self, folder: Path, name: str, given: dict[str, Any]) -> None:
         """https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-running-container.html"""

@@ -134,8 +134,8 @@ def is_there(aws: Aws, uri: str) -> bool:
 
 
 def require_there(aws: Aws, flag: str, uri: str) -> None:
-    """Raises: ConfigError where S3 has nothing at the address that `--flag` gives; AwsError. A role that jobs run as may
-    read what whoever starts them may not, so that is a warning.
+    """Raises: ConfigError where S3 has nothing at the address that `--flag` gives; AwsError. The role that jobs run as
+    may read what whoever starts them may not, so that is a warning.
     """
     try:
         if not any(True for _ in listed(aws, uri)):

@@ -187,6 +187,7 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
 
 def _tell_on_its_own(options: Options, name: str, what: str) -> None:
     log.info(
-        "it runs; the same command without --no-wait follows it and brings the %s home, `%s` shows its log, `%s` ends it",
+        "it runs; the same command without --no-wait follows it and brings the %s home; `%s` shows its log, `%s` "
+        "ends it",
         what, command_line(options, f"logs {name} --follow"), command_line(options, f"stop {name}"),
     )  # fmt: skip

@@ -14,8 +14,8 @@ TRAINING, ENDPOINTS, TRANSFORM = (
 )
 LAST_LINES = 15
 RECENT_STREAMS = 20
-"""So many of a group's streams, those written to last, are asked for their last lines: of an endpoint each instance that
-ever was has one."""
+"""So many of a group's streams, those written to last, are asked for their last lines: of an endpoint there is one for
+each instance that ever was."""
 PROBE = "path=/ping"
 """What the service writes of a health check that is not answered with 200: once a second while it starts."""
 
