@@ -39,8 +39,6 @@ def channels(
             "be checked together; give two folders or two s3:// addresses."
         )
     local = [data.channel_of(name, place) for name, place in here.items()]
-    for name, uri in there.items():
-        data.require_there(aws, "data" if name == "train" else name, s3_channel(name, uri))
     if "train" in here:
         log.info("data: %s", data.check(here["train"], here.get("validation"), broken_files))
     if not options.dry_run and local:
@@ -55,6 +53,14 @@ def channels(
         else:
             found[channel.name] = data.upload(aws, project, channel)
     return found
+
+
+def require_addresses(aws: Aws, options: Options) -> None:
+    """Something is at the s3:// addresses that flags give. Raises: ConfigError; AwsError."""
+    for name in ("data", "validation", "weights"):
+        given = getattr(options, name)
+        if given and given.startswith("s3://"):
+            data.require_there(aws, name, s3_channel(name, given))
 
 
 def s3_channel(name: str, uri: str) -> str:
@@ -118,6 +124,7 @@ def training_of(
         amis.family(options.instance)  # what it brings is not known
     elif image.cuda:
         amis.ami_for(options.instance, image.cuda)  # an old GPU is told before anything is uploaded
+    require_addresses(aws, options)
     if options.send_code:
         values = {**values, **source.hyperparameters(aws, project, options.dry_run)}
     channel = channels(aws, project, options, broken_files)
