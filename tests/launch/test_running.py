@@ -18,7 +18,7 @@ from training.launch.logs import LogTail
 from training.launch.names import Project
 from training.launch.session import Aws
 
-SMALL = ("--weights", "none", "--quantize", "off", "--batch-size", "8", "--report", "false", "--rules", "none")
+SMALL = ("--weights", "none", "--quantize", "off", "--batch-size", "8", "--report", "false")
 
 
 class Terminal(io.StringIO):

@@ -78,9 +78,9 @@ def test_a_region_that_can_be_none_and_a_broken_configuration_are_sentences(tmp_
         connect("eu-central-1")
 
 
-@pytest.mark.parametrize("region", ["eu-centrall-1", "ue-central-1", "eu-central-1a", "us-weast-2"])
+@pytest.mark.parametrize("region", ["eu-centrall-1", "eu-cenrtal-1", "eu-central-1a"])
 def test_a_region_that_is_mistyped_is_refused_with_the_one_that_is_meant(region: str) -> None:
-    with pytest.raises(ConfigError, match=rf"Region {region}: .* Did you mean (eu-central|us-west)-\d\?"):
+    with pytest.raises(ConfigError, match=rf"Region {region}: .* Did you mean eu-central-1\?"):
         connect(region)
 
 
