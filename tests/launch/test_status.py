@@ -30,7 +30,7 @@ def test_status_tells_machines_models_and_prices_of_the_endpoint(
     said = shown(caplog, capsys, *status)
     old, live = first["EndpointConfigName"], second["EndpointConfigName"]
     assert re.search(rf"endpoint configuration +{live}  current  made \d{{4}}-\d\d-\d\d \d\d:\d\d UTC", said)
-    assert re.search(rf"endpoint configuration +{old}    made", said)
+    assert re.search(rf"endpoint configuration +{old}  made", said)
     assert "endpoint tells: InService, realtime\n" in said
     price = r"1 x ml\.g4dn\.xlarge: about 0\.74 USD per hour"
     assert re.search(rf"\n  machines +1 running, 1 desired; {price}", said)

@@ -144,8 +144,9 @@ def run(options: Options, rest: Sequence[str]) -> None:
 
 def _things(found: Sequence[inventory.Thing]) -> str:
     width = max(len(thing.kind) for thing in found)
-    return "\n".join(
-        f"  {thing.kind:<{width}}  {thing.name}  {thing.state}"
-        + (f"  made {moment_of(thing.created)}" if thing.created else "")
-        for thing in found
-    )
+    lines = []
+    for thing in found:
+        made = f"made {moment_of(thing.created)}" if thing.created else ""
+        parts = (f"  {thing.kind:<{width}}", thing.name, thing.state, made)
+        lines.append("  ".join(part for part in parts if part))
+    return "\n".join(lines)

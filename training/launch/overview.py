@@ -41,14 +41,15 @@ def of_endpoint(aws: Aws, project: Project, options: Options) -> list[str]:
 def of_jobs(aws: Aws, project: Project, options: Options) -> list[str]:
     """Lines about the jobs that run, and where the pages and logs of all are. Raises: AwsError."""
     found: list[str] = []
-    for job in attempts.running(aws, project):
+    every = attempts.every(aws, project)
+    for job in [attempts.found(aws, project, each.name) or each for each in every if each.runs]:
         found += [
             f"{job.kind.what} {job.name}: {job.state}, started {age(job.created)}, {job.price}",
             f"  log      {job.kind.group}, {command_line(options, f'logs {job.name} --follow')}",
             f"  console  {console.job(aws.region, job.kind.part, job.name)}",
             f"  ends it  {command_line(options, f'stop {job.name}')}",
         ]
-    kinds = dict.fromkeys(job.kind for job in attempts.every(aws, project))
+    kinds = dict.fromkeys(job.kind for job in every)
     if kinds:
         found.append("logs and pages of jobs")
         found += [f"  {kind.group}, {console.job(aws.region, kind.part)}" for kind in kinds]
