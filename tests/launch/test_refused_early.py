@@ -96,7 +96,9 @@ def test_data_that_is_not_in_s3_is_told_before_a_job_is_started(
     assert "whether something is there cannot be told" in said
 
 
-def test_a_best_json_that_is_missing_names_what_writes_one(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_best_json_that_is_missing_names_what_writes_one(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sentence = refused(here, caplog, *train(data), "--from-tuning", "no/best.json")
     assert "--from-tuning no/best.json is missing; `python -m training.launch tune` writes best.json" in sentence
 

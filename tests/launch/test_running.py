@@ -125,7 +125,10 @@ def test_the_process_of_a_stopped_training_ends(cloud: Rehearsal, data: Path) ->
     done = cloud.launch(*given)
     assert done.returncode == 0, done.stderr
     client = cloud.client("sagemaker")
-    (name,) = [each["TrainingJobName"] for each in client.list_training_jobs(NameContains="process-train")["TrainingJobSummaries"]]
+    (name,) = [
+        each["TrainingJobName"]
+        for each in client.list_training_jobs(NameContains="process-train")["TrainingJobSummaries"]
+    ]
     until(lambda: client.describe_training_job(TrainingJobName=name)["SecondaryStatus"] == "Training", "the training")
     done = cloud.launch("stop", "--project", "process", name)
     assert done.returncode == 0 and f"job {name} is Stopped" in done.stderr, done.stderr
@@ -212,7 +215,9 @@ def test_of_many_streams_the_ones_written_to_last_are_read() -> None:
 
 
 def test_pages_of_the_console_are_those_of_the_regions_partition() -> None:
-    assert console.job("eu-central-1", "t", "a").startswith("https://eu-central-1.console.aws.amazon.com/sagemaker/home")
+    assert console.job("eu-central-1", "t", "a").startswith(
+        "https://eu-central-1.console.aws.amazon.com/sagemaker/home"
+    )
     assert console.job("eu-central-1", "train", "a").endswith("#/jobs/a")
     assert "console.amazonaws.cn" in console.endpoint("cn-north-1", "a")
     group = console.log_group("eu-central-1", "/aws/sagemaker/TrainingJobs", "a/")

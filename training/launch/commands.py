@@ -47,7 +47,7 @@ def run_iam_role(options: Options, _: Sequence[str]) -> None:
     aws, project = opened(options)
     allowed = roles.permissions(project, aws.partition, options.mlflow)
     if options.policy:
-        print(json.dumps({"trust policy": roles.trust_policy(), "permissions": allowed}, indent=2))
+        results.show(json.dumps({"trust policy": roles.trust_policy(), "permissions": allowed}, indent=2))
         return
     if options.dry_run:
         log.info(
@@ -87,12 +87,11 @@ def run_status(options: Options, _: Sequence[str]) -> None:
     """Write what the project has at AWS to stdout."""
     aws, project = opened(options)
     found = inventory.things(aws, project, with_data=True, with_role=True, to_come=False)
-    print(f"project {project.name} in {aws.region}, account {aws.account}, bucket {project.bucket}")
-    print(_things(found) if found else "  nothing")
-    parts = [overview.of_endpoint(aws, project, options), overview.of_jobs(aws, project, options)]
-    for lines in parts:
+    results.show(f"project {project.name} in {aws.region}, account {aws.account}, bucket {project.bucket}")
+    results.show(_things(found) if found else "  nothing")
+    for lines in (overview.of_endpoint(aws, project, options), overview.of_jobs(aws, project, options)):
         if lines:
-            print("", *lines, sep="\n")
+            results.show("\n".join(["", *lines]))
 
 
 def run_delete(options: Options, _: Sequence[str]) -> None:

@@ -55,9 +55,7 @@ def note(uris: Mapping[str, str], pushed: Path = PUSHED) -> None:
     try:
         noted = json.loads(pushed.read_bytes()) if pushed.exists() else {}
         cuda = ".".join(map(str, IMAGE_CUDA))
-        noted |= {
-            target: {"uri": uri, "cuda": None if target == "serve-cpu" else cuda} for target, uri in uris.items()
-        }
+        noted |= {target: {"uri": uri, "cuda": None if target == "serve-cpu" else cuda} for target, uri in uris.items()}
         pushed.parent.mkdir(parents=True, exist_ok=True)
         pushed.write_text(f"{json.dumps(noted, indent=2)}\n")
     except (OSError, ValueError, TypeError) as exc:

@@ -58,6 +58,13 @@ def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple
     return count, bad
 
 
+def show(text: str) -> None:
+    """A result in words, to stdout. Raises: ConfigError where that is closed."""
+    with _opened(None) as file:
+        file.write(f"{text}\n")
+        file.flush()
+
+
 def report(counts: tuple[int, int], output: Path | None) -> None:
     """Say how it went. Raises: LaunchError where images had a problem."""
     count, bad = counts

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from training.errors import ConfigError
-from training.launch import attempts, console, endpoint, tuning
+from training.launch import attempts, console, endpoint, results, tuning
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS, Job
 from training.launch.errors import AwsError, LaunchError
 from training.launch.logs import ENDPOINTS, LogTail
@@ -131,7 +131,7 @@ def run_logs(options: Options, _: Sequence[str]) -> None:
     tail = LogTail(aws, found.group, found.prefix)
     lines = tail.recent(options.lines)
     for line in lines:
-        print(line, flush=True)
+        results.show(line)
     if tail.problem:
         raise LaunchError(f"The log cannot be read: {tail.problem}")
     if not lines:
@@ -140,7 +140,7 @@ def run_logs(options: Options, _: Sequence[str]) -> None:
         while options.follow:
             over = found.is_over()
             for line in tail.new_lines():
-                print(line, flush=True)
+                results.show(line)
             if over:
                 log.info("%s has ended", found.what)
                 return
