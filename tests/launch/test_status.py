@@ -1,4 +1,4 @@
-"""What `status` writes to stdout of an endpoint and its jobs, and what `delete` says of where it looked and what stays."""
+"""What `status` writes to stdout of an endpoint and its jobs, and what `delete` says: where it looked, what stays."""
 
 import re
 from pathlib import Path

@@ -32,7 +32,8 @@ def checkout(folder: Path) -> Path:
 def parameters() -> str:
     """The cell of parameters, small; places relative to the checkout, as in the notebook."""
     values = {
-        "DATA": "data", "PROJECT": "tour", "IMAGES": {"train": IMAGE, "serve": IMAGE}, "PICTURES": "pictures", "OUTPUT": "artifacts",
+        "DATA": "data", "PROJECT": "tour", "IMAGES": {"train": IMAGE, "serve": IMAGE}, "PICTURES": "pictures",
+        "OUTPUT": "artifacts",
         "TUNE": ["--trials", 2, "--parallel", 2, "--learning-rate-range", "0.005:0.05", "--epochs-range", "2:4",
                  "--batch-sizes", "8,16", "--poll-seconds", 0.5, *RUN],
         "TRAIN": ["--spot", "--epochs", 8, "--poll-seconds", 0.5],
