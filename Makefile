@@ -23,7 +23,7 @@ PYTHON := .venv/bin/python
 DEVELOP := --group training --group dev --group debugger --group mlflow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve evaluate image image-cpu push contract test test-slow test-container test-aws rehearse \
+.PHONY: help setup setup-sagemaker notebook serve evaluate image image-cpu push contract test test-slow test-container test-aws rehearse \
   iam-role bench bench-training check fix clean
 
 help: ## print the targets
@@ -72,6 +72,12 @@ test-container: $(UV) ## build the images and run them: needs a docker engine an
 rehearse: $(UV) ## the journey to SageMaker without an account: tune, train, deploy, batch, clean up (ten minutes)
 	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker
 	@$(PYTHON) -m tests.rehearsal $(REHEARSE_ARGS)
+
+setup-sagemaker: $(UV) ## set up for the journey to Amazon SageMaker: training.launch, its notebook
+	$(UV) sync --frozen --inexact --group training --group sagemaker --group notebook
+
+notebook: setup-sagemaker ## open training/train_and_deploy.ipynb, the journey to SageMaker as a notebook
+	@exec .venv/bin/jupyter lab training/train_and_deploy.ipynb
 
 iam-role: $(UV) ## make the role in your AWS account that SageMaker's jobs and endpoints run as
 	$(UV) sync --frozen --inexact --group training --group sagemaker

@@ -57,8 +57,9 @@ def split(values: Mapping[str, object], model: type[Settings]) -> tuple[dict[str
 
 def unknown_name(name: str, known: Sequence[str]) -> str:
     """A sentence that refuses a name and lists the known ones."""
-    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1)
-    hint = f" Did you mean {close[0]}?" if close else ""
+    plain = {text.lstrip("-").replace("-", "_"): text for text in known}
+    close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), plain, 1)
+    hint = f" Did you mean {plain[close[0]]}?" if close else ""
     return f"Unknown hyperparameter {name}.{hint} Known are: {', '.join(known)}."
 
 
@@ -69,8 +70,10 @@ def parse_flags(
     models: Iterable[type[Settings]],
     others: Mapping[str, str],
     epilog: str | None = None,
+    besides: Sequence[str] = (),
 ) -> dict[str, object]:
-    """The values given on the command line, by field name; `others`: further flags and their descriptions.
+    """The values given on the command line, by field name; `others`: further flags and their descriptions; `besides`:
+    flags that the command has read before, as they are typed.
 
     Raises: ConfigError.
     """
@@ -90,7 +93,7 @@ def parse_flags(
         parser.add_argument(*flags, dest=name, metavar="X", help=text.replace("%", "%%"))
     known, rest = parser.parse_known_args(list(arguments))
     if rest:
-        raise ConfigError(unknown_name(rest[0].split("=")[0], list(described)))
+        raise ConfigError(unknown_name(rest[0].split("=")[0], [*described, *besides]))
     return vars(known)
 
 

@@ -24,6 +24,15 @@ def told(caplog: pytest.LogCaptureFixture, *arguments: object, status: int = 0) 
     return "\n".join(record.getMessage() for record in caplog.records)
 
 
+def shown(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0
+) -> str:
+    """What a command writes to stdout."""
+    capsys.readouterr()
+    told(caplog, *arguments, status=status)
+    return capsys.readouterr().out
+
+
 def problem(caplog: pytest.LogCaptureFixture, *arguments: object, status: int = 1) -> str:
     """The error that a command ends with: one, and nothing after it."""
     told(caplog, *arguments, status=status)

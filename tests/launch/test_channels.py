@@ -70,7 +70,14 @@ def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
         prefix_of(channel)
 
 
-def test_a_bucket_that_the_projects_role_cannot_read_is_warned_of(caplog: pytest.LogCaptureFixture, aws: Aws) -> None:
+def test_a_bucket_that_the_projects_role_cannot_read_is_warned_of(
+    caplog: pytest.LogCaptureFixture, aws: Aws, request: pytest.FixtureRequest
+) -> None:
+    s3 = aws.client("s3")
+    s3.create_bucket(Bucket="theirs", CreateBucketConfiguration={"LocationConstraint": aws.region})
+    request.addfinalizer(lambda: s3.delete_bucket(Bucket="theirs"))
+    s3.put_object(Bucket="theirs", Key="train/cat/a.png", Body=b"x")
+    request.addfinalizer(lambda: s3.delete_object(Bucket="theirs", Key="train/cat/a.png"))
     given = ["--image", "i", "--data", "s3://theirs/train/", "--dry-run", "--weights", "none"]
     for command, warned in ((["train", *given], True), (["train", *given, "--role", "resnet34-sagemaker"], False)):
         caplog.clear()

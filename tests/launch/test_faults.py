@@ -165,7 +165,7 @@ def test_an_endpoint_that_does_not_come_up_is_removed_with_reason_and_log(cloud:
     assert "The endpoint is removed" in stderr
     kept = left(cloud, "sick")
     assert set(kept) <= {"model packages", "model package groups"}, kept  # the model itself is sound
-    assert "nothing is left" in said(cloud, "delete", "--project", "sick", "--yes", "--data", status=0)
+    assert "all of it is removed" in said(cloud, "delete", "--project", "sick", "--yes", "--data", status=0)
     assert left(cloud, "sick") == {}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from training.errors import ConfigError
-from training.launch.images import Image, hosting_target, image_for
+from training.launch.images import Image, hosting_target, image_for, note
 
 
 def test_what_make_push_noted_is_taken_and_what_is_given_wins(tmp_path: Path) -> None:
@@ -24,6 +24,16 @@ def test_what_make_push_noted_is_taken_and_what_is_given_wins(tmp_path: Path) ->
     pushed.write_text("no json")
     with pytest.raises(ConfigError, match=f"cannot be read.*{pushing}"):
         image_for("train", None, pushed)
+
+
+def test_images_that_others_pushed_can_be_noted_once(tmp_path: Path) -> None:
+    pushed = tmp_path / "artifacts" / "image.json"
+    note({"train": "a/b:1", "serve": "a/b:2"}, pushed)
+    note({"serve": "a/b:3", "serve-cpu": "a/b:4"}, pushed)
+    found = [image_for(target, None, pushed) for target in ("train", "serve", "serve-cpu")]  # type: ignore[arg-type]
+    assert found == [Image("a/b:1", (13, 0)), Image("a/b:3", (13, 0)), Image("a/b:4", None)]
+    with pytest.raises(ConfigError, match="hosting: images are for train, serve, serve-cpu"):
+        note({"hosting": "a/b:5"}, pushed)
 
 
 def test_a_gpu_needs_the_image_with_cuda_and_nothing_else_does() -> None:

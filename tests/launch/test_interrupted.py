@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.launch.in_process import POLL_S, ROLE, Account, meanwhile
-from tests.launch.telling import DENIED, EXPIRED, ctrl_c, problem, sigterm, told, when
+from tests.launch.telling import DENIED, EXPIRED, ctrl_c, problem, shown, sigterm, told, when
 from tests.launch.test_faults import left
 from tests.rehearsal.start import IMAGE, Rehearsal
 from training.launch import autoscaling, data, deployment, endpoint, inventory
@@ -40,6 +40,7 @@ def test_a_deployment_broken_at_every_step_is_finished_by_repeating_it(
     with when("endpoint steps: Creating", ctrl_c):
         said = told(caplog, *deploy, status=130)
     assert "endpoint steps goes on at AWS" in said and "launch deploy --project steps --model" in said
+    assert "To end it: python -m training.launch delete --project steps" in said
     for name in ("RegisterScalableTarget", "PutScalingPolicy"):
         cloud.order({"operation": name, **DENIED})
         assert f"Permission application-autoscaling:{name} is missing" in problem(caplog, *deploy)
@@ -52,7 +53,7 @@ def test_a_deployment_broken_at_every_step_is_finished_by_repeating_it(
     assert {kind: len(names) for kind, names in left(cloud, "steps").items()} == dict.fromkeys(
         ("endpoints", "endpoint configurations", "models", *registry, "servers"), 1
     )
-    assert "nothing is left" in told(caplog, "delete", "--project", "steps", "--data", "--yes")
+    assert "all of it is removed" in told(caplog, "delete", "--project", "steps", "--data", "--yes")
     assert left(cloud, "steps") == {}
 
 
@@ -115,7 +116,7 @@ def test_a_batch_broken_at_every_step_is_finished_by_repeating_it(
     assert list(TRANSFORM_JOBS.states(here.aws, Project("lots", "")).values()) == ["Completed"]
     assert (tmp_path / "answers.csv").read_text().count(",a,0.9,") == 5
     assert len([name for name in here.records._models if name.startswith("lots-")]) == 1
-    assert "nothing is left" in told(caplog, "delete", "--project", "lots", "--data", "--yes")
+    assert "all of it is removed" in told(caplog, "delete", "--project", "lots", "--data", "--yes")
     assert "has nothing to remove" in told(caplog, "delete", "--project", "lots", "--data", "--yes")
 
 
@@ -129,7 +130,7 @@ def test_a_batch_that_fails_tells_why_and_is_run_again(
         assert "The last lines of its log:\n    starts with my reason\n  The container did not answer /ping" in sentence
     assert not (tmp_path / "a.csv").exists()
     assert "5 images, 0 with a problem" in told(caplog, *batch("ill", packed, asked, tmp_path / "a.csv"))
-    assert "nothing is left" in told(caplog, "delete", "--project", "ill", "--data", "--yes")
+    assert "all of it is removed" in told(caplog, "delete", "--project", "ill", "--data", "--yes")
     assert list(data.listed(here.aws, "s3://sagemaker-eu-central-1-123456789012/ill/")) == []
 
 
@@ -162,7 +163,7 @@ def test_a_search_broken_at_every_step_is_finished_by_repeating_it(
     sentence = problem(caplog, *deploy)
     trial = re.search(r"no training job that ended well.* as it is: --model (seeks-t-\w+-1-00\d-\w+)\.", sentence)
     assert trial and "model: tiny version" in told(caplog, *deploy, "--model", trial[1], "--dry-run")
-    assert "nothing is left" in told(caplog, "delete", "--project", "seeks", "--data", "--yes")
+    assert "all of it is removed" in told(caplog, "delete", "--project", "seeks", "--data", "--yes")
 
 
 def failing(here: Account, trials: int) -> None:
@@ -203,7 +204,7 @@ def test_a_search_of_which_every_trial_fails_tells_why_and_is_run_again(
 
 
 def test_a_delete_broken_at_every_step_is_finished_by_repeating_it(
-    here: Account, caplog: pytest.LogCaptureFixture
+    here: Account, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = Project("goes", "delete-goes")
     here.containers.runs = True
@@ -213,8 +214,14 @@ def test_a_delete_broken_at_every_step_is_finished_by_repeating_it(
     TRAINING_JOBS.start(here.aws, project, here.training(project), POLL_S)
     delete = ("delete", "--project", "goes", "--bucket", "delete-goes", "--data", "--yes")
     before = inventory.things(here.aws, project, with_data=True)
-    for said in (told(caplog, *delete, "--dry-run"), told(caplog, "status", *delete[1:5])):
-        assert all(thing.name in said for thing in before)
+    now = inventory.things(here.aws, project, with_data=True, to_come=False)
+    assert {thing.name for thing in before} - {thing.name for thing in now} == {
+        project.uri(part) + "/" for part in inventory.OF_JOBS
+    }
+    for said, things in (
+        (told(caplog, *delete, "--dry-run"), before), (shown(caplog, capsys, "status", *delete[1:5]), now)
+    ):  # fmt: skip
+        assert all(thing.name in said for thing in things)
         assert "goes-train-" in said and "endpoint/goes/variant/main" in said and "delete-goes/goes/data/" in said
     assert [thing.name for thing in inventory.things(here.aws, project, with_data=True)] == [t.name for t in before]
     for name in ("StopTrainingJob", "DeleteEndpoint", "DeleteEndpointConfig", "DeleteModel", "DeleteLogGroup"):
@@ -224,7 +231,7 @@ def test_a_delete_broken_at_every_step_is_finished_by_repeating_it(
         here.order(operation=name, **DENIED)
         assert f":{name} is missing" in problem(caplog, *delete)
     said = told(caplog, *delete)
-    assert "nothing is left" in said and "what stays by design: bucket delete-goes" in said
+    assert "all of it is removed" in said and "  bucket delete-goes, which others may use: aws s3 rb" in said
     assert [thing for thing in inventory.things(here.aws, project, with_data=True) if thing.remove] == []
     assert "has nothing to remove" in told(caplog, *delete)
 
@@ -312,6 +319,6 @@ def test_delete_asks_and_takes_only_a_yes(
     assert "There is no one to ask" in problem(caplog, *delete, status=2)
     monkeypatch.setattr("sys.stdin", Terminal(answer))
     if answer == "y\n":
-        assert "nothing is left" in told(caplog, *delete)
+        assert "all of it is removed" in told(caplog, *delete)
     else:
         assert "Nothing was removed" in problem(caplog, *delete)

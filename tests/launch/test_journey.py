@@ -74,7 +74,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_shows_something_in_every_part(
     assert '"image/png"' in outputs["gallery(answers)"]
     assert outputs["for chart in charts(run):\n    display(chart)"].count('"image/png"') == 4
     assert "40.71 %" in outputs["beside_reference(model)"]
-    assert "nothing is left" in outputs['launch("delete", *ours, "--yes")']
+    assert "all of it is removed" in outputs['launch("delete", *ours, "--yes")']
 
 
 def test_the_notebook_has_no_logic_of_its_own_and_is_committed_without_outputs() -> None:

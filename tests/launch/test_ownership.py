@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.in_process import POLL_S, Account, until
-from tests.launch.telling import told
+from tests.launch.telling import shown, told
 from tests.rehearsal.start import IMAGE
 from training.launch import autoscaling, data, endpoint, inventory, registry
 from training.launch.endpoint import Hosting
@@ -119,14 +119,16 @@ def test_objects_below_the_prefix_that_the_commands_did_not_write_are_said_to_be
     for key in theirs | {"keeps/data/train-1/x", "keeps/jobs/j/output/model.tar.gz"}:
         s3.put_object(Bucket="delete-keeps", Key=key, Body=b"x")
     delete = ("delete", "--project", "keeps", "--bucket", "delete-keeps", "--data")
-    kept, removed = told(caplog, *delete, "--dry-run").split("to be removed:\n")
+    said, stays = told(caplog, *delete, "--dry-run").split("\nwhat stays:\n")
+    kept, removed = said.split("to be removed of project keeps in eu-central-1, account 123456789012:\n")
+    assert "  bucket delete-keeps, which others may use: aws s3 rb s3://delete-keeps" in stays
     assert kept.startswith("kept, as these commands did not write it:\n")
     for name, count in (("notes.txt", 1), ("photos/", 2), ("data", 1)):
         assert f"s3://delete-keeps/keeps/{name}  {count} files, 0.0 MB; not written by these commands\n" in kept
     assert [line.split()[3] for line in removed.splitlines()] == [
         "s3://delete-keeps/keeps/data/", "s3://delete-keeps/keeps/jobs/"
     ]  # fmt: skip
-    assert "nothing is left" in told(caplog, *delete, "--yes")
+    assert "all of it is removed" in told(caplog, *delete, "--yes")
     assert {key for key, _ in data.listed(here.aws, "s3://delete-keeps/")} == theirs
 
 
@@ -147,7 +149,7 @@ def test_what_is_written_is_what_delete_knows() -> None:
 
 
 def test_what_is_left_of_an_upload_that_was_killed_is_listed_and_removed(
-    here: Account, caplog: pytest.LogCaptureFixture
+    here: Account, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project, s3 = Project("killed", "delete-killed"), here.client("s3")
     data.ensure_bucket(here.aws, project)
@@ -159,8 +161,9 @@ def test_what_is_left_of_an_upload_that_was_killed_is_listed_and_removed(
     for key in ("killed/data/weights-1/w.pth", "killed/theirs/x", "killed-not/data/x"):
         s3.create_multipart_upload(Bucket="delete-killed", Key=key)
     delete = ("delete", "--project", "killed", "--bucket", "delete-killed", "--yes", "--data")
-    assert "killed/data/  0 files, 0.0 MB, 1 uploads that were broken off" in told(caplog, "status", *delete[1:5])
-    assert "nothing is left" in told(caplog, *delete)
+    said = shown(caplog, capsys, "status", *delete[1:5])
+    assert "killed/data/  0 files, 0.0 MB, 1 uploads that were broken off" in said
+    assert "all of it is removed" in told(caplog, *delete)
     assert unfinished() == {"killed-not/data/x", "killed/theirs/x"}
     s3.create_multipart_upload(Bucket="delete-killed", Key="killed/data/x")
     here.order(operation="GetBucket", code="AccessDenied", message="no", times=1, status=403)  # no leave to list them

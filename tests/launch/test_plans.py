@@ -9,7 +9,10 @@ from PIL import Image
 from tests.launch.in_process import ROLE, Account
 from tests.launch.telling import told
 from tests.rehearsal.start import IMAGE
+from training.flags import flag
+from training.launch.__main__ import main
 from training.launch.cost import DATE, PAGE
+from training.tuning.config import TuningConfig
 
 NOTE = re.escape(f"(us-east-1, estimate of {DATE}; {PAGE})")
 CHANGES = re.compile(r" (Create|Put|Update|Delete|Register|Deregister|Start|Stop|Post|Upload|Abort|Invoke)")
@@ -134,6 +137,17 @@ def test_dry_runs_of_the_other_commands_change_nothing(
     assert "would make role planned-sagemaker" in dry(here, caplog, "iam-role")
     assert "MB, to s3://" in dry(here, caplog, "upload", "--data", data)
     assert "has nothing to remove" in dry(here, caplog, "delete", "--data", "--role")
+
+
+def test_the_help_of_tune_names_what_is_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for name in TuningConfig.model_fields.keys() - {"timeout_minutes"}:  # which is refused here
+        assert flag(name) in said, name
+    defaults = TuningConfig.create({})
+    assert ",".join(map(str, defaults.batch_sizes)) in said and f"(default: {defaults.trials})" in said
+    for low, high in (defaults.learning_rate_range, defaults.epochs_range):
+        assert f"({low}:{high})" in said
 
 
 def test_the_price_is_told_before_the_job_is_started(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.launch.in_process import ROLE, Account
-from tests.launch.telling import problem, told
+from tests.launch.telling import problem, shown, told
 from tests.rehearsal.start import IMAGE, REGION, Rehearsal
 from training.launch import images, preflight
 from training.launch.names import Project
@@ -100,22 +100,27 @@ def test_a_bucket_of_another_account_is_a_failure_with_what_to_do(
     assert re.search(r"Bucket sagemaker-\S+ is another account's, or s3:ListBucket is missing; name one with", sentence)
 
 
-def test_without_a_role_preflight_and_train_show_both_policies(
-    here: Account, data: Path, caplog: pytest.LogCaptureFixture
+def test_without_a_role_preflight_and_train_name_what_makes_one_and_what_prints_its_policies(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = ("--project", "no-role")
     for said in (
         told(caplog, "preflight", *project, "--image", IMAGE, status=1),
         problem(caplog, "train", *project, "--data", data, "--image", IMAGE),
     ):
-        assert "iam-role --project no-role` makes one, or give --role ARN" in said
-        for part in (
-            "sts:AssumeRole",
-            "sagemaker.amazonaws.com",
-            "s3:GetObject",
-            "arn:aws:s3:::sagemaker-eu-central-1",
-        ):
-            assert part in said
+        assert "iam-role --project no-role` makes one, or give --role ARN; with --policy it prints" in said
+        assert "sts:AssumeRole" not in said
+    printed = json.loads(shown(caplog, capsys, "iam-role", *project, "--policy"))
+    assert printed["trust policy"] == trust_policy()
+    allowed = json.dumps(printed["permissions"])
+    assert "s3:GetObject" in allowed and "arn:aws:s3:::sagemaker-eu-central-1" in allowed
+    assert "iam CreateRole" not in here.calls
+
+
+def test_of_an_image_that_is_not_there_the_driver_does_not_pass(aws: Aws) -> None:
+    for image, result in ((IMAGE, "PASS"), (IMAGE.replace(":rehearsal", ":nothing"), "WARN")):
+        found = preflight.run(aws, PROJECT, Plan(TRAINING, GPU, image, "resnet34-sagemaker"))
+        assert [check.result for check in found if check.name == "driver"] == [result]
 
 
 @pytest.mark.parametrize(

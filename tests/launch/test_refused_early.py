@@ -11,6 +11,7 @@ from tests.launch.telling import problem, told
 from tests.rehearsal.start import IMAGE, Rehearsal
 from training.errors import ConfigError
 from training.launch.__main__ import main
+from training.launch.names import Project
 from training.launch.places import require_output
 
 SMALL = ("--weights", "none", "--quantize", "off")
@@ -56,6 +57,50 @@ def test_a_place_where_a_model_cannot_go_is_refused_before_the_job(
     seek = ("tune", *train(data, "--output", tmp_path / "file")[1:])
     assert "file is no folder" in refused(here, caplog, *seek)
     assert len(list((tmp_path / "app").iterdir())) == 3
+
+
+def test_what_is_mistyped_is_told_with_what_is_meant(
+    here: Account, data: Path, packed: Path, asked: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = ("batch", "--project", "early", "--model", packed, "--image", IMAGE, "--role", ROLE, asked)
+    for command in (train(data), ("tune", *train(data)[1:]), deploy(packed), batch):
+        assert "look like ml.g5.xlarge" in refused(here, caplog, *command, "--instance", "g5.xlarge")
+    assert "Did you mean ml.g5.xlarge?" in refused(here, caplog, *train(data), "--instance", "g5.xlarge")
+    hosting = ("preflight", "--image", IMAGE, "--role", ROLE, "--hosting-instance", "c5.xlarge")
+    assert "--hosting-instance c5.xlarge: " in refused(here, caplog, *hosting)
+    assert "ml.g5.xlarg is none of the types that boto3 lists for this. Did you mean ml.g5.xlarge?" in told(
+        caplog, *train(data), "--instance", "ml.g5.xlarg", "--dry-run"
+    )
+    assert "Did you mean --image?" in refused(here, caplog, *train(data), "--imge", "x")
+    assert "Did you mean epochs?" in refused(here, caplog, *train(data), "--epohcs", "3")
+    assert "Unknown --with-data. Did you mean --data? delete knows" in refused(here, caplog, "delete", "--with-data")
+    assert "Unknown --xyzzy. status knows" in refused(here, caplog, "status", "--xyzzy")
+
+
+def test_data_that_is_not_in_s3_is_told_before_a_job_is_started(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here.training(Project("early", "has-some"))
+    address = ("--project", "early", "--image", IMAGE, "--role", ROLE, *SMALL)
+    for place, said in (
+        ("s3://has-some/nothing/", "--data s3://has-some/nothing/: there is nothing in S3 at this address"),
+        ("s3://has-some/early/dat", "there is nothing in S3 at this address"),  # as a folder
+        ("s3://no-such-bucket/x/", "--data s3://no-such-bucket/x/: there is no bucket no-such-bucket"),
+    ):
+        assert said in refused(here, caplog, "train", *address, "--data", place)
+        assert said in refused(here, caplog, "upload", "--data", place)
+    weights = ("--data", data, "--weights", "s3://has-some/w.pth")
+    assert "--weights s3://has-some/w.pth: there is nothing" in refused(here, caplog, "train", *address[:-4], *weights)
+    here.order(operation="ListObjectsV2", code="AccessDenied", message="no", times=1, status=403)
+    said = told(caplog, "train", *address, "--data", "s3://has-some/early/data/", "--dry-run")
+    assert "whether something is there cannot be told" in said
+
+
+def test_a_best_json_that_is_missing_names_what_writes_one(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sentence = refused(here, caplog, *train(data), "--from-tuning", "no/best.json")
+    assert "--from-tuning no/best.json is missing; `python -m training.launch tune` writes best.json" in sentence
 
 
 def test_an_artifact_and_its_archive_may_be_replaced(tmp_path: Path, packed: Path, artifact: Path) -> None:

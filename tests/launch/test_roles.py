@@ -45,10 +45,8 @@ def test_a_role_is_found_by_its_arn_its_name_or_the_project_and_refused_where_sa
     project, iam = Project("found", "bucket"), here.client("iam")
     arn = "arn:aws:iam::123456789012:role/service-role/elsewhere"
     assert find_role(here.aws, project, arn) == arn
-    with pytest.raises(LaunchError, match=r"iam-role --project found` makes one") as nothing:
+    with pytest.raises(LaunchError, match=r"iam-role --project found` makes one, .* with --policy it prints"):
         find_role(here.aws, project, None)
-    for part in ("sts:AssumeRole", "s3:GetObject", "sagemaker.amazonaws.com"):
-        assert part in str(nothing.value)
     made = create_role(here.aws, project)
     assert find_role(here.aws, project, None) == made == create_role(here.aws, project)
     trusting = json.dumps(trust_policy())

@@ -78,6 +78,20 @@ def test_a_region_that_can_be_none_and_a_broken_configuration_are_sentences(tmp_
         connect("eu-central-1")
 
 
+@pytest.mark.parametrize("region", ["eu-centrall-1", "eu-cenrtal-1", "eu-central-1a"])
+def test_a_region_that_is_mistyped_is_refused_with_the_one_that_is_meant(region: str) -> None:
+    with pytest.raises(ConfigError, match=rf"Region {region}: .* Did you mean eu-central-1\?"):
+        connect(region)
+
+
+def test_a_region_that_may_be_newer_than_boto3_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for region in ("eu-central-1", "us-gov-west-1", "cn-north-1", "ap-southeast-4"):
+        assert connect(region).region == region
+    assert caplog.text == ""
+    assert connect("eu-west-9").region == "eu-west-9"
+    assert "lists no SageMaker in region eu-west-9" in caplog.text
+
+
 def test_an_endpoint_url_that_is_none_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": "nowhere"}.items():
         monkeypatch.setenv(name, value)
@@ -100,8 +114,8 @@ def test_without_boto3_the_commands_say_what_to_install() -> None:
     code = "import runpy, sys; sys.modules['boto3'] = None; runpy.run_module('training.launch', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    sentence = "boto3 is not installed: `uv sync --inexact --group training --group sagemaker` installs it.\n"
-    assert done.stderr == sentence
+    assert done.stderr.startswith("boto3 is not installed: `make setup-sagemaker` installs it, or `uv sync --inexact ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_token_that_cannot_be_sent_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

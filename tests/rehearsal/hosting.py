@@ -264,6 +264,8 @@ class Hosting:
             }
 
             def one(key: str) -> str | None:
+                if job.transform_job_status == "Stopping":
+                    return None
                 assert server
                 body = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
                 answered, _, content = server.ask("POST", "/invocations", body, headers)
@@ -279,11 +281,14 @@ class Hosting:
                 job.transform_job_status = "Failed" if problems else "Completed"
                 job.failure_reason = problems[0] if problems else ""
         except Exception as exc:
-            job.transform_job_status, job.failure_reason = "Failed", str(exc)
+            if job.transform_job_status == "InProgress":
+                job.transform_job_status, job.failure_reason = "Failed", str(exc)
         finally:
-            job.transform_end_time = job.last_modified_time
             if server:
                 server.stop()
+            if job.transform_job_status == "Stopping":
+                job.transform_job_status = "Stopped"
+            job.transform_end_time = job.last_modified_time
 
     def capture(self, endpoint: str, variant: str, body: bytes, kind: str, answer: bytes) -> None:
         """Data capture, where the configuration asks for it: one line a request below the destination."""

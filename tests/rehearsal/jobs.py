@@ -106,17 +106,19 @@ class Jobs:
         stream = Stream(self._plane.client("logs"), "/aws/sagemaker/TrainingJobs", f"{name}/algo-1-{int(start_s)}")
         folder = self._plane.work / name
         try:
-            self._set(name, "InProgress", "Downloading", "Downloading the training image and input data")
+            self._set(name, self._now(name), "Downloading", "Downloading the training image and input data")
             self._fill(folder, name, given)
-            self._set(name, "InProgress", "Training", "Training image download completed. Training in progress.")
+            if name in self._stopped:
+                self._set(name, "Stopped", "Stopped", "Training job stopped", TrainingEndTime=time.time())
+                return
+            self._set(name, self._now(name), "Training", "Training image download completed. Training in progress.")
             env = {"TRAINING_JOB_NAME": name, "OMP_NUM_THREADS": "1", **given.get("Environment", {})}
             self._running[name] = running = self._plane.engine.train(folder, env, stream.add)
             if name in self._stopped:
                 running.stop()
             status = running.wait()
             stream.close()
-            now = "Stopping" if name in self._stopped else "InProgress"
-            self._set(name, now, "Uploading", "Uploading generated training model")
+            self._set(name, self._now(name), "Uploading", "Uploading generated training model")
             metrics = _metrics(stream.lines, given["AlgorithmSpecification"].get("MetricDefinitions", []))
             self._take(folder, name, given, status)
             seconds = max(1, int(time.time() - start_s))
@@ -139,6 +141,9 @@ class Jobs:
             stream.close()
             self._running.pop(name, None)
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _now(self, name: str) -> str:
+        return "Stopping" if name in self._stopped else "InProgress"
 
     def _fill(self, folder: Path, name: str, given: dict[str, Any]) -> None:
         """https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo-running-container.html"""
@@ -277,8 +282,14 @@ class Jobs:
         return found
 
     def on_stop_hyper_parameter_tuning_job(self, given: dict[str, Any], _: "Forward") -> dict[str, Any]:
-        search = self._searches[given["HyperParameterTuningJobName"]]
-        search["stop"] = True
+        from tests.rehearsal.control_plane import Refusal
+
+        name = given["HyperParameterTuningJobName"]
+        search = self._searches[name]
+        if search["status"] != "InProgress":
+            raise Refusal("ValidationException", f"The tuning job {name} has ended.")
+        search["stop"], search["status"] = True, "Stopping"
+        self._sync_search(name)
         for trial in search["trials"]:
             if self._more[trial]["TrainingJobStatus"] == "InProgress":
                 self.on_stop_training_job({"TrainingJobName": trial}, lambda: {})
@@ -307,6 +318,8 @@ class Jobs:
             self._plane.backend.create_training_job(**_moto_arguments(request))
             self._begin(trial, {**request, "Tuned": tuned})
             search["trials"].append(trial)
+            if search["stop"] and trial not in self._stopped:  # it was told while this one began
+                self.on_stop_training_job({"TrainingJobName": trial}, lambda: {})
             self._train(trial)
 
         try:
@@ -339,8 +352,12 @@ class Jobs:
         return answer
 
     def on_stop_transform_job(self, given: dict[str, Any], _: "Forward") -> dict[str, Any]:
+        from tests.rehearsal.control_plane import Refusal
+
         job = self._plane.backend.transform_jobs[given["TransformJobName"]]
-        job.transform_job_status = "Stopped"
+        if job.transform_job_status != "InProgress":
+            raise Refusal("ValidationException", f"The transform job {given['TransformJobName']} has ended.")
+        job.transform_job_status = "Stopping"  # the job's own thread ends its server
         return {}
 
     def _start(self, work: Any, *arguments: Any) -> None:

@@ -61,7 +61,7 @@ class Journey:
 
     def preflight_says_what_is_missing(self) -> str:
         self._run("preflight", "--image", IMAGE, status=1, say="Not ready: role, image")
-        return "no role, no image: both named, with the policies and what to do; exit status 1"
+        return "no role, no image: both named, with what to do; exit status 1"
 
     def role(self) -> str:
         self._run("iam-role", say="is made")
@@ -101,6 +101,8 @@ class Journey:
 
     def train_again_waits(self) -> str:
         wrote = self._train(say="for this very request is there")
+        if "epoch=5/5" not in wrote:  # it may have ended meanwhile
+            wrote += self._run("logs")
         if "epoch=5/5" not in wrote:
             raise StepFailed(f"the log's lines were not shown: {wrote[-1500:]}")
         manifest = json.loads((self._folder / "model" / "manifest.json").read_text())
@@ -163,7 +165,7 @@ class Journey:
         project = ("--project", "resnet34-sless")
         model = ("--model", self._folder / "model", "--image", IMAGE, "--role", "resnet34-sagemaker")
         self._run("deploy", *project, *model, "--kind", "serverless", say="is created")
-        self._run("delete", *project, "--yes", "--data", say="nothing is left")
+        self._run("delete", *project, "--yes", "--data", say="all of it is removed")
         return "created, tested, removed"
 
     def asynchronous(self) -> str:
@@ -172,7 +174,7 @@ class Journey:
         self._run("deploy", *project, *model, "--kind", "async", "--min", 0, "--max", 2, say="scales from 0 to 2")
         picture = sorted(self._pictures.iterdir())[0]
         self._run("invoke", *project, picture)
-        self._run("delete", *project, "--yes", "--data", say="nothing is left")
+        self._run("delete", *project, "--yes", "--data", say="all of it is removed")
         return "created, answered through S3, removed"
 
     def sdk(self) -> str:
@@ -188,13 +190,13 @@ class Journey:
         return serve_by_sdk(self._cloud, self._folder / "model", self._pictures, self._serve_image)
 
     def status(self) -> str:
-        wrote = self._run("status", say="InService")
-        return f"{len(wrote.splitlines()) - 1} things listed"
+        wrote = self._run("status", say="1 running, 1 desired")
+        return f"{len(wrote.splitlines())} lines: what is there, what the endpoint runs and costs, where logs are"
 
     def delete(self) -> str:
         self._run("delete", "--data", "--role", "--dry-run", say="to be removed")
         self._run("delete", status=2, say="--yes")
-        wrote = self._run("delete", "--data", "--role", "--yes", say="nothing is left")
+        wrote = self._run("delete", "--data", "--role", "--yes", say="all of it is removed")
         return f"listed, not without being asked, then {wrote.count('removed ')} things removed"
 
     def nothing_is_left(self) -> str:

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 from tests.rehearsal import pictures
 from tests.rehearsal.journey import RUN
-from tests.rehearsal.start import ROOT, Rehearsal, rehearsal
+from tests.rehearsal.start import IMAGE, ROOT, rehearsal
 
 NOTEBOOK = ROOT / "training" / "train_and_deploy.ipynb"
 LIMIT_S = 600
@@ -23,17 +23,17 @@ LIMIT_S = 600
 
 
 def checkout(folder: Path) -> Path:
-    """A copy of the packages in `folder`, with the images noted that were pushed; returns where the notebook lies."""
+    """A copy of the packages in `folder`; returns where the notebook lies."""
     for name in ("container", "service", "training"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    Rehearsal.note_images(folder)
     return folder / "training"
 
 
 def parameters() -> str:
     """The cell of parameters, small; places relative to the checkout, as in the notebook."""
     values = {
-        "DATA": "data", "PROJECT": "tour", "PICTURES": "pictures", "OUTPUT": "artifacts",
+        "DATA": "data", "PROJECT": "tour", "IMAGES": {"train": IMAGE, "serve": IMAGE}, "PICTURES": "pictures",
+        "OUTPUT": "artifacts",
         "TUNE": ["--trials", 2, "--parallel", 2, "--learning-rate-range", "0.005:0.05", "--epochs-range", "2:4",
                  "--batch-sizes", "8,16", "--poll-seconds", 0.5, *RUN],
         "TRAIN": ["--spot", "--epochs", 8, "--poll-seconds", 0.5],

@@ -21,14 +21,18 @@ except ModuleNotFoundError as exc:
     package = (exc.name or "").partition(".")[0]
     if package not in ("boto3", "botocore"):
         raise
-    sys.exit(f"{package} is not installed: `uv sync --inexact --group training --group sagemaker` installs it.")
+    sys.exit(
+        f"{package} is not installed: `make setup-sagemaker` installs it, or `uv sync --inexact --group training "
+        "--group sagemaker`."
+    )
 
 log = logging.getLogger("training")
 
 HANGUP = (signal.SIGHUP,) if sys.platform != "win32" else ()
 
 STOPPED = (
-    "Stopped; repeat the command: what is there already is found and not made again. `status` lists what runs at AWS."
+    "Stopped; repeat the command: what is there already is found and not made again. `status` lists what runs at AWS, "
+    "`stop` ends jobs."
 )
 
 
@@ -54,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(exc, ConfigError) else 1
     except KeyboardInterrupt as exc:
         log.error("%s", exc if exc.args else STOPPED)
+        ends = getattr(exc, "ends", "")
+        if ends:
+            from training.launch.opening import command_line
+
+            log.error("To end it: %s", command_line(options, ends))
         log.error("The command was: python -m training.launch %s", shlex.join(given))
         ended = exc if isinstance(exc, Terminated) else exc.__cause__
         return 128 + (ended.signal_number if isinstance(ended, Terminated) else signal.SIGINT)

@@ -1,12 +1,15 @@
 """Jobs by name, and attempts of the same request: `BASE-1`, `BASE-2`, ... in the order they were made."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from training.launch import data
+from training.launch import cost, data
 from training.launch.errors import AwsError
+from training.launch.logs import TRAINING, TRANSFORM
 from training.launch.names import Project
 from training.launch.session import Aws
 from training.launch.wait import POLL_S, wait
@@ -45,6 +48,8 @@ class Jobs:
     """The same in sentences."""
     output: Callable[[Aws, Summary], str | None]
     """The s3:// address, or its beginning, of what a job of this description has written."""
+    group: str
+    """CloudWatch's group with the lines of such jobs: of a tuning job its trials'."""
 
     def start(self, aws: Aws, project: Project, wanted: dict[str, Any], poll_s: float = POLL_S) -> str:
         """The name of the job for this request: one that runs, or ended well and has its output, is taken, else the
@@ -124,11 +129,78 @@ class Jobs:
         status = f"{self.field}Status"
         job = wait(
             lambda: self.describe(aws, name), lambda job: str(job[status]), lambda job: job[status] not in RUNNING,
-            f"{self.what} {name}", None, poll_s,
+            f"{self.what} {name}", None, poll_s, f"stop {name}",
         )  # fmt: skip
         return str(job[status])
 
 
-TRAINING_JOBS = Jobs("TrainingJob", "training_job", "train", "job", _model)
-TUNING_JOBS = Jobs("HyperParameterTuningJob", "hyper_parameter_tuning_job", "t", "tuning job", _best_model)
-TRANSFORM_JOBS = Jobs("TransformJob", "transform_job", "batch", "job", _answers)
+TRAINING_JOBS = Jobs("TrainingJob", "training_job", "train", "job", _model, TRAINING)
+TUNING_JOBS = Jobs("HyperParameterTuningJob", "hyper_parameter_tuning_job", "t", "tuning job", _best_model, TRAINING)
+TRANSFORM_JOBS = Jobs("TransformJob", "transform_job", "batch", "job", _answers, TRANSFORM)
+KINDS = (TUNING_JOBS, TRAINING_JOBS, TRANSFORM_JOBS)
+"""In the order to stop them: a tuning job starts training jobs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the project's."""
+
+    kind: Jobs
+    name: str
+    state: str
+    created: datetime
+    machines: str = ""
+    """`1 x ml.g5.xlarge`, where its description was asked for."""
+    price: str = ""
+    """Of that, as a line."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it costs still."""
+        return self.state in RUNNING
+
+
+def every(aws: Aws, project: Project) -> list[Job]:
+    """The project's jobs of all kinds, trials not, newest first. Raises: AwsError."""
+    found = [
+        Job(kind, each[f"{kind.field}Name"], each[f"{kind.field}Status"], each["CreationTime"])
+        for kind in KINDS
+        for each in kind.listed(aws, project)
+    ]
+    return sorted(found, key=lambda job: job.created.timestamp(), reverse=True)
+
+
+def running(aws: Aws, project: Project) -> list[Job]:
+    """Those that cost still, with what they run on. Raises: AwsError."""
+    asked = [found(aws, project, job.name) for job in every(aws, project) if job.runs]
+    return [job for job in asked if job is not None]
+
+
+def found(aws: Aws, project: Project, name: str) -> Job | None:
+    """The project's job of this name, a trial too; None where there is none. Raises: AwsError."""
+    search = re.sub(r"-\d{3}-[0-9a-f]+$", "", name)
+    if search != name and project.owns(TUNING_JOBS.part, search):
+        kind = TRAINING_JOBS
+    else:
+        owner = next((kind for kind in KINDS if project.owns(kind.part, name)), None)
+        if owner is None:
+            return None
+        kind = owner
+    try:
+        told = kind.describe(aws, name)
+    except AwsError as exc:
+        if exc.is_missing:
+            return None
+        raise
+    return Job(kind, name, told[f"{kind.field}Status"], told["CreationTime"], *_machines(told))
+
+
+def _machines(told: Summary) -> tuple[str, str]:
+    """What a job runs on, and the price of that, in words."""
+    inner = told.get("TrainingJobDefinition") or told
+    resources = inner.get("ResourceConfig") or inner.get("TransformResources") or {}
+    count, instance = resources.get("InstanceCount", 1), resources.get("InstanceType", "unknown")
+    limits = (told.get("HyperParameterTuningJobConfig") or {}).get("ResourceLimits")
+    at_once = limits["MaxParallelTrainingJobs"] if limits else 1
+    each = f"{count} x {instance}"
+    return f"{at_once} trials at once, each {each}" if limits else each, cost.hourly(instance, at_once * count)

@@ -7,7 +7,9 @@ model, 2026-11-22), so the image is the one for CPUs. One image a request: pictu
 
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from service.model.images import MEDIA_TYPES, decode
 from training.errors import DataError
 from training.launch import data
 from training.launch.client import Outcome, Reply, understood
-from training.launch.errors import JobFailed, failure_advice
+from training.launch.errors import AwsError, JobFailed, failure_advice
 from training.launch.jobs import OVER
 from training.launch.logs import TRANSFORM, LogTail
 from training.launch.names import Project, digest, split_uri
@@ -89,19 +91,44 @@ def request(project: Project, model: str, place: str, instance: str = INSTANCE, 
     }
 
 
-def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
-    """Until the job ends. Returns: its description. Raises: JobFailed; StoppedWaiting; AwsError."""
-    client, tail = aws.client("sagemaker"), LogTail(aws, TRANSFORM, f"{name}/")
+def wait_for(aws: Aws, name: str, images: int, poll_s: float = POLL_S) -> dict[str, Any]:
+    """Until the job ends, telling how many of its `images` are answered; its log has a line for each of them.
+
+    Returns: its description. Raises: JobFailed; StoppedWaiting; AwsError.
+    """
+    client, count = aws.client("sagemaker"), _Answered(aws, images)
+
+    def state(job: dict[str, Any]) -> str:
+        status = str(job["TransformJobStatus"])
+        return status if status in OVER else f"{status}, {count.of(job['TransformOutput']['S3OutputPath'])}"
+
     job = wait(
-        lambda: dict(client.describe_transform_job(TransformJobName=name)),
-        lambda job: str(job["TransformJobStatus"]),
-        lambda job: job["TransformJobStatus"] in OVER,
-        f"job {name}", tail, poll_s,
+        lambda: dict(client.describe_transform_job(TransformJobName=name)), state,
+        lambda job: job["TransformJobStatus"] in OVER, f"job {name}", None, poll_s, f"stop {name}",
     )  # fmt: skip
     if job["TransformJobStatus"] != "Completed":
         reason = job.get("FailureReason") or job["TransformJobStatus"]
-        raise JobFailed(f"Job {name}", reason, tail.last_lines(), failure_advice(reason))
+        lines = LogTail(aws, TRANSFORM, f"{name}/").last_lines()
+        raise JobFailed(f"Job {name}", reason, lines, failure_advice(reason))
     return job
+
+
+class _Answered:
+    """Counts a job's answers in S3, seldom enough that the counting takes a tenth of the time at most."""
+
+    def __init__(self, aws: Aws, images: int) -> None:
+        self._aws, self._images = aws, images
+        self._shown, self._next_s = f"0 of {images} images answered", 0.0
+
+    def of(self, place: str) -> str:
+        """`3000 of 100000 images answered`, in steps of a twentieth."""
+        start_s = time.monotonic()
+        if start_s >= self._next_s:
+            with suppress(AwsError):  # who may not list them is told in the end
+                step, done = max(1, self._images // 20), sum(1 for _ in data.listed(self._aws, place))
+                self._shown = f"{done - done % step} of {self._images} images answered"
+            self._next_s = time.monotonic() + 10 * (time.monotonic() - start_s)
+        return self._shown
 
 
 def outcomes(aws: Aws, job: dict[str, Any], keys: dict[Path, str]) -> list[Outcome]:

@@ -156,7 +156,7 @@ class EndpointTarget:
 
     def __init__(self, aws: Aws, endpoint: str) -> None:
         self.name, self._client = f"endpoint {endpoint}", aws.client("sagemaker-runtime")
-        self._endpoint = endpoint
+        self._endpoint, self._region = endpoint, aws.region
 
     def close(self) -> None:
         """The client is the account's, and stays."""
@@ -178,6 +178,11 @@ class EndpointTarget:
                 return Reply(413, {}, f"{len(body) / 1e6:.1f} MB: {exc.text}".encode())
             if exc.code in TRANSIENT:
                 raise Unanswered(str(exc)) from exc
+            if exc.code == "ValidationError" and "not found" in exc.text:
+                raise LaunchError(
+                    f"There is no endpoint {self._endpoint} in {self._region}: `deploy` first, or give another "
+                    "--endpoint, --project or --region."
+                ) from exc
             raise
         headers = answer["ResponseMetadata"]["HTTPHeaders"]
         return Reply(200, headers, content)

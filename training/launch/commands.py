@@ -1,7 +1,8 @@
 """The commands: each a step of the journey, put together from the modules beside this one."""
 
+import difflib
+import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
@@ -9,16 +10,22 @@ from training.errors import ConfigError
 from training.launch import (
     inventory,
     live,
+    overview,
     preflight,
+    remains,
     results,
     roles,
 )
 from training.launch.client import Target, UrlTarget, classify, images_in
 from training.launch.deployment import run_batch, run_deploy, target_of
 from training.launch.errors import LaunchError
-from training.launch.experiments import channels, run_train, run_tune
+from training.launch.experiments import channels, require_addresses, run_train, run_tune
 from training.launch.flags import options_of
+from training.launch.names import Project
 from training.launch.opening import Options, as_json, opened
+from training.launch.running import agreed, run_logs, run_stop
+from training.launch.session import Aws
+from training.launch.wait import moment_of
 from training.progress import progress
 
 log = logging.getLogger("training")
@@ -39,11 +46,14 @@ def run_preflight(options: Options, _: Sequence[str]) -> None:
 def run_iam_role(options: Options, _: Sequence[str]) -> None:
     """Make the role that jobs run as, or bring it up to date."""
     aws, project = opened(options)
+    allowed = roles.permissions(project, aws.partition, options.mlflow)
+    if options.policy:
+        results.show(json.dumps({"trust policy": roles.trust_policy(), "permissions": allowed}, indent=2))
+        return
     if options.dry_run:
-        allowed = roles.permissions(project, aws.partition, options.mlflow)["Statement"]
         log.info(
             "would make role %s, taken by %s, which may:\n%s",
-            roles.role_name(project), roles.SERVICE, as_json(allowed),
+            roles.role_name(project), roles.SERVICE, as_json(allowed["Statement"]),
         )  # fmt: skip
         return
     roles.create_role(aws, project, options.mlflow)
@@ -52,6 +62,7 @@ def run_iam_role(options: Options, _: Sequence[str]) -> None:
 def run_upload(options: Options, _: Sequence[str]) -> None:
     """Check the data and send what is not in S3 yet."""
     aws, project = opened(options)
+    require_addresses(aws, options)
     channels(aws, project, options, options.broken_files)
 
 
@@ -75,10 +86,14 @@ def run_invoke(options: Options, _: Sequence[str]) -> None:
 
 
 def run_status(options: Options, _: Sequence[str]) -> None:
-    """List what the project has at AWS."""
+    """Write what the project has at AWS to stdout."""
     aws, project = opened(options)
-    found = inventory.things(aws, project, with_data=True, with_role=True)
-    log.info("project %s in %s:\n%s", project.name, aws.region, _things(found) if found else "  nothing")
+    found = inventory.things(aws, project, with_data=True, with_role=True, to_come=False)
+    results.show(f"project {project.name} in {aws.region}, account {aws.account}, bucket {project.bucket}")
+    results.show(_things(found) if found else "  nothing")
+    for lines in (overview.of_endpoint(aws, project, options), overview.of_jobs(aws, project, options)):
+        if lines:
+            results.show("\n".join(["", *lines]))
 
 
 def run_delete(options: Options, _: Sequence[str]) -> None:
@@ -89,29 +104,31 @@ def run_delete(options: Options, _: Sequence[str]) -> None:
     kept = [thing for thing in every if thing.remove is None and thing.kind == inventory.OBJECTS]
     if kept:
         log.info("kept, as these commands did not write it:\n%s", _things(kept))
+    where = f"{aws.region}, account {aws.account}"
     if not found:
-        log.info("project %s has nothing to remove", project.name)
-        return
-    log.info("to be removed:\n%s", _things(found))
-    if options.dry_run:
-        return
-    if not options.yes and not _agreed():
+        log.info("project %s has nothing to remove in %s", project.name, where)
+    else:
+        log.info("to be removed of project %s in %s:\n%s", project.name, where, _things(found))
+        if not options.dry_run:
+            _remove(aws, project, options, found)
+    remains.tell(aws, project, options, ended=any(thing.kind in inventory.JOBS for thing in every))
+
+
+def _remove(aws: Aws, project: Project, options: Options, found: list[inventory.Thing]) -> None:
+    if not options.yes and not agreed("Remove all of this?", "Nothing was removed."):
         raise LaunchError("Nothing was removed.")
     inventory.remove(aws, found, options.poll_seconds)
     left = inventory.things(aws, project, with_data=options.with_data, with_role=options.with_role)
     still = [thing for thing in left if thing.remove is not None]
     if still:
         raise LaunchError(f"Still there, repeat the command in a minute:\n{_things(still)}")
-    log.info("nothing is left%s", "" if options.with_data else f", but data and models in {project.uri()} (--data)")
-    log.info(
-        "what stays by design: bucket %s, AWS's records and logs of jobs that have ended, images in ECR%s",
-        project.bucket, "" if options.with_role else ", the role that iam-role made (--role)",
-    )  # fmt: skip
+    log.info("all of it is removed")
 
 
 COMMANDS: dict[str, Callable[[Options, Sequence[str]], None]] = {
     "preflight": run_preflight, "iam-role": run_iam_role, "upload": run_upload, "train": run_train, "tune": run_tune,
-    "deploy": run_deploy, "invoke": run_invoke, "batch": run_batch, "status": run_status, "delete": run_delete,
+    "deploy": run_deploy, "invoke": run_invoke, "batch": run_batch, "status": run_status, "logs": run_logs,
+    "stop": run_stop, "delete": run_delete,
 }  # fmt: skip
 TAKES_HYPERPARAMETERS = ("train", "tune")
 
@@ -119,19 +136,18 @@ TAKES_HYPERPARAMETERS = ("train", "tune")
 def run(options: Options, rest: Sequence[str]) -> None:
     """What the command line says. Raises: TrainingError, StoppedWaiting."""
     if rest and options.command not in TAKES_HYPERPARAMETERS:
-        raise ConfigError(f"Unknown {rest[0]}; {options.command} knows {', '.join(options_of(options.command))}.")
+        known = options_of(options.command)
+        close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"Unknown {rest[0]}.{meant} {options.command} knows {', '.join(known)}.")
     COMMANDS[options.command](options, rest)
-
-
-def _agreed() -> bool:
-    if sys.stdin is None or not sys.stdin.isatty():  # None: it is closed
-        raise ConfigError("There is no one to ask (no terminal): --yes removes without asking.")
-    try:
-        return input("Remove all of this? [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:  # Ctrl-D
-        return False
 
 
 def _things(found: Sequence[inventory.Thing]) -> str:
     width = max(len(thing.kind) for thing in found)
-    return "\n".join(f"  {thing.kind:<{width}}  {thing.name}  {thing.state}".rstrip() for thing in found)
+    lines = []
+    for thing in found:
+        made = f"made {moment_of(thing.created)}" if thing.created else ""
+        parts = (f"  {thing.kind:<{width}}", thing.name, thing.state, made)
+        lines.append("  ".join(part for part in parts if part))
+    return "\n".join(lines)

@@ -146,6 +146,21 @@ def is_there(aws: Aws, uri: str) -> bool:
     return True
 
 
+def require_there(aws: Aws, flag: str, uri: str) -> None:
+    """Raises: ConfigError where S3 has nothing at the address that `--flag` gives; AwsError. The role that jobs run as
+    may read what whoever starts them may not, so that is a warning.
+    """
+    try:
+        if not any(True for _ in listed(aws, uri)):
+            raise ConfigError(f"--{flag} {uri}: there is nothing in S3 at this address.")
+    except AwsError as exc:
+        if exc.is_missing:
+            raise ConfigError(f"--{flag} {uri}: there is no bucket {split_uri(uri)[0]}.") from exc
+        if not exc.is_denied:
+            raise
+        log.warning("--%s %s: whether something is there cannot be told (%s)", flag, uri, exc.code)
+
+
 def ensure_bucket(aws: Aws, project: Project) -> None:
     """Make the project's bucket unless it is there and ours. Raises: LaunchError, AwsError."""
     s3 = aws.client("s3")

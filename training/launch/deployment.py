@@ -25,7 +25,8 @@ from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
-from training.launch.opening import Options, as_json, opened
+from training.launch.opening import Options, as_json, command_line, opened
+from training.launch.running import tell_others
 from training.launch.session import Aws
 from training.launch.wait import StoppedWaiting
 
@@ -177,7 +178,7 @@ def bring(
         if _scales_as_before(aws, project, scaled):
             raise
         said = [*map(str, exc.args), _scaling_is_off(hosting, scaled)]
-        raise StoppedWaiting(" ".join(said)) from (exc.__cause__ or exc)
+        raise StoppedWaiting(" ".join(said), ends="delete") from (exc.__cause__ or exc)
 
 
 def _scaling_is_off(hosting: endpoint.Hosting, scaled: autoscaling.Scaling | None) -> str:
@@ -268,5 +269,8 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         name = registry.create_model(aws, project, container, role, "batchmodel")
     place, keys = batch.upload(aws, project, good)
     wanted = batch.request(project, name, place, options.instance, options.instances)
-    job = batch.wait_for(aws, TRANSFORM_JOBS.start(aws, project, wanted, options.poll_seconds), options.poll_seconds)
+    started = TRANSFORM_JOBS.start(aws, project, wanted, options.poll_seconds)
+    tell_others(aws, project, options, started)
+    job = batch.wait_for(aws, started, len(set(keys.values())), options.poll_seconds)
+    log.info("its log: %s", command_line(options, f"logs {started}"))
     results.report(results.write([*batch.outcomes(aws, job, keys), *bad], options.output, kind), options.output)

@@ -13,8 +13,10 @@ from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
 from training.launch import amis, cost, data, debugger, images, jobs, places, roles, source, tuning
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
+from training.launch.flags import options_of
 from training.launch.names import Project, split_uri
-from training.launch.opening import Options, as_json, opened
+from training.launch.opening import Options, as_json, command_line, opened
+from training.launch.running import tell_others
 from training.launch.session import Aws
 from training.tuning.config import SOURCES, TuningConfig, split_tuning
 
@@ -61,6 +63,14 @@ def channels(
     return found
 
 
+def require_addresses(aws: Aws, options: Options) -> None:
+    """Something is at the s3:// addresses that flags give. Raises: ConfigError; AwsError."""
+    for name in ("data", "validation", "weights"):
+        given = getattr(options, name)
+        if given and given.startswith("s3://"):
+            data.require_there(aws, name, s3_channel(name, given))
+
+
 def s3_channel(name: str, uri: str) -> str:
     """The address as AWS takes it, as a prefix: that of a folder ends with a slash, weights may be one object.
 
@@ -75,7 +85,13 @@ def hyperparameters(
 ) -> tuple[dict[str, str], TrainingConfig, TuningConfig]:
     """The training's settings in `rest`, checked here as the job will check them. Raises: ConfigError."""
     models = (TuningConfig, TrainingConfig) if tune else (TrainingConfig, Instrumentation)
-    given = parse_flags(rest, f"training.launch {program}", program, models, FILES)
+    given = parse_flags(rest, f"training.launch {program}", program, models, FILES, besides=options_of(program))
+    best = given.get("from_tuning")
+    if best is not None and places.kind_of(Path(str(best))) is None:
+        raise ConfigError(
+            f"--from-tuning {best} is missing; `python -m training.launch tune` writes best.json into its --output "
+            "(by itself artifacts/sagemaker-tuning), `python -m training.hpo` likewise."
+        )
     misplaced = [name for name in given if name in PLACES]
     if misplaced:
         raise ConfigError(f"{', '.join(misplaced)}: the container has its own; leave it out.")
@@ -123,6 +139,7 @@ def training_of(
         amis.family(options.instance)  # what it brings is not known
     elif image.cuda:
         amis.ami_for(options.instance, image.cuda)  # an old GPU is told before anything is uploaded
+    require_addresses(aws, options)
     if options.send_code:
         values = {**values, **source.hyperparameters(aws, project, options.dry_run)}
     side_px = None if "side" in config.model_fields_set else config.side
@@ -156,10 +173,13 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
         log.info("would train with: %s", effective(options, config))
         return
     name = TRAINING_JOBS.start(aws, project, wanted, options.poll_seconds)
+    tell_others(aws, project, options, name)
     if options.no_wait:
-        log.info("it runs; the same command without --no-wait follows it and brings the model home")
+        _tell_on_its_own(options, name, "model")
         return
-    jobs.bring_home(aws, jobs.wait_for(aws, name, options.poll_seconds), options.output)
+    job = jobs.wait_for(aws, name, options.poll_seconds)
+    log.info("its log: %s", command_line(options, f"logs {name}"))
+    jobs.bring_home(aws, job, options.output)
 
 
 def run_tune(options: Options, rest: Sequence[str]) -> None:
@@ -181,8 +201,9 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
         log.info("would try them with: %s", effective(options, config, tuned))
         return
     name = TUNING_JOBS.start(aws, project, wanted, options.poll_seconds)
+    tell_others(aws, project, options, name)
     if options.no_wait:
-        log.info("it runs; the same command without --no-wait follows it and brings the result home")
+        _tell_on_its_own(options, name, "result")
         return
     job = tuning.wait_for(aws, name, options.poll_seconds)
     tuning.write_best_of(job, config, options.output / "best.json")
@@ -192,4 +213,12 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
         "python -m training.launch deploy --project %s --model %s puts it behind an endpoint as it is; `train "
         "--from-tuning %s` trains anew with what it found",
         project.name, options.output / "model", options.output / "best.json",
+    )  # fmt: skip
+
+
+def _tell_on_its_own(options: Options, name: str, what: str) -> None:
+    log.info(
+        "it runs; the same command without --no-wait follows it and brings the %s home; `%s` shows its log, `%s` "
+        "ends it",
+        what, command_line(options, f"logs {name} --follow"), command_line(options, f"stop {name}"),
     )  # fmt: skip

@@ -7,11 +7,18 @@ from pathlib import Path
 
 from training.command_line import positive
 from training.launch import batch, endpoint, jobs
+from training.launch.names import DEFAULT_PROJECT
 from training.launch.wait import POLL_S
 
 TRAINING_HELP = (
     "Every flag of training.train_model (--epochs, --learning-rate, --weights none, ...) may follow; it becomes a "
     "hyperparameter of the job, checked here first."
+)
+
+SEARCHED_HELP = (
+    "--trials N (default: 10), --learning-rate-range LOW:HIGH (0.0001:0.1), --batch-sizes A,B,... (32,64,128,256), "
+    "--epochs-range LOW:HIGH (10:70); what is given as a value of its own (--epochs 30) is not searched. --metric is "
+    "validation_accuracy here."
 )
 
 
@@ -44,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
 
     one = add("iam-role", "make the role that jobs and endpoints run as, with the permissions they need and no more")
     one.add_argument("--mlflow", type=mlflow_arn, metavar="ARN", help="MLflow app or server that jobs may report to")
+    one.add_argument(
+        "--policy", action="store_true", help="print both its policies as JSON, for who makes roles; change nothing"
+    )
     _dry_run(one)
 
     one = add("upload", "check data and bring it to S3; sends only what is not there")
@@ -67,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     one = add("tune", "search learning rate, batch size and epochs in parallel jobs", epilog=TRAINING_HELP)
+    one.add_argument_group("what is searched (`python -m training.hpo --help` tells more)", SEARCHED_HELP)
     _job(one)
     one.add_argument(
         "--output", type=Path, default=Path("artifacts/sagemaker-tuning"),
@@ -120,7 +131,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--instance", default=batch.INSTANCE, help="default: %(default)s; the image must be for CPUs")
     one.add_argument("--instances", type=positive, default=1, help="default: %(default)s")
 
-    add("status", "what the project has at AWS")
+    add("status", "what the project has at AWS: a table on stdout, what the endpoint runs and costs, jobs that run")
+    one = add("logs", "write the log of a job, or of the endpoint, to stdout")
+    one.add_argument("name", nargs="?", metavar="NAME", help="a job or trial, or `endpoint` (default: the newest job)")
+    one.add_argument("--follow", action="store_true", help="and the lines that come, until the job has ended")
+    one.add_argument("--lines", type=between(1, 10_000), default=100, help="so many at most (default: %(default)s)")
+    one = add("stop", "end jobs (training, tuning, batch) and wait until they have; what they wrote stays")
+    one.add_argument("jobs", nargs="*", metavar="JOB", help="without one, those that run are listed, and you are asked")
+    one.add_argument("--yes", action="store_true", help="do not ask: all that run")
     one = add("delete", "list what the project has at AWS, ask, and remove it")
     one.add_argument("--data", action="store_true", dest="with_data", help="what these commands wrote to S3 too")
     one.add_argument("--role", action="store_true", dest="with_role", help="the role that iam-role made too")
@@ -179,7 +197,7 @@ def mlflow_arn(text: str) -> str:
 
 
 def _common(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--project", default="resnet34", help="name that everything carries (default: %(default)s)")
+    one.add_argument("--project", default=DEFAULT_PROJECT, help="name that everything carries (default: %(default)s)")
     one.add_argument("--region", help="default: as in ~/.aws or AWS_DEFAULT_REGION")
     one.add_argument("--profile", help="of ~/.aws (default: AWS_PROFILE)")
     one.add_argument("--bucket", help="default: SageMaker's own, sagemaker-REGION-ACCOUNT")

@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from training.errors import ConfigError
 from training.launch.amis import IMAGE_CUDA, has_gpu
@@ -41,6 +42,24 @@ def image_for(target: Target, given: str | None, pushed: Path = PUSHED) -> Image
         ) from exc
     except (OSError, ValueError, TypeError) as exc:
         raise ConfigError(f"{pushed} cannot be read ({exc}); `{PUSH.format(target)}` again, or give --image.") from exc
+
+
+def note(uris: Mapping[str, str], pushed: Path = PUSHED) -> None:
+    """Note images that others pushed, as `make push` notes its own; those noted for other targets stay.
+
+    Raises: ConfigError where a target is unknown.
+    """
+    unknown = sorted(uris.keys() - set(get_args(Target)))
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)}: images are for {', '.join(get_args(Target))}.")
+    try:
+        noted = json.loads(pushed.read_bytes()) if pushed.exists() else {}
+        cuda = ".".join(map(str, IMAGE_CUDA))
+        noted |= {target: {"uri": uri, "cuda": None if target == "serve-cpu" else cuda} for target, uri in uris.items()}
+        pushed.parent.mkdir(parents=True, exist_ok=True)
+        pushed.write_text(f"{json.dumps(noted, indent=2)}\n")
+    except (OSError, ValueError, TypeError) as exc:
+        raise ConfigError(f"{pushed} cannot be read or written ({exc}).") from exc
 
 
 def hosting_target(kind: str, instance: str) -> Target:

@@ -4,10 +4,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 
 from training.launch import autoscaling, data, endpoint, ownership, registry, roles
-from training.launch.attempts import RUNNING, TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
+from training.launch.attempts import KINDS, RUNNING
 from training.launch.errors import AwsError, refused
 from training.launch.logs import ENDPOINTS
 from training.launch.names import PARTS, Project
@@ -17,6 +18,7 @@ from training.launch.wait import POLL_S, StoppedWaiting
 log = logging.getLogger("training")
 
 OBJECTS = "objects in S3"
+JOBS = ("tuning job", "training job", "batch transform")
 OF_JOBS = ("batch", "checkpoints", "debugger", "jobs", "profiler", "tensorboard")
 """The parts of the project's prefix that jobs write, also the first time in the last two minutes before they end."""
 
@@ -35,16 +37,21 @@ class Thing:
     """Of a job, which goes on after it was told to stop: waits for its end."""
     needed_by_jobs: bool = False
     """A job that is being stopped still writes to it, or acts by it."""
+    created: datetime | None = None
+    """Where AWS's list tells it."""
 
 
-def things(aws: Aws, project: Project, *, with_data: bool = False, with_role: bool = False) -> list[Thing]:
+def things(
+    aws: Aws, project: Project, *, with_data: bool = False, with_role: bool = False, to_come: bool = True
+) -> list[Thing]:
     """All that is the project's, in the order to remove it.
 
     Jobs, configurations and models are known by names that end in a digest; what is called like the project and nothing
     more (endpoint, model package group, alarms, role) by our tags; an endpoint's log group and autoscaling, which have
     none of their own, by the endpoint's. In S3 the folders below the project's prefix that these commands write.
 
-    `with_data`: the project's objects in S3 too (data, models, outputs, checkpoints). Raises: AwsError.
+    `with_data`: the project's objects in S3 too (data, models, outputs, checkpoints); `to_come`: with the folders that
+    its jobs may yet write to while they are stopped. Raises: AwsError.
     """
     there = endpoint.find(aws, project.endpoint)
     ours = there is not None and ownership.is_ours(aws, project, there["EndpointArn"])
@@ -53,13 +60,17 @@ def things(aws: Aws, project: Project, *, with_data: bool = False, with_role: bo
         found += _scaling(aws, project)
     if ours and there:
         found.append(
-            Thing("endpoint", project.endpoint, there["EndpointStatus"], partial(_delete_endpoint, aws, project))
+            Thing(
+                "endpoint", project.endpoint, there["EndpointStatus"], partial(_delete_endpoint, aws, project),
+                created=there.get("CreationTime"),
+            )
         )  # fmt: skip
-    found += [*_hosting(aws, project), *_packages(aws, project), *_alarms(aws, project)]
+    live = there["EndpointConfigName"] if there else None
+    found += [*_hosting(aws, project, live), *_packages(aws, project), *_alarms(aws, project)]
     if ours or there is None:
         found += _logs(aws, project)
     if with_data:
-        found += _objects(aws, project, any(thing.until_over for thing in found))
+        found += _objects(aws, project, to_come and any(thing.until_over for thing in found))
     if with_role:
         found += _role(aws, project)
     return found
@@ -102,16 +113,14 @@ def _at_once(call: Callable[..., object], *arguments: object, **named: object) -
 
 
 def _jobs(aws: Aws, project: Project) -> Iterator[Thing]:
-    for kind, jobs in (
-        ("tuning job", TUNING_JOBS), ("training job", TRAINING_JOBS), ("batch transform", TRANSFORM_JOBS)
-    ):  # fmt: skip
-        for name, state in jobs.states(aws, project).items():
+    for kind, jobs in zip(JOBS, KINDS, strict=True):
+        for each in jobs.listed(aws, project):
+            name, state, made = each[f"{jobs.field}Name"], each[f"{jobs.field}Status"], each.get("CreationTime")
             if state in RUNNING:
-                yield Thing(
-                    kind, name, state, _at_once(jobs.stop, aws, name), partial(jobs.wait_until_over, aws, name)
-                )  # fmt: skip
+                over = partial(jobs.wait_until_over, aws, name)
+                yield Thing(kind, name, state, _at_once(jobs.stop, aws, name), over, created=made)
             else:
-                yield Thing(kind, name, state, None)
+                yield Thing(kind, name, state, None, created=made)
 
 
 def _scaling(aws: Aws, project: Project) -> Iterator[Thing]:
@@ -128,19 +137,22 @@ def _delete_endpoint(aws: Aws, project: Project, poll_s: float) -> None:
     endpoint.wait_until_gone(aws, name, poll_s)
 
 
-def _hosting(aws: Aws, project: Project) -> Iterator[Thing]:
+def _hosting(aws: Aws, project: Project, live: str | None) -> Iterator[Thing]:
+    """`live`: the configuration that the endpoint has now."""
     client = aws.client("sagemaker")
     for page in client.get_paginator("list_endpoint_configs").paginate(NameContains=f"{project.name}-config-"):
         for each in page["EndpointConfigs"]:
             name = each["EndpointConfigName"]
             if project.owns("config", name):
                 gone = _at_once(client.delete_endpoint_config, EndpointConfigName=name)
-                yield Thing("endpoint configuration", name, "", gone)
+                state = "current" if name == live else ""
+                yield Thing("endpoint configuration", name, state, gone, created=each.get("CreationTime"))
     for page in client.get_paginator("list_models").paginate(NameContains=f"{project.name}-"):
         for each in page["Models"]:
             name = each["ModelName"]
             if project.owns("model", name) or project.owns("batchmodel", name):
-                yield Thing("model", name, "", _at_once(client.delete_model, ModelName=name))
+                gone = _at_once(client.delete_model, ModelName=name)
+                yield Thing("model", name, "", gone, created=each.get("CreationTime"))
 
 
 def _packages(aws: Aws, project: Project) -> Iterator[Thing]:
@@ -251,4 +263,5 @@ def _role(aws: Aws, project: Project) -> Iterator[Thing]:
             raise
         return
     if ownership.has_tags(project, role.get("Tags", ())):
-        yield Thing("role", name, "", _at_once(roles.delete_role, aws, project), needed_by_jobs=True)
+        gone = _at_once(roles.delete_role, aws, project)
+        yield Thing("role", name, "", gone, needed_by_jobs=True, created=role.get("CreateDate"))

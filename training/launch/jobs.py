@@ -134,11 +134,15 @@ def describe(aws: Aws, name: str) -> dict[str, Any]:
 
 
 def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
-    """Until the job ends. Returns: its description. Raises: JobFailed; StoppedWaiting; AwsError."""
+    """Until the job ends, with its log's lines; those of one that has ended are not told again.
+
+    Returns: its description. Raises: JobFailed; StoppedWaiting; AwsError.
+    """
     tail = LogTail(aws, TRAINING, f"{name}/")
     job = wait(
-        lambda: describe(aws, name), _state, lambda job: job["TrainingJobStatus"] in OVER, f"job {name}", tail, poll_s
-    )
+        lambda: describe(aws, name), _state, lambda job: job["TrainingJobStatus"] in OVER, f"job {name}", tail,
+        poll_s, f"stop {name}",
+    )  # fmt: skip
     if job["TrainingJobStatus"] != "Completed":
         reason = job.get("FailureReason") or job["TrainingJobStatus"]
         raise JobFailed(f"Job {name}", reason, tail.last_lines(), failure_advice(reason))

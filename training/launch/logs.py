@@ -13,6 +13,9 @@ TRAINING, ENDPOINTS, TRANSFORM = (
     "/aws/sagemaker/TransformJobs",
 )
 LAST_LINES = 15
+RECENT_STREAMS = 20
+"""So many of a group's streams, those written to last, are asked for their last lines: of an endpoint there is one for
+each instance that ever was."""
 PROBE = "path=/ping"
 """What the service writes of a health check that is not answered with 200: once a second while it starts."""
 
@@ -31,6 +34,9 @@ class LogTail:
         self._group, self._prefix = group, prefix
         self._since_ms, self._new_streams = since_ms, new_streams
         self._tokens: dict[str, str] = {}
+        self._left_out: set[str] = set()
+        self._written_ms: dict[str, int] = {}
+        """When each stream was last written to."""
         self._last: deque[str] = deque(maxlen=LAST_LINES)
         self.problem: str | None = None
         """Why the log could not be read, last time."""
@@ -48,9 +54,31 @@ class LogTail:
         self._last.extend(lines)
         return lines
 
+    def recent(self, count: int) -> list[str]:
+        """The last `count` lines, of a log that may be long; `new_lines` goes on after them."""
+        events: list[tuple[int, str]] = []
+        self.problem = None
+        try:
+            streams = sorted(self._streams(), key=lambda name: self._written_ms.get(name, 0), reverse=True)
+            self._left_out |= set(streams[RECENT_STREAMS:])
+            for stream in streams[:RECENT_STREAMS]:
+                page = self._logs.get_log_events(
+                    logGroupName=self._group, logStreamName=stream, startFromHead=False, limit=count
+                )
+                self._tokens[stream] = page["nextForwardToken"]
+                events += _shown(page)
+        except AwsError as exc:
+            self.problem = None if exc.is_missing else str(exc)
+        lines = [line for _, line in sorted(events, key=lambda event: event[0])][-count:]
+        self._last.extend(lines)
+        return lines
+
     def last_lines(self) -> list[str]:
         """The last LAST_LINES lines, or why there are none."""
-        self.new_lines()
+        if self._tokens or self._since_ms is not None:
+            self.new_lines()
+        else:
+            self.recent(LAST_LINES)
         if not self._last and self.problem:
             return [f"(the log cannot be read: {self.problem})"]
         return list(self._last)
@@ -61,7 +89,11 @@ class LogTail:
         first_ms = self._since_ms or 0 if self._new_streams else 0
         while True:
             page = self._logs.describe_log_streams(logGroupName=self._group, **given)
-            found += [s["logStreamName"] for s in page["logStreams"] if s.get("creationTime", first_ms) >= first_ms]
+            new = [each for each in page["logStreams"] if each.get("creationTime", first_ms) >= first_ms]
+            self._written_ms |= {
+                each["logStreamName"]: each.get("lastEventTimestamp") or each.get("creationTime", 0) for each in new
+            }
+            found += [each["logStreamName"] for each in new if each["logStreamName"] not in self._left_out]
             if not page.get("nextToken"):
                 return found
             given["nextToken"] = page["nextToken"]
@@ -74,10 +106,15 @@ class LogTail:
             page = self._logs.get_log_events(
                 logGroupName=self._group, logStreamName=stream, startFromHead=True, **start, **given
             )
-            for event in page["events"]:
-                if PROBE not in event["message"]:
-                    yield event["timestamp"], event["message"].rstrip()
+            yield from _shown(page)
             token = page["nextForwardToken"]
             if token == self._tokens.get(stream):  # only that is the end: pages on the way may be empty
                 return
             self._tokens[stream] = token
+
+
+def _shown(page: dict[str, Any]) -> list[tuple[int, str]]:
+    """Time and text of a page's lines but for PROBE."""
+    return [
+        (event["timestamp"], event["message"].rstrip()) for event in page["events"] if PROBE not in event["message"]
+    ]

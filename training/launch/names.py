@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from training.errors import ConfigError
 
+DEFAULT_PROJECT = "resnet34"
 PROJECT_TAG, MAKER_TAG, MAKER = "project", "made-by", "training.launch"
 MAX_PROJECT = 18
 """A tuning job's name has 32 characters at most: project, kind, digest, attempt."""

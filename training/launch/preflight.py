@@ -69,7 +69,14 @@ def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
             checks.append(Check(name, "FAIL", str(exc).splitlines()[0], "\n".join(str(exc).splitlines()[1:])))
             if name == "credentials":
                 break  # nothing else can be asked
+    if any(check.name == "image" and check.result == "FAIL" for check in checks):
+        checks = [_unsure(check) if check.name == "driver" and check.result == "PASS" else check for check in checks]
     return checks
+
+
+def _unsure(driver: Check) -> Check:
+    """Of an image that is not there nobody knows what it brings."""
+    return Check("driver", "WARN", "cannot be told without the image", f"It is so once that is there: {driver.found}.")
 
 
 def table(checks: list[Check]) -> str:

@@ -46,9 +46,9 @@ def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple
     count = bad = 0
     with _opened(path) as file:
         table = csv.writer(file, lineterminator="\n") if kind == "csv" else None
-        if table:
-            table.writerow(COLUMNS)
         for outcome in outcomes:
+            if table and not count:  # not before: where no image can be asked about, nothing is written
+                table.writerow(COLUMNS)
             count, bad = count + 1, bad + (outcome.problem is not None)
             if table:
                 table.writerow(_row(outcome))
@@ -56,6 +56,13 @@ def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple
                 file.write(f"{json.dumps(_object(outcome))}\n")
             file.flush()
     return count, bad
+
+
+def show(text: str) -> None:
+    """A result in words, to stdout. Raises: ConfigError where that is closed."""
+    with _opened(None) as file:
+        file.write(f"{text}\n")
+        file.flush()
 
 
 def report(counts: tuple[int, int], output: Path | None) -> None:

@@ -182,7 +182,7 @@ def find_role(aws: Aws, project: Project, given: str | None) -> str:
 
     SageMaker wants the whole ARN, its path included, which a name alone does not tell.
 
-    Raises: LaunchError that shows the policies where there is none; ConfigError where an ARN is none; AwsError.
+    Raises: LaunchError that says what makes one where there is none; ConfigError where an ARN is none; AwsError.
     """
     if given and given.startswith("arn:"):
         if not ARN.fullmatch(given):
@@ -205,9 +205,8 @@ def find_role(aws: Aws, project: Project, given: str | None) -> str:
             )
     raise LaunchError(
         "There is no role for SageMaker to run as. "
-        f"`python -m training.launch iam-role --project {project.name}` makes one, or give --role ARN. It needs this "
-        f"trust policy:\n{json.dumps(trust_policy(), indent=2)}\nand these permissions:\n"
-        f"{json.dumps(permissions(project, aws.partition), indent=2)}"
+        f"`python -m training.launch iam-role --project {project.name}` makes one, or give --role ARN; with --policy "
+        "it prints what such a role must have."
     )
 
 

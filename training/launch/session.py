@@ -30,6 +30,7 @@ from botocore.parsers import ResponseParserError
 from botocore.utils import validate_region_name
 
 from training.errors import ConfigError
+from training.launch import regions
 from training.launch.errors import AGAIN, AwsError, refused
 
 TRIES = 6
@@ -174,6 +175,7 @@ def connect(region: str | None = None, profile: str | None = None) -> Aws:
         validate_region_name(session.region_name)
     except InvalidRegionError as exc:
         raise ConfigError(f"Region {session.region_name}: regions look like eu-central-1; give --region.") from exc
+    regions.look_at(session, session.region_name)
     session.events.register("creating-client-class", _explain)
     return Aws(session)
 

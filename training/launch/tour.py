@@ -6,12 +6,13 @@ import importlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from service.model.artifact import open_artifact
+from training.launch import images
 from training.launch.__main__ import main
 from training.launch.errors import LaunchError
 from training.report.sources import read_sources
@@ -41,6 +42,12 @@ def launch(command: str, *arguments: object) -> None:
     status = main([command, *map(str, arguments)])
     if status:
         raise LaunchError(f"`{command}` ended with status {status}; the lines above say why.")
+
+
+def note_images(uris: Mapping[str, str]) -> None:
+    """Note images that are in ECR, by what they are for (train, serve, serve-cpu), for every command to come."""
+    if uris:
+        images.note(uris)
 
 
 def charts(run: Path) -> list[Any]:

@@ -135,8 +135,9 @@ def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
         return dict(client.describe_hyper_parameter_tuning_job(HyperParameterTuningJobName=name))
 
     job = wait(
-        ask, _state, lambda job: job["HyperParameterTuningJobStatus"] in OVER, f"tuning job {name}", None, poll_s
-    )
+        ask, _state, lambda job: job["HyperParameterTuningJobStatus"] in OVER, f"tuning job {name}", None, poll_s,
+        f"stop {name}",
+    )  # fmt: skip
     failed = [trial for trial in trials(aws, name) if trial["TrainingJobStatus"] == "Failed"]
     if job["HyperParameterTuningJobStatus"] != "Completed" or not best_of(job):
         reason = job.get("FailureReason") or job["HyperParameterTuningJobStatus"]
