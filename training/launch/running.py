@@ -39,7 +39,7 @@ def agreed(question: str, otherwise: str) -> bool:
 def tell_others(aws: Aws, project: Project, options: Options, started: str) -> None:
     """Say which other jobs of the project cost still, where that may be asked: who changed a flag has two."""
     try:
-        others = [job for job in attempts.running(aws, project) if job.name != started]
+        others = attempts.running(aws, project, but=started)
     except AwsError as exc:
         log.info("whether other jobs of the project run cannot be told (%s)", exc.code)
         return
