@@ -132,7 +132,8 @@ def test_who_leaves_an_endpoint_is_told_that_it_is_there_and_what_it_costs(
     for stop, status in ((ctrl_c, 130), (sigterm, 143)):
         with when("endpoint left scales", stop):
             said = told(caplog, *command, status=status)
-        assert "Stopped; the same command goes on from here, `python -m training.launch delete --project left`" in said
+        assert "Stopped; the same command goes on from here." in said
+        assert "To end it: python -m training.launch delete --project left" in said
         assert f"Endpoint left is InService; {price}" in said
     with when("registry has this model", ctrl_c):  # before anything of the endpoint
         assert "its cost until" not in told(caplog, *command, status=130)

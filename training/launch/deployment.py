@@ -117,13 +117,11 @@ def _costs_told(aws: Aws, project: Project, hosting: endpoint.Hosting, shadow: b
             raise exc from exc.__cause__
         if found is None or found["EndpointStatus"] in live.GONE:
             raise
-        said = (
-            str(exc) if isinstance(exc, StoppedWaiting) else "Stopped; the same command goes on from here, `python -m "
-            f"training.launch delete --project {project.name}` ends the endpoint."
-        )  # fmt: skip
+        said = str(exc) if isinstance(exc, StoppedWaiting) else "Stopped; the same command goes on from here."
         raise StoppedWaiting(
             f"{said} Endpoint {project.endpoint} is {found['EndpointStatus']}; its cost until it is deleted: "
-            f"{hosting.price(shadow)}"
+            f"{hosting.price(shadow)}",
+            ends="delete",
         ) from (exc.__cause__ or exc)
 
 
