@@ -77,13 +77,16 @@ def test_what_lies_there_stays_where_the_object_is_damaged(
 
 
 def test_files_of_others_beside_it_stay(job: Callable[[int], dict[str, Any]], aws: Aws, tmp_path: Path) -> None:
-    home = tmp_path / "out"
+    home, done = tmp_path / "out", job(2)
     (home / "model-run").mkdir(parents=True)
     kept = [home / "model-run" / "notes.txt", home / "model-run.tar.gz"]
     for path in kept:
         path.write_text("mine")
-    bring_home(aws, job(2), home / "model")
+    bring_home(aws, done, home / "model")
     assert [path.read_text() for path in kept] == ["mine", "mine"]
+    (home / "model" / ".git").mkdir()
+    bring_home(aws, done, home / "model")
+    assert (home / "model" / ".git").is_dir()
     (home / "other.tar.gz").write_text("mine")
     with pytest.raises(ConfigError, match=r"other\.tar\.gz, where its archive goes, is another file"):
         bring_home(aws, {"ModelArtifacts": {"S3ModelArtifacts": "s3://home/output/model.tar.gz"}}, home / "other")

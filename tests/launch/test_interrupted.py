@@ -158,7 +158,7 @@ def test_a_search_broken_at_every_step_is_finished_by_repeating_it(
     assert list(TUNING_JOBS.states(here.aws, Project("seeks", "")).values()) == ["Completed"]
     for name in ("best.json", "model/manifest.json"):
         assert (tmp_path / "found" / name).is_file()
-    assert f"launch deploy --project seeks --model {tmp_path / 'found' / 'model'} puts it behind an endpoint" in said
+    assert f"launch deploy --model {tmp_path / 'found' / 'model'} --project seeks puts it behind an endpoint" in said
     deploy = ("deploy", "--project", "seeks", "--image", IMAGE, "--role", ROLE)
     sentence = problem(caplog, *deploy)
     trial = re.search(r"no training job that ended well.* as it is: --model (seeks-t-\w+-1-00\d-\w+)\.", sentence)

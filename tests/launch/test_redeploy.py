@@ -143,7 +143,7 @@ def test_an_asynchronous_endpoint_is_asked_as_one_without_being_told(
     here: Account, packed: Path, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = told(caplog, *deploy("waits-for", packed, "--kind", "async", "--min", 0, "--max", 1))
-    assert "invoke --project waits-for IMAGE_OR_FOLDER asks it" in said.splitlines()[-1]
+    assert "invoke IMAGE_OR_FOLDER --project waits-for asks it" in said.splitlines()[-1]
     invoke = ("invoke", "--project", "waits-for", asked, "--output", tmp_path / "a.csv")
     assert "5 images, 0 with a problem" in told(caplog, *invoke)
     assert (tmp_path / "a.csv").read_text().count(",a,0.9,") == 5

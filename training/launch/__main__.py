@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + (ended.signal_number if isinstance(ended, Terminated) else signal.SIGINT)
     except BrokenPipeError:  # `invoke photos | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still held is not written at the end either
-        log.error("Nobody reads the results any more; --output FILE keeps all of them.")
+        more = "; --output FILE keeps all of them" if hasattr(options, "output") else ""
+        log.error("Nobody reads the results any more%s.", more)
         return 1
     except OSError as exc:  # a full disk, say; what is known of is told where it occurs
         where = f"{exc.filename}: " if exc.filename else ""

@@ -50,7 +50,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     paths = images_in(options.smoke) if options.smoke else []
     smoke.require_images(paths)
     now = live.look(aws, project)
-    live.require_kind(project, now, options.kind)
+    live.require_kind(project, now, options.kind, command_line(options, "delete"))
     scaling = now.scaling if now else autoscaling.NONE
     bounds = autoscaling.bounds(scaling)
     kept = bounds is not None and options.min_count is None and options.max_count is None
@@ -87,10 +87,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
                     f"{exc}\n  Endpoint {project.endpoint} is {action} and in service all the same: repeat the command "
                     "to test it again, `deploy --model` with the model of before goes back to that, `delete` ends it."
                 ) from exc
-    log.info(
-        "python -m training.launch invoke --project %s IMAGE_OR_FOLDER asks it; `delete` ends it and its cost",
-        project.name,
-    )  # fmt: skip
+    log.info("%s asks it; `delete` ends it and its cost", command_line(options, "invoke IMAGE_OR_FOLDER"))
 
 
 def hosting_of(options: Options, image: images.Image, bounds: tuple[int, int] | None) -> endpoint.Hosting:

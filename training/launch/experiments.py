@@ -1,6 +1,7 @@
 """The commands that learn: data brought to S3, settings checked, `train` and `tune`."""
 
 import logging
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,9 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     best = jobs.describe(aws, tuning.best_of(job)["TrainingJobName"])
     jobs.bring_home(aws, best, options.output / "model")
     log.info(
-        "python -m training.launch deploy --project %s --model %s puts it behind an endpoint as it is; `train "
-        "--from-tuning %s` trains anew with what it found",
-        project.name, options.output / "model", options.output / "best.json",
+        "%s puts it behind an endpoint as it is; `train --from-tuning %s` trains anew with what it found",
+        command_line(options, f"deploy --model {shlex.quote(str(options.output / 'model'))}"),
+        shlex.quote(str(options.output / "best.json")),
     )  # fmt: skip
 
 

@@ -92,7 +92,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--kind", choices=("realtime", "serverless", "async"), default="realtime")
     one.add_argument("--instance", default=endpoint.INSTANCE, help="default: %(default)s")
     one.add_argument(
-        "--min", type=between(0, 1000), dest="min_count", help="instances at least (default: 1, or as it scales)"
+        "--min",
+        type=between(0, 1000),
+        dest="min_count",
+        help="instances at least (default: 1; without --min and --max as it scales)",
     )
     one.add_argument(
         "--max", type=positive, dest="max_count",
@@ -112,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shadow", metavar="MODEL", help="a second model that gets a copy of every request")
     one.add_argument("--approval", choices=("Approved", "PendingManualApproval"), default="Approved")
     one.add_argument(
-        "--smoke", type=Path, nargs="*", default=[], help="images or folders to test with, besides its own"
+        "--smoke", type=Path, nargs="*", default=[], help="images or folders to test with, in place of its own example"
     )
 
     one = add("invoke", "classify images with an endpoint, or with a service at an address")

@@ -208,10 +208,14 @@ def _unpacked(archive: Path, folder: Path) -> Manifest:
 
 
 def _replace(folder: Path, scratch: Path) -> None:
-    """`scratch`/new takes the place of `folder`. Raises: OSError."""
+    """`scratch`/new takes the place of `folder`; what else lay in it (.git, notes) stays in it. Raises: OSError."""
+    old = scratch / "old"
     if folder.exists():
-        folder.rename(scratch / "old")
+        folder.rename(old)
     (scratch / "new").rename(folder)
+    for path in old.iterdir() if old.is_dir() else ():
+        if not path.name.startswith(places.OURS) and not (folder / path.name).exists():
+            path.rename(folder / path.name)
 
 
 def pack(folder: Path, archive: Path) -> Path:

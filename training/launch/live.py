@@ -58,8 +58,8 @@ def is_asynchronous(aws: Aws, name: str) -> bool:
     return config is not None and kind_of(config) == "async"
 
 
-def require_kind(project: Project, now: Live | None, wanted: Kind) -> None:
-    """Raises: ConfigError where the endpoint is of another kind, which an update does not change.
+def require_kind(project: Project, now: Live | None, wanted: Kind, remove: str) -> None:
+    """Raises: ConfigError where the endpoint is of another kind, which an update does not change; `remove` does.
 
     https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints-update.html
     """
@@ -67,8 +67,7 @@ def require_kind(project: Project, now: Live | None, wanted: Kind) -> None:
         return
     raise ConfigError(
         f"Endpoint {project.endpoint} is {KINDS[kind_of(now.config)]} one, and --kind {wanted} asks for "
-        f"{KINDS[wanted]} one, which no update makes of it: give another --project, or remove it first (`python -m "
-        f"training.launch delete --project {project.name}`)."
+        f"{KINDS[wanted]} one, which no update makes of it: give another --project, or remove it first (`{remove}`)."
     )
 
 

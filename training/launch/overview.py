@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.launch import attempts, autoscaling, console, cost, endpoint, ownership
+from training.launch import attempts, autoscaling, console, cost, endpoint, live, ownership
 from training.launch.errors import AwsError
 from training.launch.logs import ENDPOINTS
 from training.launch.names import Project
@@ -67,11 +67,7 @@ def _described(aws: Aws, what: str, field: str, name: str) -> dict[str, Any]:
 
 
 def _kind(config: Mapping[str, Any]) -> str:
-    if not config:
-        return ""
-    if config.get("AsyncInferenceConfig"):
-        return ", async"
-    return ", serverless" if "ServerlessConfig" in config["ProductionVariants"][0] else ", realtime"
+    return f", {live.kind_of(config)}" if config else ""
 
 
 def _variants(

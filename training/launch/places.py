@@ -14,6 +14,8 @@ from training.errors import ConfigError
 
 ARTIFACT = ("manifest", ".", *(f"{role}." for role in get_args(Role)))
 """What the names in an artifact's folder begin with."""
+OURS = tuple(f"{dot}{name}." for dot in ("", ".") for name in ("manifest", *get_args(Role)))
+"""What the names of its own files begin with, and of those that are being written."""
 RUN = ("metrics.jsonl", "settings.json")
 """What a run's folder has."""
 
@@ -27,7 +29,7 @@ def kind_of(place: Path) -> Literal["folder", "file"] | None:
 
 
 def require_output(output: Path) -> None:
-    """Where a job's model is to go: OUTPUT, OUTPUT.tar.gz and OUTPUT-run. Raises: ConfigError where it cannot."""
+    """Where a job's model is to go: OUTPUT and OUTPUT.tar.gz. Raises: ConfigError where it cannot."""
     if output.name in ("", ".."):
         raise ConfigError(f"--output {output}: give a folder with a name of its own, such as artifacts/sagemaker.")
     require_replaceable(output)

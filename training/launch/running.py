@@ -134,6 +134,8 @@ def run_logs(options: Options, _: Sequence[str]) -> None:
         results.show(line)
     if tail.problem:
         raise LaunchError(f"The log cannot be read: {tail.problem}")
+    if not lines and not options.follow and found.is_over():
+        raise LaunchError(f"There is no line: {found.what} is not there, or left none in {aws.region}.")
     if not lines:
         log.info("there is no line yet")
     try:
