@@ -63,6 +63,10 @@ _CALLER: dict[str, tuple[str, ...]] = {
     "logs:{here}:log-group:/aws/sagemaker/Endpoints/{name}:log-stream:0": (
         "logs:DescribeLogStreams", "logs:GetLogEvents", "logs:DeleteLogGroup",
     ),
+    **{
+        f"logs:{{here}}:log-group:/aws/sagemaker/{kind}:log-stream:0": ("logs:DescribeLogStreams", "logs:GetLogEvents")
+        for kind in ("TrainingJobs", "TransformJobs")
+    },
     "cloudwatch:{here}:alarm:{name}-0": (
         "cloudwatch:PutMetricAlarm", "cloudwatch:DeleteAlarms", "cloudwatch:TagResource",
         "cloudwatch:ListTagsForResource",
@@ -75,7 +79,7 @@ _CALLER: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What the commands call for whoever runs them, by a resource of the project such as they call it for."""
 
-CALLER_ACTIONS = tuple(action for actions in _CALLER.values() for action in actions)
+CALLER_ACTIONS = tuple(dict.fromkeys(action for actions in _CALLER.values() for action in actions))
 """All of them. `preflight` would also like iam:SimulatePrincipalPolicy; for `iam-role` see ROLE_ACTIONS."""
 
 ROLE_ACTIONS = (
