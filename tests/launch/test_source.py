@@ -11,6 +11,7 @@ import pytest
 from service.model.artifact import open_artifact
 from tests.launch.conftest import RUN
 from tests.launch.in_process import ROLE, Account
+from training.config import TrainingConfig
 from training.launch import experiments, jobs, source
 from training.launch.flags import parser
 from training.launch.names import Project
@@ -57,7 +58,8 @@ def test_the_job_is_told_where_the_code_is(here: Account, data: Path) -> None:
     options, _ = parser().parse_known_args(
         ["train", "--data", str(data), "--image", image, "--send-code", "--role", ROLE]
     )
-    training = experiments.training_of(here.aws, project, options, {"epochs": "1"}, jobs.Machines())
+    config = TrainingConfig.create({"data": data, "epochs": 1})
+    training = experiments.training_of(here.aws, project, options, {"epochs": "1"}, jobs.Machines(), config=config)
     place = json.loads(training.hyperparameters["sagemaker_submit_directory"])
     assert json.loads(training.hyperparameters["sagemaker_program"]) == source.PROGRAM
     bucket, key = place.removeprefix("s3://").split("/", 1)

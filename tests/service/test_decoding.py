@@ -402,7 +402,7 @@ def test_a_decoder_process_imports_what_it_needs_and_nothing_else() -> None:
     assert not names & {"openvino", "torch", "fastapi", "starlette", "pydantic", "asyncio", "uvicorn"}
     ours = {name for name in names if name.startswith("service.")}
     assert ours == {"service.decoder_process", "service.model"} | {
-        f"service.model.{name}" for name in ("errors", "images", "jpeg", "resize")
+        f"service.model.{name}" for name in ("errors", "images", "interrupts", "jpeg", "resize")
     }
 
 
