@@ -58,7 +58,7 @@ def test_the_job_is_told_where_the_code_is(here: Account, data: Path) -> None:
     options, _ = parser().parse_known_args(
         ["train", "--data", str(data), "--image", image, "--send-code", "--role", ROLE]
     )
-    config = TrainingConfig.create({"data": data, "epochs": 1})
+    config = TrainingConfig.create({"data": data, "output": data.parent / "model", "epochs": 1})
     training = experiments.training_of(here.aws, project, options, {"epochs": "1"}, jobs.Machines(), config=config)
     place = json.loads(training.hyperparameters["sagemaker_submit_directory"])
     assert json.loads(training.hyperparameters["sagemaker_program"]) == source.PROGRAM
