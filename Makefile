@@ -27,7 +27,7 @@ DEVELOP := --group training --group dev --group debugger --group mlflow
   iam-role bench bench-training check fix clean
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(UV) ## set up for training and serving: .venv/
 	$(UV) sync --frozen --inexact --group training

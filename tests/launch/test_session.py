@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,20 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
+@contextmanager
+def aws_answered_by(handler: type[BaseHTTPRequestHandler], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All of AWS is a server of ours meanwhile."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
 def breaking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
     """An account whose every answer breaks off after ten of a hundred bytes."""
@@ -51,15 +66,8 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
 
         def log_message(self, *_: Any) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
-        monkeypatch.setenv(name, value)
-    try:
+    with aws_answered_by(Handler, monkeypatch):
         yield connect("eu-central-1")
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_half_of_the_credentials_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,13 +155,8 @@ def test_a_proxys_page_in_place_of_awss_answer_is_a_sentence(monkeypatch: pytest
 
         def log_message(self, *_: Any) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
-        monkeypatch.setenv(name, value)
-    try:
-        with pytest.raises(AwsError, match=r"sts was answered by something that is not AWS: a proxy, or a login page"):
-            connect("eu-central-1").identity  # noqa: B018
-    finally:
-        server.shutdown()
-        server.server_close()
+    with (
+        aws_answered_by(Handler, monkeypatch),
+        pytest.raises(AwsError, match=r"sts was answered by something that is not AWS: a proxy, or a login page"),
+    ):
+        connect("eu-central-1").identity  # noqa: B018

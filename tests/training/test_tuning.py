@@ -258,6 +258,7 @@ def test_a_study_goes_on_with_the_same_settings_and_data_only(tmp_path: Path) ->
 
 
 def test_a_study_that_was_emptied_or_replaced_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="training")
     folder, other = tmp_path / "a", tmp_path / "b"
     for each in (folder, other):
         each.mkdir()

@@ -32,7 +32,7 @@ from service.model.images import MEDIA_TYPES
 from training.errors import ConfigError
 from training.launch.errors import THROTTLED, AwsError, LaunchError
 from training.launch.names import split_uri
-from training.launch.places import kind_of
+from training.launch.places import kind_at
 from training.launch.session import READ_TIMEOUT_S, Aws, read_body
 
 log = logging.getLogger("training")
@@ -332,7 +332,7 @@ def images_in(places: Iterable[Path]) -> list[Path]:
     """The image files that these files and folders are, in order. Raises: ConfigError where there is none."""
     found: list[Path] = []
     for place in places:
-        kind = kind_of(place)
+        kind = kind_at(place)
         if kind == "folder":
             found += sorted(p for p in place.rglob("*") if p.suffix.lower() in MEDIA_TYPES and p.is_file())
         elif kind == "file":

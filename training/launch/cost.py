@@ -48,20 +48,17 @@ def endpoint(instance: str, least: int, most: int, shadow: bool = False) -> str:
 
     `shadow`: a second variant runs on as many instances as the first has at least, which do not scale.
     """
-    seconds = max(1, least) if shadow else 0
+    shadows = least if shadow else 0
     machines = f"{least if least == most else f'{least} to {most}'} x {instance}"
     if shadow:
-        machines += f", and {seconds} for the shadow"
+        machines += f", and {shadows} for the shadow"
     if instance not in USD_PER_HOUR:
         return f"{machines}: {UNKNOWN}"
-    return f"{machines}: {per_hour(instance, least + seconds, most + seconds)} {NOTE}"
+    return f"{machines}: {_range(USD_PER_HOUR[instance], least + shadows, most + shadows)} {NOTE}"
 
 
-def per_hour(instance: str, least: int, most: int) -> str:
-    """`about 0.74 to 2.21 USD per hour, 540 to 1,610 a month`."""
-    price = USD_PER_HOUR.get(instance)
-    if price is None:
-        return f"what {PAGE} says of {instance}"
+def _range(price: float, least: int, most: int) -> str:
+    """`about 0.74 to 2.21 USD per hour, 540 to 1,610 a month`; `price`: of one instance for an hour."""
     low, high = least * price, most * price
     hour, month = f"{high:.2f}", f"{_of_month(high):,}"
     if least == 0:

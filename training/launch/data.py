@@ -23,7 +23,7 @@ from training.data.layouts import CIFAR100, open_dataset
 from training.errors import ConfigError, DataError
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project, digest, split_uri
-from training.launch.places import kind_of
+from training.launch.places import kind_at
 from training.launch.session import Aws, unreachable
 from training.progress import progress
 
@@ -54,10 +54,10 @@ def channel_of(name: str, place: Path) -> Channel:
     DataError.
     """
     if name != "weights":
-        if kind_of(place) != "folder":
+        if kind_at(place) != "folder":
             raise ConfigError(f"--{'data' if name == 'train' else name} {place}: there is no such folder.")
         return Channel(name, tuple(_files(place)))
-    if kind_of(place) != "file":
+    if kind_at(place) != "file":
         raise ConfigError(f"--weights {place}: there is no such file; allowed are a file, imagenet and none.")
     return Channel(name, ((_key(place, Path(place.name)), place),))
 

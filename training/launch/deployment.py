@@ -45,8 +45,8 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     aws, project = opened(options)
     image = images.image_for(images.hosting_target(options.kind, options.instance), options.image)
     environment(options)  # what is no variable is told before anything is made
-    if options.shadow and options.kind != "realtime":
-        raise ConfigError(f"--shadow needs a real-time endpoint, not {options.kind}.")
+    if options.shadow:
+        endpoint.require_shadow(options.kind)
     paths = images_in(options.smoke) if options.smoke else []
     smoke.require_images(paths)
     now = live.look(aws, project)

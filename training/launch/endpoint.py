@@ -71,10 +71,16 @@ class Hosting:
         return cost.endpoint(self.instance, self.min_count, self.max_count, shadow)
 
 
+def require_shadow(kind: Kind) -> None:
+    """Raises: ConfigError where an endpoint of this kind can have none."""
+    if kind != "realtime":
+        raise ConfigError(f"--shadow needs a real-time endpoint, not {kind}.")
+
+
 def config_request(project: Project, model: str, hosting: Hosting, shadow: str | None = None) -> dict[str, Any]:
     """CreateEndpointConfig's arguments; the name is the digest of the rest."""
-    if shadow and hosting.kind != "realtime":
-        raise ConfigError(f"--shadow needs a real-time endpoint, not {hosting.kind}.")
+    if shadow:
+        require_shadow(hosting.kind)
     wanted: dict[str, Any] = {"ProductionVariants": [_variant(VARIANT, model, hosting)]}
     if shadow:
         # Gets a copy of every request; its answers go to the capture in S3, not to callers.

@@ -88,7 +88,7 @@ def hyperparameters(
     models = (TuningConfig, TrainingConfig) if tune else (TrainingConfig, Instrumentation)
     given = parse_flags(rest, f"training.launch {program}", program, models, FILES, besides=options_of(program))
     best = given.get("from_tuning")
-    if best is not None and places.kind_of(Path(str(best))) is None:
+    if best is not None and places.kind_at(Path(str(best))) is None:
         raise ConfigError(
             f"--from-tuning {best} is missing; `python -m training.launch tune` writes best.json into its --output "
             "(by itself artifacts/sagemaker-tuning), `python -m training.hpo` likewise."

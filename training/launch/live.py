@@ -7,7 +7,7 @@ from typing import Any
 
 from service.model.manifest import Manifest
 from training.errors import ConfigError
-from training.launch import autoscaling, endpoint
+from training.launch import autoscaling, endpoint, registry
 from training.launch.endpoint import Kind
 from training.launch.errors import AwsError
 from training.launch.names import Project
@@ -17,7 +17,7 @@ log = logging.getLogger("training")
 
 GONE = ("Failed", "Deleting")
 """What a deployment makes anew, so that nothing of it counts."""
-KINDS: dict[Kind, str] = {"realtime": "a real-time", "serverless": "a serverless", "async": "an asynchronous"}
+_CALLED: dict[Kind, str] = {"realtime": "a real-time", "serverless": "a serverless", "async": "an asynchronous"}
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,16 @@ def require_kind(project: Project, now: Live | None, wanted: Kind, remove: str) 
     if now is None or now.config is None or kind_of(now.config) == wanted:
         return
     raise ConfigError(
-        f"Endpoint {project.endpoint} is {KINDS[kind_of(now.config)]} one, and --kind {wanted} asks for "
-        f"{KINDS[wanted]} one, which no update makes of it: give another --project, or remove it first (`{remove}`)."
+        f"Endpoint {project.endpoint} is {_CALLED[kind_of(now.config)]} one, and --kind {wanted} asks for "
+        f"{_CALLED[wanted]} one, which no update makes of it: give another --project, or remove it first (`{remove}`)."
     )
 
 
 def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
     """Say which version is replaced by which, and where the measured accuracy falls. Raises: AwsError."""
-    facts = {} if now is None or now.config is None else served(aws, now.config)
+    facts: dict[str, str] = {}
+    if now is not None and now.config is not None:
+        _, facts = registry.registered(aws, now.config["ProductionVariants"][0]["ModelName"])
     if "version" not in facts or facts["version"] == new.version:
         return
     measured = facts.get("validation_accuracy")
@@ -87,26 +89,6 @@ def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
             "the measured accuracy falls from %.2f %% to %.2f %%; `deploy --model` with the model of before goes back",
             100 * before, 100 * after,
         )  # fmt: skip
-
-
-def served(aws: Aws, config: Mapping[str, Any]) -> dict[str, str]:
-    """What the registry notes of the model that a configuration hosts; nothing where it cannot be told.
-
-    Raises: AwsError.
-    """
-    client = aws.client("sagemaker")
-    try:
-        model = client.describe_model(ModelName=config["ProductionVariants"][0]["ModelName"])
-        container = (model.get("Containers") or [model.get("PrimaryContainer") or {}])[0]
-        package = container.get("ModelPackageName")
-        if package is None:
-            return {}
-        described = client.describe_model_package(ModelPackageName=package)
-        return dict(described.get("CustomerMetadataProperties") or {})
-    except AwsError as exc:
-        if exc.is_missing or exc.is_denied:
-            return {}
-        raise
 
 
 def _shown(accuracy: float | None) -> str:

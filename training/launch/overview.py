@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.launch import attempts, autoscaling, console, cost, endpoint, live, ownership
+from training.launch import attempts, autoscaling, console, cost, endpoint, live, ownership, registry
 from training.launch.errors import AwsError
 from training.launch.logs import ENDPOINTS
 from training.launch.names import Project
@@ -17,7 +17,7 @@ def of_endpoint(aws: Aws, project: Project, options: Options) -> list[str]:
     there = endpoint.find(aws, project.endpoint)
     if there is None or not ownership.is_ours(aws, project, there["EndpointArn"]):
         return []
-    config = _described(aws, "endpoint_config", "EndpointConfigName", there["EndpointConfigName"])
+    config = _config(aws, there)
     group = f"{ENDPOINTS}/{project.endpoint}"
     rows = [
         ("created", f"{moment_of(there['CreationTime'])}, last changed {moment_of(there['LastModifiedTime'])}"),
@@ -56,12 +56,12 @@ def of_jobs(aws: Aws, project: Project, options: Options) -> list[str]:
     return found
 
 
-def _described(aws: Aws, what: str, field: str, name: str) -> dict[str, Any]:
-    """What Describe tells of it; nothing where it was removed, or may not be asked about."""
+def _config(aws: Aws, there: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The endpoint's configuration; nothing where it was deleted, or may not be asked about."""
     try:
-        return dict(getattr(aws.client("sagemaker"), f"describe_{what}")(**{field: name}))
+        return endpoint.config_of(aws, there) or {}
     except AwsError as exc:
-        if exc.is_missing or exc.is_denied:
+        if exc.is_denied:
             return {}
         raise
 
@@ -96,12 +96,9 @@ def _machines(variant: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 
 def _model(aws: Aws, name: str) -> str:
     """Its version and accuracy too, as the registry has them."""
-    model = _described(aws, "model", "ModelName", name)
-    containers = model.get("Containers") or [model.get("PrimaryContainer") or {}]
-    package = containers[0].get("ModelPackageName")
+    package, facts = registry.registered(aws, name)
     if not package:
         return name
-    facts = _described(aws, "model_package", "ModelPackageName", package).get("CustomerMetadataProperties") or {}
     version = f"version {facts['version']}" if "version" in facts else "a version of the registry"
     accuracy = facts.get("validation_accuracy")
     shown = f", validation accuracy {100 * float(accuracy):.2f} %" if accuracy else ""

@@ -20,7 +20,7 @@ RUN = ("metrics.jsonl", "settings.json")
 """What a run's folder has."""
 
 
-def kind_of(place: Path) -> Literal["folder", "file"] | None:
+def kind_at(place: Path) -> Literal["folder", "file"] | None:
     """What lies there; None: nothing. Raises: ConfigError where that cannot be told."""
     try:
         return "folder" if place.is_dir() else "file" if place.is_file() else None
@@ -34,7 +34,7 @@ def require_output(output: Path) -> None:
         raise ConfigError(f"--output {output}: give a folder with a name of its own, such as artifacts/sagemaker.")
     require_replaceable(output)
     archive = output.with_name(f"{output.name}.tar.gz")
-    if kind_of(archive) and not _is_model(archive):
+    if kind_at(archive) and not _is_model(archive):
         raise ConfigError(
             f"--output {output}: {archive}, where its archive goes, is another file; name another folder."
         )
@@ -43,7 +43,7 @@ def require_output(output: Path) -> None:
 
 def require_replaceable(folder: Path, of_run: bool = False) -> None:
     """Nothing is there, or an artifact; `of_run`: what a run left. Raises: ConfigError."""
-    kind = kind_of(folder)
+    kind = kind_at(folder)
     if kind is None and not folder.is_symlink():
         return
     if kind != "folder":
@@ -63,9 +63,9 @@ def require_replaceable(folder: Path, of_run: bool = False) -> None:
 def require_writable(output: Path) -> None:
     """A file or folder can be made there. Raises: ConfigError."""
     above = output.absolute().parent
-    while kind_of(above) is None and above != above.parent:
+    while kind_at(above) is None and above != above.parent:
         above = above.parent
-    if kind_of(above) != "folder":
+    if kind_at(above) != "folder":
         raise ConfigError(f"--output {output} cannot be written: {above} is no folder.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(f"--output {output} cannot be written: nothing may be put into {above}.")

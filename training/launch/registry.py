@@ -22,7 +22,7 @@ from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.errors import AwsError, LaunchError
 from training.launch.jobs import describe, pack
 from training.launch.names import Project, split_uri
-from training.launch.places import kind_of
+from training.launch.places import kind_at
 from training.launch.session import Aws
 
 log = logging.getLogger("training")
@@ -66,7 +66,7 @@ def located(aws: Aws, project: Project, given: str | None, flag: str = "--model"
         archive, uri = Path(scratch) / ARCHIVE, None
         is_s3 = given is not None and given.startswith("s3://")
         path = None if given is None or is_s3 else Path(given)
-        kind = None if path is None else kind_of(path)
+        kind = None if path is None else kind_at(path)
         if path is not None and kind == "folder":
             _require_artifact(path, flag)
             _pack(path, archive, flag)
@@ -286,3 +286,23 @@ def _statistics(aws: Aws, project: Project, model: Located) -> dict[str, str]:
     key = project.key("models", model.entry, "statistics.json")
     aws.client("s3").put_object(Bucket=project.bucket, Key=key, Body=body)
     return {"ContentType": "application/json", "S3Uri": f"s3://{project.bucket}/{key}"}
+
+
+def registered(aws: Aws, model: str) -> tuple[str | None, dict[str, str]]:
+    """The package that a SageMaker model was made of, and what the registry notes of it (version, accuracy).
+
+    None and nothing where it is gone, or may not be asked about. Raises: AwsError.
+    """
+    client, package = aws.client("sagemaker"), None
+    try:
+        described = client.describe_model(ModelName=model)
+        container = (described.get("Containers") or [described.get("PrimaryContainer") or {}])[0]
+        package = container.get("ModelPackageName")
+        if package is None:
+            return None, {}
+        noted = client.describe_model_package(ModelPackageName=package)
+        return package, dict(noted.get("CustomerMetadataProperties") or {})
+    except AwsError as exc:
+        if exc.is_missing or exc.is_denied:
+            return package, {}
+        raise

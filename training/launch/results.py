@@ -37,7 +37,7 @@ def require_writable(path: Path | None) -> None:
     if path is None:
         return
     places.require_writable(path)
-    if places.kind_of(path) == "folder" or (path.exists() and not os.access(path, os.W_OK)):
+    if places.kind_at(path) == "folder" or (path.exists() and not os.access(path, os.W_OK)):
         raise ConfigError(f"--output {path} is no file that can be written; name another one.")
 
 
