@@ -13,8 +13,8 @@ Memory. For an image of at most ORDINARY_PIXELS a process may take 16 bytes a pi
 times the payload and 96 MiB (`decoder_process.memory_limit`): 452 MiB with the largest payload, 25 MiB. Larger images,
 up to MAX_PIXELS, are decoded one at a time, in 1.5 GiB. So `places` processes (the worker's share of `decode_threads`)
 never take more than (places - 1) * 452 MiB + 1.5 GiB, besides the 40 MiB that each takes idle. These are limits on
-address space; a photo of 500 x 375 touches 2 MiB. Threads add IN_PROCESS_PIXELS * 7 bytes each, 28 MiB: three for the
-decoded pixel, four for Pillow's copy, which is resized.
+address space; a photo of 500 x 375 touches 2 MiB. Threads add IN_PROCESS_PIXELS * 9 bytes each, 36 MiB: three for the
+decoded pixel, six for two copies of it on its way to be resized.
 """
 
 import asyncio

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.model import resize
 from service.model.files import replace
 from service.model.machine import cores
 from service.model.network import Network
@@ -158,8 +159,8 @@ def _key(network: Network, loader: Loader, views: Views, engine: PrefixEngine) -
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     digest.update(network.mean.cpu().numpy().tobytes() + network.std.cpu().numpy().tobytes())
     facts = [
-        FORMAT, network.prefix, loader.side_px, views, augment.CROP_SHARE, engine.name, metadata.version("pillow"),
-        metadata.version("simplejpeg"), fingerprint(loader.images),
+        FORMAT, network.prefix, loader.side_px, views, augment.CROP_SHARE, engine.name,
+        *(metadata.version(name) for name in resize.PACKAGES), fingerprint(loader.images),
     ]  # fmt: skip
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:32]

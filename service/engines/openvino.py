@@ -11,6 +11,7 @@ from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
 from service.model.openvino_graph import build, core, has_bf16, no_telemetry, read_int8
 from service.model.resize import PixelBatch
+from service.model.small_maps import flatten
 
 with no_telemetry():
     import openvino
@@ -58,6 +59,7 @@ class OpenVinoEngine:
             bf16 = precision == "bf16"
             model = build(manifest.architecture, manifest.preprocessing, artifact.weights(), bf16=bf16)
             self.tolerance = TOLERANCES[precision]
+        flatten(model)
         self.name = f"openvino-{precision}"
         side = manifest.preprocessing.side_px
         self.best_batch = max(1, BEST_PIXELS // side**2)

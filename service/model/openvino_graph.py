@@ -28,6 +28,9 @@ BLOCK_SIZES = {"layer1": 3, "layer2": 4, "layer3": 6, "layer4": 3}
 BATCH_NORM_EPS = 1e-5
 """As `torch.nn.BatchNorm2d` has it by default, and torchvision's ResNet leaves it."""
 
+DECOMPRESSION = "decompression_0"
+"""Marks a conversion that is to stay where it is, as ov::mark_as_decompression does: else it is computed beforehand."""
+
 Array = npt.NDArray[Any]
 
 
@@ -176,7 +179,7 @@ class _Builder:
         halves = openvino.Tensor(bfloat16(values), list(values.shape), openvino.Type.bf16)
         node = openvino.op.Constant(halves, shared_memory=False)  # shared, it would outlive its memory
         node = self.op.convert(node, np.float32)
-        node.get_rt_info()["decompression_0"] = ""  # as ov::mark_as_decompression does: else it is computed beforehand
+        node.get_rt_info()[DECOMPRESSION] = ""
         return node
 
     def take(self, name: str, *shape: int) -> Array:

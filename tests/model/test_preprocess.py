@@ -1,5 +1,7 @@
 """Crop and resize: the centre square, resized, whatever the shape of the image."""
 
+import platform
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from service.model import resize
 from service.model.images import decode
 from service.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from service.model.resize import crop_resize, crop_resize_all, decode_resized
@@ -56,7 +59,50 @@ def test_it_is_cropping_and_then_resizing() -> None:
     cropped = Image.fromarray(image[:, 15:75])
     expected = np.asarray(cropped.resize((32, 32), Image.Resampling.BILINEAR))
     # Pillow's filter looks one pixel beyond its box, so the outermost columns may differ.
-    np.testing.assert_array_equal(crop_resize(image, 32)[:, 1:-1], expected[:, 1:-1])
+    np.testing.assert_allclose(crop_resize(image, 32)[:, 1:-1].astype(int), expected[:, 1:-1], atol=1)
+
+
+SIZES = [(375, 500, 224), (1, 1, 224), (1, 10_000, 224), (10_000, 1, 32), (31, 32, 32), (7, 5, 224), (1500, 2000, 32)]
+
+
+@pytest.mark.parametrize(("height", "width", "side_px"), SIZES)
+def test_it_is_pillows_bilinear_within_one_level(
+    height: int, width: int, side_px: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = noise(height, width)
+    found = crop_resize(image, side_px).astype(int)
+    monkeypatch.setattr(resize, "fast", None)  # as where there is no wheel of it
+    np.testing.assert_allclose(found, crop_resize(image, side_px), atol=1)
+
+
+@pytest.mark.parametrize(("height", "width", "side_px"), SIZES)
+def test_a_pillow_image_gives_the_same_bits_as_an_array(height: int, width: int, side_px: int) -> None:
+    image = noise(height, width)
+    np.testing.assert_array_equal(crop_resize(Image.fromarray(image), side_px), crop_resize(image, side_px))
+
+
+def test_every_set_of_instructions_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = pytest.importorskip("cykooz_resizer", reason="there is no wheel of cykooz-resizer for this platform")
+    image, results = noise(375, 500), []
+    for name in ("none", "sse4_1", "avx2") if platform.machine() == "x86_64" else ("none", "neon"):
+
+        class Limited(fast.Resizer):  # type: ignore[misc, name-defined]
+            def __init__(self, name: str = name) -> None:
+                super().__init__()
+                self.cpu_extensions = fast.CpuExtensions[name]
+
+        monkeypatch.setattr(fast, "Resizer", Limited)
+        results.append(crop_resize(image, 224))
+    np.testing.assert_array_equal(results[0], results[-1])
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+def test_threads_resize_beside_each_other() -> None:
+    images = [noise(300 + n, 400) for n in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda n: crop_resize(images[n % 8], 64), range(200)))
+    for n, image in enumerate(found):
+        np.testing.assert_array_equal(image, found[n % 8])
 
 
 def test_shrinking_averages_instead_of_skipping_pixels() -> None:
