@@ -2,8 +2,10 @@
 
 The engine's thread takes what is waiting whenever it is free, so that batches form by themselves under load and a
 lone request never waits for company (unless `max_wait_ms` asks for it). It takes it from the queue itself: were it
-given batches by the event loop, it would stand still whenever the loop is busy with requests. The batcher knows neither
-HTTP nor torch: `run` is any function from a list to a list.
+given batches by the event loop, it would stand still whenever the loop is busy with requests. Only while items come in
+one after the other, turn by turn of the event loop, it lets them: a batch of one that was started a moment sooner than
+its neighbours arrived would cost nearly as much as all of them together. The batcher knows neither HTTP nor torch:
+`run` is any function from a list to a list.
 
 No item is ever left waiting: it gets its result, the failure of its batch, or a refusal at once.
 """
@@ -22,6 +24,13 @@ from typing import Generic, TypeVar
 from service.errors import EngineFailure, NotReady, Overloaded
 
 log = logging.getLogger(__name__)
+
+QUIET_TURNS = 2
+"""Turns of the event loop without a new item after which what waits is a batch: some 20 us for a lone one. A request
+that has arrived takes two until it is submitted."""
+
+GATHER_S = 0.005
+"""How long items may go on coming in until the engine begins all the same."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -71,6 +80,10 @@ class Batcher(Generic[In, Out]):
         self._queue: deque[_Waiting[In, Out]] = deque()  # appended to by the loop, emptied by the thread
         self._arrived = threading.Condition()
         self._asleep = 0
+        self._gathering_since_s = 0.0
+        """Since when lanes let items come in; 0 while they may begin."""
+        self._settling = False
+        self._submitted = 0
         self._closing = False
         self._threads = threads
         self._lanes = lanes
@@ -117,8 +130,8 @@ class Batcher(Generic[In, Out]):
             raise Overloaded(f"All {self._max_queue} places in the queue are taken; try again in a moment.")
         waiting: _Waiting[In, Out] = _Waiting(item, self._loop.create_future())
         self._queue.append(waiting)
-        if self._asleep:
-            self._wake()
+        self._submitted += 1
+        self._gather()
         try:
             return await waiting.future
         except asyncio.CancelledError:
@@ -131,9 +144,39 @@ class Batcher(Generic[In, Out]):
             log.error("a lane of the engine ended", exc_info=exc)
             self._on_lost()
 
+    def _gather(self) -> None:
+        """Let more items come in, unless the lanes that are free have all they can take."""
+        assert self._loop is not None
+        if len(self._queue) >= self._max_batch * self._free:
+            self._begin()
+            return
+        if not self._gathering_since_s:
+            self._gathering_since_s = time.perf_counter()
+        if not self._settling:
+            self._settling = True
+            self._loop.call_soon(self._settle, self._submitted, 0)
+
+    def _settle(self, submitted: int, quiet: int) -> None:
+        """Once a turn of the event loop while items gather. `submitted`: as many there had been, `quiet` turns ago."""
+        assert self._loop is not None
+        self._settling = False
+        if not self._gathering_since_s:
+            return
+        quiet = quiet + 1 if submitted == self._submitted else 0
+        if quiet >= QUIET_TURNS or time.perf_counter() - self._gathering_since_s > GATHER_S:
+            self._begin()
+        else:
+            self._settling = True
+            self._loop.call_soon(self._settle, self._submitted, quiet)
+
+    def _begin(self) -> None:
+        self._gathering_since_s = 0.0
+        if self._asleep:
+            self._wake()
+
     def _wake(self) -> None:
         with self._arrived:
-            self._arrived.notify(self._lanes if self._closing else 1)
+            self._arrived.notify(self._lanes)
 
     # From here on: in the engine's threads.
 
@@ -162,16 +205,17 @@ class Batcher(Generic[In, Out]):
         return batch
 
     def _wait_for_some(self) -> bool:
-        """Wait until an item waits; False when there will be none."""
-        while not self._queue:
+        """Wait until items wait that may be taken; False when there will be none."""
+        while self._idles():
             with self._arrived:
                 self._asleep += 1
-                if not self._queue and not self._closing:  # `submit` looks at `_asleep` after it has appended
+                if self._idles():  # `_begin` looks at `_asleep` after it has let them begin
                     self._arrived.wait()
                 self._asleep -= 1
-            if self._closing and not self._queue:
-                return False
-        return True
+        return bool(self._queue)
+
+    def _idles(self) -> bool:
+        return not self._closing and (not self._queue or self._gathering_since_s > 0)
 
     def _wait_for_company(self) -> None:
         """Wait until the batch is full or its first item has waited `max_wait_ms`."""

@@ -64,6 +64,7 @@ class Invocations:
             body, media_type = await _answer(runtime, given, scope, receive)
         except ClientDisconnect:  # nobody would read an answer, the log line tells of it
             telemetry.current().code = "client_gone"
+            await _disconnected(receive)
             return
         except tuple(HTTP_ERRORS) as exc:
             status, code = HTTP_ERRORS[type(exc)]
@@ -158,6 +159,12 @@ async def _read_body(receive: Receive, declared: str | None, runtime: Runtime, m
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the server has seen it too, in its next turn: it calls a request without an answer a fault of ours."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 @contextmanager
 def _given_up_if_gone(receive: Receive) -> Iterator[None]:
     """Cancel what is awaited inside when the client hangs up. Raises: ClientDisconnect in its place.
@@ -171,8 +178,7 @@ def _given_up_if_gone(receive: Receive) -> Iterator[None]:
 
     async def watch() -> None:
         nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _disconnected(receive)
         gone = True
         task.cancel()
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import service.batcher as batcher_module
 from service.batcher import Batched, Batcher
 from service.errors import EngineFailure, NotReady, Overloaded
 
@@ -67,6 +68,53 @@ def test_takes_what_is_waiting_when_the_engine_is_free_and_answers_in_order() ->
         assert engine.batches == [[1], [2, 3, 4, 5], [6, 7]]
         assert [result.batch_size for result in results] == [1, 4, 4, 4, 4, 2, 2]
         await batcher.close()
+
+    run(scenario())
+
+
+def test_what_comes_in_turn_by_turn_of_the_loop_is_one_batch_and_a_lone_item_waits_for_nobody() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        engine.gate.set()
+        batcher = await opened(engine)
+        tasks = submit(batcher, 1)
+        for item in (2, 3):
+            await asyncio.sleep(0)
+            tasks += submit(batcher, item)
+        await asyncio.gather(*tasks)
+        assert engine.batches == [[1, 2, 3]]
+        (lone,) = await asyncio.gather(*submit(batcher, 4))
+        assert (engine.batches[1:], lone.batch_size) == ([[4]], 1)
+        await batcher.close()
+
+    run(scenario())
+
+
+def test_the_engine_begins_though_items_never_cease_to_come_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher_module, "QUIET_TURNS", 10**9)  # as if something came in every turn
+
+    async def scenario() -> None:
+        engine = Engine()
+        engine.gate.set()
+        batcher = await opened(engine, max_batch=4)
+        (lone,) = await asyncio.gather(*submit(batcher, 1))
+        assert lone.queue_ms >= 1000 * batcher_module.GATHER_S
+        await asyncio.gather(*submit(batcher, 2, 3, 4, 5))  # as many as it can take: at once
+        assert engine.batches == [[1], [2, 3, 4, 5]]
+        await batcher.close()
+
+    run(scenario())
+
+
+def test_closing_ends_the_gathering() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        engine.gate.set()
+        batcher = await opened(engine)
+        tasks = submit(batcher, 1, 2)
+        await asyncio.sleep(0)
+        await batcher.close()
+        assert [result.value for result in await asyncio.gather(*tasks)] == [2, 4]
 
     run(scenario())
 

@@ -58,6 +58,17 @@ def test_a_batch_gives_what_its_images_give_one_by_one(model: Artifact, engine: 
     np.testing.assert_array_equal(together, one_after_the_other)
 
 
+@pytest.mark.parametrize("name", ["openvino-fp32", "openvino-bf16", "openvino-int8"])
+@pytest.mark.parametrize("n", [2, 4, 5, 15, 16, 17, 33])
+def test_blanks_that_fill_a_batch_up_change_nothing(engine: Make, name: EngineName, n: int) -> None:
+    made = engine(name)
+    images = np.random.default_rng(3).integers(0, 256, (n, 32, 32, 3), np.uint8)
+    expected = np.concatenate([made.infer(image[None]) for image in images])
+    found = made.infer(images)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=made.tolerance * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("name", ON_CPU)
 def test_images_need_not_lie_in_one_piece(engine: Make, name: EngineName) -> None:
     wide = np.random.default_rng(1).integers(0, 256, (3, 32, 64, 3), np.uint8)
