@@ -25,6 +25,11 @@ log = logging.getLogger("service")
 LEAST_FILES = 2 * FILES_BESIDES
 """A worker with fewer file descriptors would hardly have connections."""
 
+SWITCH_INTERVAL_S = 0.0002
+"""How long a thread that wants the GIL waits until it is asked of the one that has it. By default 5 ms, which the
+engine's threads wait twice a batch while the event loop is busy; their core idles, and its caches grow cold. 32 px,
+int8, 32 clients, two workers on 2 cores with AMX, two runs each in turns: 2,720 against 2,220 images/s."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit status."""
@@ -72,12 +77,6 @@ def _keep_standard_files() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-
-
-SWITCH_INTERVAL_S = 0.0002
-"""How long a thread that wants Python's lock waits until it is asked of the one that runs. By default 5 ms, which the
-engine's threads wait twice a batch while the event loop is busy; their core idles, and its caches grow cold. 32 px,
-int8, 32 clients, two workers on 2 cores with AMX, three rounds in turns: 2,720 against 2,220 images/s."""
 
 
 def serve(settings: Settings, worker: Worker) -> int:

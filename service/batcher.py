@@ -30,7 +30,7 @@ QUIET_TURNS = 2
 that has arrived takes two until it is submitted."""
 
 GATHER_S = 0.005
-"""How long items may go on coming in until the engine begins all the same."""
+"""How long a lane that is free lets items go on coming in; the event loop may be in a turn that takes longer."""
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -80,8 +80,10 @@ class Batcher(Generic[In, Out]):
         self._queue: deque[_Waiting[In, Out]] = deque()  # appended to by the loop, emptied by the thread
         self._arrived = threading.Condition()
         self._asleep = 0
-        self._gathering_since_s = 0.0
-        """Since when lanes let items come in; 0 while they may begin."""
+        self._gathering = False
+        """Whether lanes let more items come in before they begin."""
+        self._idle_since_s = 0.0
+        """Since when a lane has had nothing to do, the last one that came to it."""
         self._settling = False
         self._submitted = 0
         self._closing = False
@@ -140,18 +142,18 @@ class Batcher(Generic[In, Out]):
             raise
 
     def _note_end(self, lane: asyncio.Future[None]) -> None:
-        if not lane.cancelled() and (exc := lane.exception()) is not None:  # a fault of ours: nobody answers there now
-            log.error("a lane of the engine ended", exc_info=exc)
-            self._on_lost()
+        if lane.cancelled() or (self._closing and lane.exception() is None):
+            return
+        log.error("a lane of the engine ended", exc_info=lane.exception())  # a fault of ours: nobody answers there now
+        self._on_lost()
 
     def _gather(self) -> None:
         """Let more items come in, unless the lanes that are free have all they can take."""
         assert self._loop is not None
-        if len(self._queue) >= self._max_batch * self._free:
+        if len(self._queue) >= self._max_batch * max(1, self._free) or self._is_overdue():
             self._begin()
             return
-        if not self._gathering_since_s:
-            self._gathering_since_s = time.perf_counter()
+        self._gathering = True
         if not self._settling:
             self._settling = True
             self._loop.call_soon(self._settle, self._submitted, 0)
@@ -160,19 +162,27 @@ class Batcher(Generic[In, Out]):
         """Once a turn of the event loop while items gather. `submitted`: as many there had been, `quiet` turns ago."""
         assert self._loop is not None
         self._settling = False
-        if not self._gathering_since_s:
+        if not self._gathering:
             return
         quiet = quiet + 1 if submitted == self._submitted else 0
-        if quiet >= QUIET_TURNS or time.perf_counter() - self._gathering_since_s > GATHER_S:
+        if quiet >= QUIET_TURNS or self._is_overdue():
             self._begin()
         else:
             self._settling = True
             self._loop.call_soon(self._settle, self._submitted, quiet)
 
     def _begin(self) -> None:
-        self._gathering_since_s = 0.0
+        self._gathering = False
         if self._asleep:
             self._wake()
+
+    def _is_overdue(self) -> bool:
+        """Whether an item and a lane have waited for each other for GATHER_S."""
+        try:
+            since_s = max(self._queue[0].since_s, self._idle_since_s)
+        except IndexError:  # its client has just left
+            return False
+        return time.perf_counter() - since_s > GATHER_S
 
     def _wake(self) -> None:
         with self._arrived:
@@ -206,16 +216,17 @@ class Batcher(Generic[In, Out]):
 
     def _wait_for_some(self) -> bool:
         """Wait until items wait that may be taken; False when there will be none."""
+        self._idle_since_s = time.perf_counter()
         while self._idles():
             with self._arrived:
                 self._asleep += 1
                 if self._idles():  # `_begin` looks at `_asleep` after it has let them begin
-                    self._arrived.wait()
+                    self._arrived.wait(GATHER_S if self._queue else None)  # the loop may be busy for longer
                 self._asleep -= 1
-        return bool(self._queue)
+        return bool(self._queue) or not self._closing
 
     def _idles(self) -> bool:
-        return not self._closing and (not self._queue or self._gathering_since_s > 0)
+        return not self._closing and (not self._queue or (self._gathering and not self._is_overdue()))
 
     def _wait_for_company(self) -> None:
         """Wait until the batch is full or its first item has waited `max_wait_ms`."""

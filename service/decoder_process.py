@@ -8,8 +8,8 @@ end is closed. The kernel bounds what a hostile image can do in here: processor 
 process whatever C code runs), address space, no file written, no core dump. This process is the first to go when the
 machine runs out of memory, and it goes with the service, however that ends.
 
-Run as a script, by path: it imports numpy, Pillow, simplejpeg and what of `service.model` decodes, nothing else of the
-service (tests/service/test_decoding.py).
+Run as a script, by path: it imports numpy, Pillow, simplejpeg, cykooz_resizer and what of `service.model` decodes,
+nothing else of the service (tests/service/test_decoding.py).
 """
 
 import contextlib

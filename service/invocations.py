@@ -7,7 +7,7 @@ documents it, `app` leads the requests here.
 import asyncio
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from starlette.requests import ClientDisconnect
@@ -33,6 +33,9 @@ PATH = "/invocations"
 
 WATCH_AFTER_S = 0.05
 """A request that waits longer than this is watched: it is given up when its client hangs up."""
+
+GONE_S = 1.0
+"""How long the server has to see that a client has hung up, once the connection is closing."""
 
 LARGE_ANSWER = 2_000
 """Predictions in an answer beyond which it is written in a thread: 100 images of 1,000 classes take a third of a
@@ -64,7 +67,11 @@ class Invocations:
             body, media_type = await _answer(runtime, given, scope, receive)
         except ClientDisconnect:  # nobody would read an answer, the log line tells of it
             telemetry.current().code = "client_gone"
-            await _disconnected(receive)
+            # uvicorn sees it in its next turn; until then it would call a request without an answer a fault of ours. Of
+            # requests that wait behind one another on a connection it tells the last one only.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GONE_S):
+                    await _disconnected(receive)
             return
         except tuple(HTTP_ERRORS) as exc:
             status, code = HTTP_ERRORS[type(exc)]
@@ -160,7 +167,6 @@ async def _read_body(receive: Receive, declared: str | None, runtime: Runtime, m
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Wait until the server has seen it too, in its next turn: it calls a request without an answer a fault of ours."""
     while (await receive())["type"] != "http.disconnect":
         pass
 

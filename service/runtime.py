@@ -266,7 +266,7 @@ class Runtime:
         return classifier
 
     def _warm_up(self, classifier: Classifier, all_here: Barrier) -> None:
-        """Decode an image, run the smallest and the largest batch: so that the first client does not pay for it.
+        """Decode an image, run batches of usual sizes: so that the first clients do not pay for what each needs once.
 
         In every lane: none begins before all have a thread of their own.
         """
@@ -274,7 +274,8 @@ class Runtime:
         image: RgbImage = np.zeros((classifier.side_px, classifier.side_px, 3), np.uint8)
         if classifier.example is not None:
             image = decode_resized(classifier.example.path.read_bytes(), classifier.side_px)
-        for size in {1, self._max_batch(classifier)}:
+        largest = self._max_batch(classifier)
+        for size in sorted({1, min(4, largest), min(16, largest), largest}):
             classifier.classify([image] * size)
 
     def _max_batch(self, classifier: Classifier) -> int:

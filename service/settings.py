@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     max_batch: int = Field(32, ge=1)
     """Images the engine gets at once, at most; it gets fewer where more would not be faster."""
     max_wait_ms: float = Field(0.0, ge=0, le=60_000)
-    """How long a batch waits for company, counted from its first image; 0 takes what is there."""
+    """How long a batch waits for company, counted from its first image; 0 takes what is there and just coming in."""
     decode_threads: int = Field(default_factory=cores, ge=1)
     """Threads that decode plain JPEGs, and processes that decode everything else, of all workers together; default: the
     cores this process may use."""

@@ -14,7 +14,7 @@ from service.model.errors import ArtifactError
 from service.model.machine import cores
 from service.model.openvino_graph import build, core, has_bf16, read_int8
 from service.model.resize import PixelBatch
-from service.model.small_maps import flatten
+from service.model.small_maps import flatten_small_maps
 from training.errors import ConfigError
 
 Run = Callable[[PixelBatch], npt.NDArray[np.float32]]
@@ -35,7 +35,7 @@ def openvino_runner(artifact: Artifact, precision: str) -> Run:
         raise ArtifactError("The artifact has no int8 network; `python -m training.quantize` adds one.")
     else:
         model = read_int8(artifact)
-    flatten(model)
+    flatten_small_maps(model)
     hints = {
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",  # of int8: what is not quantized
         "NUM_STREAMS": 1,

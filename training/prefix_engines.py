@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from service.model.network import Network
 from service.model.openvino_graph import core, no_telemetry
-from service.model.small_maps import flatten
+from service.model.small_maps import flatten_small_maps
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _torch(network: Network, device: torch.device, precision: Precision) -> Pref
 
 def _openvino(network: Network, bf16: bool) -> PrefixEngine:
     # Measured on 2 cores of an AVX512-BF16 EPYC, 224 px, batches of 32, img/s: fp32 38 (torch 30), bf16 75 (torch 55).
-    # With AMX, 32 px, batches of 64: bf16 10,700, of which small maps as products (`flatten`) are a third.
+    # With AMX, 32 px, batches of 64: bf16 10,700, of which small maps as products (`flatten_small_maps`) are a third.
     with no_telemetry():
         import openvino
 
@@ -75,7 +75,7 @@ def _openvino(network: Network, bf16: bool) -> PrefixEngine:
             warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
             model = openvino.convert_model(_Features(network).eval(), example_input=example)
         model.reshape([-1, side_px, side_px, 3])
-        flatten(model)
+        flatten_small_maps(model)
         hints = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "PERFORMANCE_HINT": "LATENCY"}
         found: Callable[..., Any] = core().compile_model(model, "CPU", hints)
         return found

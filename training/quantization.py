@@ -33,7 +33,7 @@ from service.model.manifest import INT8_MAX_LOSS_POINTS, Quantization
 from service.model.openvino_graph import build, core, no_telemetry
 from service.model.preprocess import Preprocessing
 from service.model.resize import PixelBatch
-from service.model.small_maps import flatten
+from service.model.small_maps import flatten_small_maps
 from training.config import Quantize
 from training.data.dataset import LabelledImages, Labels
 from training.data.loader import Loader
@@ -236,7 +236,7 @@ def _serialized(model: Any) -> tuple[bytes, bytes]:
 def _compiled(graph: bytes, weights: bytes) -> Any:
     """The function uint8 `[n, S, S, 3]` -> float32 `[n, K]` of a serialized model."""
     model = core().read_model(graph, weights)
-    flatten(model)  # as the service does
+    flatten_small_maps(model)  # as the service does
     compiled = core().compile_model(
         model, "CPU",
         {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": cores()},

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
 from service.model.openvino_graph import build, core, has_bf16, no_telemetry, read_int8
 from service.model.resize import PixelBatch
-from service.model.small_maps import flatten
+from service.model.small_maps import flatten_small_maps
 
 with no_telemetry():
     import openvino
@@ -23,12 +24,13 @@ BEST_PIXELS = 8 * 224 * 224
 
 Seen on 2 cores of an AVX512-BF16 EPYC, OpenVINO 2026.4, two lanes, the service at 224 px with 32 clients, three rounds
 in turns: int8 in batches of 8: 101 images/s, p99 358 ms, 316 MiB; of 16: 99/s, 470 ms, 384 MiB; bfloat16 57/s, 590 ms,
-381 MiB against 57/s, 775 ms, 424 MiB. Without HTTP, int8: 88 (1), 94 (4), 89 to 100 (8), 96 to 105 (16), 71 (32). At
-32 px the forward pass alone: 2,213 (1), 3,883 (8), 5,303 (32).
+381 MiB against 57/s, 775 ms, 424 MiB. Without HTTP, int8: 88 (1), 94 (4), 89 to 100 (8), 96 to 105 (16), 71 (32). With
+AMX the service, one run each, int8, 224 px: 220 (4), 248 (8), 247 (16), 229 (32); at 32 px the forward pass alone:
+1,100 (1), 5,700 (8), 14,000 (32).
 """
 
-PADDED_PIXELS = 16 * 32 * 32
-"""Batches of up to as many pixels are filled up with blanks to 4, 16, 64, ... images.
+PADDED_SIDE_PX, PADDED_SIZES = 32, (4, 16, 32)
+"""Images of at most this side are padded with black ones to a batch of these sizes.
 
 A batch of another size than the one before costs OpenVINO 1.3 ms, in which it plans anew; at 32 px that is 12 images
 (int8, one core with AMX: 2.7 ms for 12 images each time, 4.1 ms for 9 to 16 in turns, 2.85 ms for 16).
@@ -66,11 +68,11 @@ class OpenVinoEngine:
             bf16 = precision == "bf16"
             model = build(manifest.architecture, manifest.preprocessing, artifact.weights(), bf16=bf16)
             self.tolerance = TOLERANCES[precision]
-        flatten(model)
+        flatten_small_maps(model)
         self.name = f"openvino-{precision}"
         side = manifest.preprocessing.side_px
         self.best_batch = max(1, BEST_PIXELS // side**2)
-        self._most_padded = PADDED_PIXELS // side**2
+        self._sizes = PADDED_SIZES if side <= PADDED_SIDE_PX else ()
         self.lanes = min(threads, MAX_LANES)
         hints: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",  # of int8: what is not quantized
@@ -96,7 +98,7 @@ class OpenVinoEngine:
             alone = self._under_way == 0 and len(batch) == 1
             self._under_way += 1
         try:
-            images = np.ascontiguousarray(batch) if alone else _filled_up(batch, self._most_padded)
+            images = np.ascontiguousarray(batch) if alone else _padded(batch, self._sizes)
             results: Any = self._request(alone).infer({0: images}, share_inputs=True)
             logits: Logits = results[0][: len(batch)]
             return logits
@@ -113,16 +115,14 @@ class OpenVinoEngine:
         return request
 
 
-def _filled_up(batch: PixelBatch, most: int) -> PixelBatch:
-    """The batch in one piece, with blanks up to the next of 4, 16, 64, ... images that is not more than `most`."""
-    size = 4
-    while size < len(batch):
-        size *= 4
-    if not len(batch) < size <= most:
+def _padded(batch: PixelBatch, sizes: Sequence[int]) -> PixelBatch:
+    """The batch in one piece, with black images up to the next of `sizes`."""
+    size = next((size for size in sizes if size >= len(batch)), len(batch))
+    if size == len(batch):
         return np.ascontiguousarray(batch)
-    filled = np.zeros((size, *batch.shape[1:]), np.uint8)
-    filled[: len(batch)] = batch
-    return filled
+    padded = np.zeros((size, *batch.shape[1:]), np.uint8)
+    padded[: len(batch)] = batch
+    return padded
 
 
 def _give_back() -> None:

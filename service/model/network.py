@@ -22,7 +22,7 @@ STEM = ("conv1", "bn1")
 
 
 class PixelConv2d(nn.Conv2d):
-    """A convolution without bias that is a matrix product where its result is one pixel: the last block's at 32 px.
+    """A convolution that is a matrix product where its result is one pixel: the last block's at 32 px.
 
     Of the filter, only the taps that meet a pixel and no padding take part: one of nine over a map of 1 x 1. Forward
     and backward of 512 channels, 128 images, 2 cores with AMX, torch 2.13: float32 4.9 against 18.1 ms, bfloat16 2.7
@@ -31,7 +31,8 @@ class PixelConv2d(nn.Conv2d):
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Self:
-        """The same convolution; it shares the filter."""
+        """The same convolution, of one group and without dilation, padded by zeros; it shares the filter."""
+        assert (conv.groups, conv.dilation, conv.padding_mode, conv.bias) == (1, (1, 1), "zeros", None)
         same = cls(
             conv.in_channels, conv.out_channels, _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.padding),
             bias=False, device="meta",
@@ -46,10 +47,11 @@ class PixelConv2d(nn.Conv2d):
         taps = []
         for axis in (0, 1):
             size, pad = input.shape[2 + axis], int(self.padding[axis])
-            if size + 2 * pad >= self.kernel_size[axis] + self.stride[axis] or size + pad > self.kernel_size[axis]:
-                return super().forward(input)  # more than one pixel, or pixels that no tap meets
+            beyond = size + 2 * pad - self.kernel_size[axis]
+            if not 0 <= beyond < self.stride[axis] or size + pad > self.kernel_size[axis]:
+                return super().forward(input)  # no result of one pixel, or pixels that no tap meets
             taps.append(slice(pad, pad + size))
-        product = functional.linear(input.flatten(1), self.weight[:, :, taps[0], taps[1]].flatten(1))
+        product = functional.linear(input.flatten(1), self.weight[:, :, taps[0], taps[1]].flatten(1), self.bias)
         return product[:, :, None, None]
 
 

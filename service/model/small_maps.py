@@ -28,7 +28,7 @@ MAX_PIXELS = 4
 Array = npt.NDArray[Any]
 
 
-def flatten(model: "openvino.Model") -> int:
+def flatten_small_maps(model: "openvino.Model") -> int:
     """Rewrite what can be, in place; how many convolutions were.
 
     Between them additions, ReLUs and quantization go on as `[N, C h w]` too, so that they are fused as before.
@@ -45,8 +45,9 @@ class _Flattener:
         self.ov: Any = openvino
         self.op: Any = opset13
         self.flat: dict[str, Any] = {}
-        """By the name of a node with one output `[N, C, h, w]`, the node `[N, C h w]` that takes its place."""
-        self.reshaped: dict[str, Any] = {}
+        """By the name (not the friendly one, which others may have) of a node with one output `[N, C, h, w]`, the node
+        `[N, C h w]` that takes its place."""
+        self.reshaped: dict[tuple[str, int], Any] = {}
 
     def rewrite(self, model: "openvino.Model") -> int:
         count, nodes = 0, list(model.get_ordered_ops())
@@ -55,9 +56,9 @@ class _Flattener:
             made = self.product(node) if kind == "Convolution" else self.followed(node, kind)
             if made is not None:
                 count += kind == "Convolution"
-                self.flat[node.get_friendly_name()] = made
+                self.flat[node.get_name()] = made
         for node in nodes:
-            if node.get_friendly_name() in self.flat:
+            if node.get_name() in self.flat:
                 self.hand_over(node)
         model.validate_nodes_and_infer_types()
         return count
@@ -112,28 +113,29 @@ class _Flattener:
         return self.constant(np.repeat(given.reshape(1, -1), height * width, 1), node.get_element_type())
 
     def is_flat(self, value: Any) -> bool:
-        return value.get_node().get_friendly_name() in self.flat
+        return value.get_node().get_name() in self.flat
 
     def flattened(self, value: Any) -> Any:
-        name = value.get_node().get_friendly_name()
-        if name in self.flat:
-            return self.flat[name]
-        if name not in self.reshaped:
-            self.reshaped[name] = self.op.reshape(value, np.array([0, -1]), special_zero=True)
-        return self.reshaped[name]
+        if self.is_flat(value):
+            return self.flat[value.get_node().get_name()]
+        key = value.get_node().get_name(), value.get_index()
+        if key not in self.reshaped:
+            self.reshaped[key] = self.op.reshape(value, np.array([0, -1]), special_zero=True)
+        return self.reshaped[key]
 
     def hand_over(self, node: Any) -> None:
         """Let those who are not flat themselves have the flat one's result, as a map or, of one pixel, as its mean."""
-        flat, shape, as_map = self.flat[node.get_friendly_name()], _map_of(node.output(0)), None
+        flat, shape, as_map = self.flat[node.get_name()], _map_of(node.output(0)), None
+        assert shape is not None, node  # only maps become flat
         for target in list(node.output(0).get_target_inputs()):
             taker = target.get_node()
-            if taker.get_friendly_name() in self.flat:
+            if taker.get_name() in self.flat:
                 continue
-            if shape is not None and shape[1:] == (1, 1) and _is_mean_of_map(taker):
+            if shape[1:] == (1, 1) and _is_mean_of_map(taker):
                 taker.output(0).replace(flat.output(0))
                 continue
             if as_map is None:
-                as_map = self.op.reshape(flat, np.array([0, *(shape or ())]), special_zero=True)
+                as_map = self.op.reshape(flat, np.array([0, *shape]), special_zero=True)
             target.replace_source_output(as_map.output(0))
 
     def constant(self, values: Array, kind: Any) -> Any:
@@ -155,14 +157,16 @@ class _Filters:
         scale = None
         if node.get_type_name() == "Multiply":
             factor = node.input_value(1).get_node()
-            outputs = node.output(0).get_partial_shape()[0].get_length()
-            if factor.get_type_name() != "Constant" or factor.data.shape != (outputs, 1, 1, 1):
+            if factor.get_type_name() != "Constant" or factor.get_element_type().get_type_name() != "f32":
                 return None
             scale, node = factor.data, node.input_value(0).get_node()
         chain = [node]
         if node.get_type_name() == "Convert":
             chain.insert(0, node.input_value(0).get_node())
-        return cls(chain, scale) if chain[0].get_type_name() == "Constant" else None
+        if chain[0].get_type_name() != "Constant" or len(chain[0].data.shape) != 4:
+            return None
+        found = cls(chain, scale)
+        return found if scale is None or scale.shape == (len(found.values), 1, 1, 1) else None
 
     @property
     def values(self) -> Array:

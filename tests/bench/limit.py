@@ -24,7 +24,7 @@ import numpy as np
 from service.model.images import decode
 from service.model.machine import cores, gpus
 from service.model.resize import crop_resize
-from service.model.small_maps import flatten
+from service.model.small_maps import flatten_small_maps
 from tests.bench.inputs import payloads
 
 ENGINES = ("torch", "openvino-fp32", "openvino-bf16", "openvino-int8")
@@ -167,7 +167,7 @@ def openvino_ways(
 
     core = openvino.Core()
     network = core.read_model(model / ("int8.xml" if engine == "openvino-int8" else "float.xml"))
-    flatten(network)  # as our engine does; peers run the file as it is
+    flatten_small_maps(network)  # as our engine does; peers run the file as it is
     precision = {"INFERENCE_PRECISION_HINT": "bf16" if engine == "openvino-bf16" else "f32"}
     threads = {"INFERENCE_NUM_THREADS": cores()}
     latency = core.compile_model(network, "CPU", {"PERFORMANCE_HINT": "LATENCY", **precision, **threads})

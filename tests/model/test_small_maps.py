@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from service.model.network import PixelConv2d
-from service.model.openvino_graph import bfloat16, core, no_telemetry
-from service.model.small_maps import dense, flatten
+from service.model.openvino_graph import DECOMPRESSION, bfloat16, core, no_telemetry
+from service.model.small_maps import dense, flatten_small_maps
 
 with no_telemetry():
     import openvino
@@ -31,7 +31,7 @@ def held_as(kind: str, filters: np.ndarray) -> Any:
     constant = openvino.op.Constant(openvino.Tensor(values, list(values.shape), KINDS[kind]), shared_memory=False)
     node = op.convert(constant, np.float32)
     if kind == "bfloat16":
-        node.get_rt_info()["decompression_0"] = ""
+        node.get_rt_info()[DECOMPRESSION] = ""
         return node
     return op.multiply(node, np.linspace(0.005, 0.02, len(filters), dtype=np.float32).reshape(-1, 1, 1, 1))
 
@@ -69,7 +69,7 @@ def run(model: Any, batch: np.ndarray) -> list[np.ndarray]:
 def test_the_products_are_the_convolutions(kind: str, pixels: int, stride: int, quantize: bool, n: int) -> None:
     batch = np.random.default_rng(1).standard_normal((n, 6, pixels, pixels), np.float32)
     plain, rewritten = unit(kind, pixels, stride, quantize), unit(kind, pixels, stride, quantize)
-    assert (convolutions(rewritten), flatten(rewritten), convolutions(rewritten)) == (2, 2, 0)
+    assert (convolutions(rewritten), flatten_small_maps(rewritten), convolutions(rewritten)) == (2, 2, 0)
     step = 16 / 255 if quantize else 0  # a sum that lies between two levels may go either way
     for found, expected in zip(run(rewritten, batch), run(plain, batch), strict=True):
         assert found.shape == expected.shape
@@ -78,11 +78,11 @@ def test_the_products_are_the_convolutions(kind: str, pixels: int, stride: int, 
 
 def test_larger_maps_stay_convolutions() -> None:
     model = unit("float32", 3, 1, False)
-    assert (flatten(model), convolutions(model)) == (0, 2)
+    assert (flatten_small_maps(model), convolutions(model)) == (0, 2)
     half = unit("float32", 4, 2, True)  # 4 x 4 -> 2 x 2 -> 2 x 2: what comes in is too large for the first
     plain = unit("float32", 4, 2, True)
     batch = np.random.default_rng(1).standard_normal((3, 6, 4, 4), np.float32)
-    assert (flatten(half), convolutions(half)) == (1, 1)
+    assert (flatten_small_maps(half), convolutions(half)) == (1, 1)
     for found, expected in zip(run(half, batch), run(plain, batch), strict=True):
         np.testing.assert_allclose(found, expected, atol=0.13)
 
@@ -93,7 +93,7 @@ def test_what_it_was_not_made_for_is_left_alone() -> None:
     dilated = op.convolution(given, np.ones((6, 6, 3, 3), np.float32), [1, 1], [2, 2], [2, 2], [2, 2])
     unknown = op.convolution(given, filters, [1, 1], [1, 1], [1, 1], [1, 1])
     model = openvino.Model([op.result(dilated), op.result(unknown)], [given, filters], "odd")
-    assert (flatten(model), convolutions(model)) == (0, 2)
+    assert (flatten_small_maps(model), convolutions(model)) == (0, 2)
 
 
 @pytest.mark.parametrize(("pixels", "stride"), [(1, 1), (2, 1), (2, 2), (3, 2)])

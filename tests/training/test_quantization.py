@@ -23,7 +23,7 @@ from service.model.artifact import Artifact, Int8Network, open_artifact
 from service.model.machine import gpus
 from service.model.network import network_of
 from service.model.openvino_graph import core
-from service.model.small_maps import flatten
+from service.model.small_maps import flatten_small_maps
 from training import quantization
 from training.data.loader import Loader
 from training.errors import DataError
@@ -80,7 +80,7 @@ def links(folder: Path, target: Path) -> Path:
 
 def int8_logits(artifact: Artifact, pixels: Any) -> Any:
     network = core().read_model(artifact.read("int8_graph"), artifact.read("int8_weights"))
-    flatten(network)
+    flatten_small_maps(network)
     assert network.input(0).partial_shape.to_string() == f"[?,{pixels.shape[1]},{pixels.shape[1]},3]"
     return core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels)[0]
 

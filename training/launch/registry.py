@@ -291,7 +291,8 @@ def _statistics(aws: Aws, project: Project, model: Located) -> dict[str, str]:
 def registered(aws: Aws, model: str) -> tuple[str | None, dict[str, str]]:
     """The package that a SageMaker model was made of, and what the registry notes of it (version, accuracy).
 
-    None and nothing where it is gone, or may not be asked about. Raises: AwsError.
+    None and nothing where the model is gone, or may not be asked about; nothing noted where the package is. Raises:
+    AwsError.
     """
     client, package = aws.client("sagemaker"), None
     try:

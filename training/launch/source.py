@@ -59,11 +59,16 @@ def requirements(root: Path = ROOT) -> str:
     """
     project = tomllib.loads((root / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["training"]]
-    names = [re.split(r"[^\w.-]", each, maxsplit=1)[0] for each in wanted if isinstance(each, str)]
-    try:
-        lines = [f"{name}=={metadata.version(name)}" for name in names if name not in OF_THE_IMAGE]
-    except metadata.PackageNotFoundError as exc:
-        raise ConfigError(f"--send-code: {exc.name} is not installed here; `make setup` first.") from exc
+    lines = []
+    for each in wanted:
+        if not isinstance(each, str) or (name := re.split(r"[^\w.-]", each, maxsplit=1)[0]) in OF_THE_IMAGE:
+            continue
+        _, semicolon, marker = each.partition(" ;")
+        try:
+            lines.append(f"{name}=={metadata.version(name)}{semicolon}{marker}")
+        except metadata.PackageNotFoundError as exc:
+            if not semicolon:  # else it is not for machines like this one, and the training does without
+                raise ConfigError(f"--send-code: {exc.name} is not installed here; `make setup` first.") from exc
     return "\n".join([*lines, ""])
 
 

@@ -60,7 +60,7 @@ def test_a_batch_gives_what_its_images_give_one_by_one(model: Artifact, engine: 
 
 @pytest.mark.parametrize("name", ["openvino-fp32", "openvino-bf16", "openvino-int8"])
 @pytest.mark.parametrize("n", [2, 4, 5, 15, 16, 17, 33])
-def test_blanks_that_fill_a_batch_up_change_nothing(engine: Make, name: EngineName, n: int) -> None:
+def test_padding_a_batch_changes_nothing(engine: Make, name: EngineName, n: int) -> None:
     made = engine(name)
     images = np.random.default_rng(3).integers(0, 256, (n, 32, 32, 3), np.uint8)
     expected = np.concatenate([made.infer(image[None]) for image in images])
