@@ -290,12 +290,13 @@ def test_a_terminal_that_is_closed_ends_the_waiting_and_not_the_job(
     here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     command = train(here, "hung-up", data, tmp_path / "model", artifact)
-    with when("Training in progress", lambda: signal.raise_signal(signal.SIGHUP)):
-        assert "goes on at AWS" in told(caplog, *command, status=129)
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    here.containers.runs = False
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        with when("Training in progress", lambda: signal.raise_signal(signal.SIGHUP)):
+            assert "goes on at AWS" in told(caplog, *command, status=129)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        here.containers.runs = False
         with when("for this very request is there", lambda: signal.raise_signal(signal.SIGHUP)):
             told(caplog, *command)
     finally:
