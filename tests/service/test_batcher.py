@@ -107,6 +107,8 @@ def test_the_engine_begins_though_items_never_cease_to_come_in() -> None:
         assert results[0].queue_ms >= 1000 * batcher_module.GATHER_S
         await batcher.close()
 
+    run(scenario())
+
 
 def test_as_many_as_a_lane_can_take_begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batcher_module, "QUIET_TURNS", 10**9)
