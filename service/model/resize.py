@@ -52,19 +52,15 @@ def crop_resize(image: RgbImage | Image.Image, side_px: int) -> RgbImage:
         return np.asarray(image)
     short = min(height, width)
     left, top = (width - short) / 2, (height - short) / 2
-    box = (left, top, left + short, top + short)
     if fast is not None:
-        return _resize_fast(image, side_px, box)
+        return _resize_fast(image, side_px, fast.CropBox(left, top, short, short))
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    box = (left, top, left + short, top + short)
     return np.asarray(picture.resize((side_px, side_px), Image.Resampling.BILINEAR, box=box))
 
 
-def _resize_fast(image: RgbImage | Image.Image, side_px: int, box: tuple[float, float, float, float]) -> RgbImage:
-    left, top, right, bottom = box
-    options = fast.ResizeOptions(
-        fast.ResizeAlg.convolution(fast.FilterType.bilinear),
-        crop_box=fast.CropBox(left, top, right - left, bottom - top),
-    )
+def _resize_fast(image: RgbImage | Image.Image, side_px: int, box: "fast.CropBox") -> RgbImage:
+    options = fast.ResizeOptions(fast.ResizeAlg.convolution(fast.FilterType.bilinear), crop_box=box)
     resizer = fast.Resizer()  # of each call: one cannot be used by two threads at once
     if isinstance(image, Image.Image):  # in place: a copy of a large one would be too much
         picture = Image.new("RGB", (side_px, side_px))

@@ -54,6 +54,13 @@ async def opened(
     return batcher
 
 
+@pytest.fixture
+def gathers_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if items never ceased to come in, and no time passed."""
+    monkeypatch.setattr(batcher_module, "QUIET_TURNS", 10**9)
+    monkeypatch.setattr(batcher_module, "GATHER_S", 10**6)
+
+
 def test_takes_what_is_waiting_when_the_engine_is_free_and_answers_in_order() -> None:
     async def scenario() -> None:
         engine = Engine()
@@ -110,10 +117,7 @@ def test_the_engine_begins_though_items_never_cease_to_come_in() -> None:
     run(scenario())
 
 
-def test_as_many_as_a_lane_can_take_begin_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batcher_module, "QUIET_TURNS", 10**9)
-    monkeypatch.setattr(batcher_module, "GATHER_S", 10**6)
-
+def test_as_many_as_a_lane_can_take_begin_at_once(gathers_for_ever: None) -> None:
     async def scenario() -> None:
         engine = Engine()
         engine.gate.set()
@@ -125,10 +129,7 @@ def test_as_many_as_a_lane_can_take_begin_at_once(monkeypatch: pytest.MonkeyPatc
     run(scenario())
 
 
-def test_closing_ends_the_gathering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batcher_module, "QUIET_TURNS", 10**9)
-    monkeypatch.setattr(batcher_module, "GATHER_S", 10**6)
-
+def test_closing_ends_the_gathering(gathers_for_ever: None) -> None:
     async def scenario() -> None:
         engine = Engine()
         engine.gate.set()
