@@ -14,6 +14,9 @@ from service.errors import DeadlineExceeded, NotReady, Overloaded
 LEAST_PLACES = 32
 """However slow the answers: batches are to be full."""
 
+SMALL_BODY_BYTES = 2**20
+"""For bodies up to here a part of the memory is kept, which uploads of larger ones, however slow, leave alone."""
+
 WEIGHT = 0.1
 """Of the newest answer in the moving average of the rate."""
 
@@ -27,16 +30,18 @@ class Admission:
         max_bytes: int,
         deadline_s: float,
         max_queue_s: float = math.inf,
+        kept_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_images` predictions, and no more than are answered in `max_queue_s` at the rate seen of late;
-        `max_bytes` of bodies, `deadline_s` for each request.
+        `max_bytes` of bodies, `kept_bytes` of them for small ones; `deadline_s` for each request.
         """
         self.under_way = 0
         """Predictions that hold a place, the further images of a request included."""
         self.bytes_held = 0
         self._max_images = max_images
         self._max_bytes = max_bytes
+        self._kept_bytes = kept_bytes
         self._deadline_s = deadline_s
         self._max_queue_s = max_queue_s
         self._clock = clock
@@ -165,8 +170,10 @@ class Memory:
     def require(self, count: int) -> None:
         """Raises: Overloaded, when there is no room for `count` bytes more."""
         admission = self._admission
-        if admission.bytes_held + count > admission._max_bytes:
+        small = self.held + count <= SMALL_BODY_BYTES
+        allowed = admission._max_bytes - (0 if small else admission._kept_bytes)
+        if admission.bytes_held + count > allowed:
             raise Overloaded(
-                f"The requests under way hold {admission.bytes_held:,} bytes, {admission._max_bytes:,} are allowed; "
+                f"The requests under way hold {admission.bytes_held:,} bytes, {allowed:,} are allowed; "
                 "try again in a moment."
             )

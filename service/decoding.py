@@ -7,14 +7,15 @@
 A plain JPEG (`service.model.jpeg.plain_size`) takes time in proportion to its bytes and pixels, whatever is in it.
 Other files can be made that take minutes, gigabytes, or the process along: a decoder process has `limit_s` of processor
 time for an image, 1.5 times that by the clock, and as much memory as its pixels may need. Past the time it is killed
-and replaced; past either limit the client is told that the image costs too much.
+and replaced; past either limit the client is told that the image costs too much. The images of one request have that
+time together (`Allowance`), and those of all such requests leave a process to images that come alone.
 
 Memory. For an image of at most ORDINARY_PIXELS a process may take 16 bytes a pixel (`images.BYTES_PER_PIXEL`), four
 times the payload and 96 MiB (`decoder_process.memory_limit`): 452 MiB with the largest payload, 25 MiB. Larger images,
-up to MAX_PIXELS, are decoded one at a time, in 1.5 GiB. So `places` processes (the worker's share of `decode_threads`)
-never take more than (places - 1) * 452 MiB + 1.5 GiB, besides the 40 MiB that each takes idle. These are limits on
-address space; a photo of 500 x 375 touches 2 MiB. Threads add IN_PROCESS_PIXELS * 9 bytes each, 36 MiB: three for the
-decoded pixel, six for two copies of it on its way to be resized.
+up to MAX_PIXELS, are decoded one at a time, in 1.5 GiB. So `places` processes (the worker's share of `decode_threads`,
+two at least) never take more than (places - 1) * 452 MiB + 1.5 GiB, besides the 40 MiB that each takes idle. These are
+limits on address space; a photo of 500 x 375 touches 2 MiB. Threads add IN_PROCESS_PIXELS * 9 bytes each, 36 MiB: three
+for the decoded pixel, six for two copies of it on its way to be resized.
 """
 
 import asyncio
@@ -25,7 +26,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -80,6 +83,37 @@ REFUSALS: dict[Outcome, type[ImageError]] = {
 }
 
 
+class Allowance:
+    """What one image, or all of one request, may take of decoder processes."""
+
+    def __init__(self, seconds: float, several: bool) -> None:
+        """`seconds` by the clock, of images that are decoded side by side each counted."""
+        self._seconds = self.left_s = seconds
+        self.several = several
+
+    def require_some(self) -> None:
+        """Raises: ImageTooCostly where it is spent."""
+        if self.left_s <= 0:
+            raise self.exhausted()
+
+    def exhausted(self) -> ImageTooCostly:
+        """What the client is told of an image for which nothing is left."""
+        return ImageTooCostly(
+            f"The images of this request take more than {self._seconds:g} s to decode; send fewer at once, smaller "
+            "ones, or baseline JPEGs."
+        )
+
+    @contextmanager
+    def spent(self) -> Iterator[None]:
+        """Count the time that passes inside."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        try:
+            yield
+        finally:
+            self.left_s -= loop.time() - started_s
+
+
 class Decoders:
     """Threads for what is cheap for certain, processes for the rest; used by one event loop.
 
@@ -88,10 +122,13 @@ class Decoders:
     """
 
     def __init__(self, places: int, limit_s: float) -> None:
-        """At most `places` threads and as many processes; `limit_s`: processor time for one image in a process."""
+        """At most `places` threads and as many processes, of these two at least, so that one is left to images that
+        come alone; `limit_s`: processor time for one image in a process.
+        """
         self._limit_s = limit_s
         self._threads = ThreadPoolExecutor(places, thread_name_prefix="decode")
-        self._places = asyncio.Semaphore(places)
+        self._places = asyncio.Semaphore(max(2, places))
+        self._of_several = asyncio.Semaphore(max(2, places) - 1)
         self._large = asyncio.Semaphore(1)
         self._idle: list[_Process] = []
         self._jobs: set[asyncio.Task[RgbImage]] = set()
@@ -109,10 +146,17 @@ class Decoders:
         await asyncio.gather(*[process.end() for process in self._idle])
         self._idle.clear()
 
-    async def decode(self, payload: bytes, side_px: int, patience_s: float | None = None) -> RgbImage:
+    def allowance(self, several: bool) -> Allowance:
+        """What one image, or the `several` of a request, may take of decoder processes."""
+        return Allowance(SLOWER_BY_THE_CLOCK * self._limit_s, several)
+
+    async def decode(
+        self, payload: bytes, side_px: int, patience_s: float | None = None, allowance: Allowance | None = None
+    ) -> RgbImage:
         """Decode, crop and resize as `service.model.resize.decode_resized` does.
 
-        Cancelled while it waits for a process, it costs no more; later, its process still finishes.
+        Cancelled while it waits for a process, it costs no more; later, its process still finishes. `allowance` is that
+        of all images of its request.
         Returns: uint8 `[side_px, side_px, 3]`.
         Raises: ImageError; Overloaded when no process is free within `patience_s` altogether, or can be started.
         """
@@ -125,14 +169,17 @@ class Decoders:
             if image is not None:
                 return image
         until_s = None if patience_s is None else asyncio.get_running_loop().time() + patience_s
+        allowance = allowance or self.allowance(several=False)
         try:
-            return await self._in_process(payload, side_px, ORDINARY_PIXELS, until_s, self._places)
+            return await self._in_process(payload, side_px, ORDINARY_PIXELS, until_s, allowance)
         except ImageTooLarge:
-            return await self._in_process(payload, side_px, MAX_PIXELS, until_s, self._large, self._places)
+            return await self._in_process(payload, side_px, MAX_PIXELS, until_s, allowance)
 
     async def _in_process(
-        self, payload: bytes, side_px: int, max_pixels: int, until_s: float | None, *places: asyncio.Semaphore
+        self, payload: bytes, side_px: int, max_pixels: int, until_s: float | None, allowance: Allowance
     ) -> RgbImage:
+        large = max_pixels > ORDINARY_PIXELS
+        places = [self._of_several] * allowance.several + [self._large] * large + [self._places]
         held: list[asyncio.Semaphore] = []
 
         def release(job: asyncio.Task[RgbImage] | None = None) -> None:
@@ -142,41 +189,49 @@ class Decoders:
                 self._jobs.discard(job)
                 _ = job.cancelled() or job.exception()  # seen, also where nobody waits for it any more
 
+        allowance.require_some()
         try:
             async with asyncio.timeout_at(until_s):
                 for place in places:
                     await place.acquire()
                     held.append(place)
+            allowance.require_some()
         except TimeoutError as exc:
             release()
             raise Overloaded(NO_PLACE) from exc
         except BaseException:
             release()
             raise
-        job = asyncio.get_running_loop().create_task(self._ask(payload, side_px, max_pixels))
+        job = asyncio.get_running_loop().create_task(self._ask(payload, side_px, max_pixels, until_s, allowance))
         self._jobs.add(job)
         job.add_done_callback(release)
         return await asyncio.shield(job)
 
-    async def _ask(self, payload: bytes, side_px: int, max_pixels: int, until_s: float | None = None) -> RgbImage:
+    async def _ask(
+        self, payload: bytes, side_px: int, max_pixels: int, until_s: float | None, allowance: Allowance,
+        again: bool = False,
+    ) -> RgbImage:  # fmt: skip
         """Have an idle process, or a new one, decode the image; a process that is lost over it is replaced.
 
-        One that was killed from outside may have been so before it saw the image, which is tried once more then, until
-        the loop's time is `until_s`.
+        One that was killed from outside may have been so before it saw the image, which is tried once more then.
         """
-        request = REQUEST.pack(side_px, max_pixels, self._limit_s, len(payload))
-        process = await self._taken()
-        again = until_s is not None
-        until_s = until_s or asyncio.get_running_loop().time() + SLOWER_BY_THE_CLOCK * self._limit_s
+        process = await self._taken(until_s)
+        if allowance.left_s <= 0:
+            self._idle.append(process)
+            allowance.require_some()
+        limit_s = min(self._limit_s, allowance.left_s)
+        request = REQUEST.pack(side_px, max_pixels, limit_s, len(payload))
         try:
-            async with asyncio.timeout_at(until_s):
-                outcome, content = await process.ask(request, payload, side_px)
+            with allowance.spent():
+                async with asyncio.timeout(allowance.left_s):
+                    outcome, content = await process.ask(request, payload, side_px)
         except (OSError, EOFError, ValueError) as exc:  # TimeoutError is an OSError
             slow, odd = isinstance(exc, TimeoutError), isinstance(exc, ValueError)
-            error = await self._lost(process, len(payload), slow, odd)
+            error = await self._lost(process, len(payload), slow, odd, allowance)
             if slow or odd or again or process.poll() != -signal.SIGKILL:
                 raise error from None
-            return await self._ask(payload, side_px, max_pixels, until_s)
+            allowance.require_some()
+            return await self._ask(payload, side_px, max_pixels, until_s, allowance, again=True)
         except BaseException:  # we are closing
             await process.end()
             raise
@@ -189,7 +244,8 @@ class Decoders:
             return np.frombuffer(content, np.uint8).reshape(side_px, side_px, 3)
         raise REFUSALS[outcome](content.decode(errors="replace"))
 
-    async def _taken(self) -> "_Process":
+    async def _taken(self, until_s: float | None) -> "_Process":
+        """A process that can decode. Raises: Overloaded where there is none by the loop's time `until_s`."""
         while self._idle:
             process = self._idle.pop()
             if process.poll() is None:
@@ -198,8 +254,12 @@ class Decoders:
         else:
             process = self._start()
         try:
-            await process.ready()
+            async with asyncio.timeout_at(until_s) as patience:
+                await process.ready()
         except (OSError, EOFError) as exc:
+            if patience.expired():
+                self._idle.insert(0, process)  # for who comes later
+                raise Overloaded(NO_PLACE) from exc
             log.error("A decoder process did not start (%s); its lines above say why.", _how(await process.end()))
             raise Overloaded(NO_PROCESS) from exc
         except BaseException:
@@ -207,12 +267,16 @@ class Decoders:
             raise
         return process
 
-    async def _lost(self, process: "_Process", payload_bytes: int, slow: bool, odd: bool) -> ImageError:
+    async def _lost(
+        self, process: "_Process", payload_bytes: int, slow: bool, odd: bool, allowance: Allowance
+    ) -> ImageError:
         """Tell what became of the process, and what the client is to know. `odd`: its answer was none."""
         status = await process.end(0.0 if slow or odd else ENDS_BY_ITSELF_S)
         self._replace()
         if slow or status == -signal.SIGPROF:
             log.warning("decoder process %d: an image of %d bytes took too long", process.pid, payload_bytes)
+            if allowance.several and allowance.left_s <= 0:
+                return allowance.exhausted()
             return ImageTooCostly(
                 f"The image takes more than {self._limit_s:g} s to decode; save it anew, smaller or as a baseline JPEG."
             )

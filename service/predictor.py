@@ -17,7 +17,7 @@ from service.payloads import Payloads
 DECODER_WAIT_S = 2.0
 """A request of one image that finds no decoder process free for so long is refused: hostile files hold them for seconds
 each. With the 7.5 s by the clock that decoding may take (`CLASSIFIER_DECODE_LIMIT_S` 5), it is answered within 10 s.
-The images of one request wait for one another as long as the deadline allows."""
+The images of a request of several wait as long as the deadline allows, and share the 7.5 s."""
 
 
 @dataclass
@@ -65,11 +65,12 @@ class Predictor:
         """
         answered = Answered(self.classifier.card, payloads.several, [])
         patience_s = None if payloads.several else DECODER_WAIT_S
+        allowance = self.decoders.allowance(payloads.several)
 
         async def outcome(payload: bytes) -> Outcome:
             started_s = time.perf_counter()
             try:
-                image = await self.decoders.decode(payload, self.classifier.side_px, patience_s)
+                image = await self.decoders.decode(payload, self.classifier.side_px, patience_s, allowance)
             except ImageError as exc:
                 return exc
             finally:

@@ -22,9 +22,14 @@ from service.record import RequestRecord, request_id_of
 from service.telemetry import GONE, REFUSAL
 
 log = logging.getLogger("service.requests")
+service_log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 2**10
 """Of a request line with its headers; SageMaker's and browsers' take a few thousand."""
+
+MAX_HEADERS = 200
+"""Of one request; browsers send some twenty. Each takes 170 bytes in memory however short it is: by its bytes alone, a
+head of 64 KB could take a megabyte."""
 
 HEAD_S = 10.0
 """A head that is not there by then is given up: a connection that was opened and sends nothing, or dribbles."""
@@ -134,6 +139,10 @@ class Protocol(HttpToolsProtocol):
         """See `httptools.HttpRequestParser`."""
         if self._reading == "head":  # a trailer must not become a header (RFC 9110, 6.5.1)
             super().on_header(name, value)
+            if len(self.headers) > MAX_HEADERS:
+                self.headers.clear()
+                self._refuse_head()
+                raise OverflowError  # ends the parser's work on this head
 
     def on_headers_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
@@ -190,6 +199,7 @@ class Protocol(HttpToolsProtocol):
         elif self._unread is None or self._unread[0] != unread:
             self._unread = unread, now_s
         elif now_s - self._unread[1] > UNREAD_S:
+            service_log.info("a client took no byte of its answer for %g s and is cut off", UNREAD_S)
             self.transport.abort()
             return
         if self.transport.is_closing():
@@ -232,7 +242,7 @@ class Protocol(HttpToolsProtocol):
         return bool(idle)
 
     def _refuse_head(self) -> None:
-        sentence = f"The request line and headers may have at most {MAX_HEAD_BYTES:,} bytes; send fewer."
+        sentence = f"A request's head may have at most {MAX_HEAD_BYTES:,} bytes and {MAX_HEADERS} headers; send fewer."
         self._refuse(431, "headers_too_large", sentence)
 
     def _refuse(self, status: int, code: str, message: str) -> None:

@@ -86,8 +86,9 @@ class Runtime:
         self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch)
         self._on_failure = on_failure
         self.admission = Admission(
-            settings.max_images, settings.max_body_bytes, settings.deadline_s, settings.max_queue_s
-        )
+            settings.max_images, settings.max_body_bytes, settings.deadline_s, settings.max_queue_s,
+            kept_bytes=min(settings.max_body_bytes // 8, settings.max_body_bytes - settings.max_payload_bytes),
+        )  # fmt: skip
         self.stopping = False
         self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
         decoders = worker.share(settings.decode_threads) if worker else settings.decode_threads

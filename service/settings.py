@@ -56,8 +56,8 @@ class Settings(BaseSettings):
     max_payload_bytes: int = Field(25 * 2**20, ge=1)
     """Larger request bodies are refused with 413; the default is the limit of SageMaker's real-time endpoints."""
     max_body_bytes: int = Field(512 * 2**20, ge=1)
-    """Bytes of request bodies held at once in a worker; more get 503 at once. Forms and base64 take up to three times
-    that in memory."""
+    """Bytes of request bodies held at once in a worker, an eighth for bodies of up to 1 MiB alone; more get 503 at
+    once. Forms and base64 take up to three times that in memory."""
     body_timeout_s: float = Field(30.0, gt=0)
     """A request body that is not there by then gets 408, so that slow senders do not hold memory."""
     deadline_s: float = Field(55.0, gt=0)
@@ -80,7 +80,8 @@ class Settings(BaseSettings):
     """Threads that decode plain JPEGs, and processes that decode everything else, of all workers together; default: the
     cores this process may use."""
     decode_limit_s: float = Field(5.0, gt=0, le=3600)
-    """An image that takes a decoder process more processor time gets 413; no honest one of 25 MB needs as much."""
+    """An image that takes a decoder process more processor time gets 413; no honest one of 25 MB needs as much. The
+    images of one request have 1.5 times that by the clock, together."""
     page: bool = True
     """Serve a page for people at / (and the model's example image at /example); false: 404 there."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -8,11 +8,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from service.model.errors import ArtifactError
 
 MAX_UNPACKED_BYTES = 4 * 2**30
 """What an archive may hold unpacked; a ResNet-34 in float32 takes 0.09 GiB."""
+
+MAX_HEADER_BYTES = 2**20
+"""Of a header that extends another (long names, pax records): `tarfile` reads it into memory."""
 
 MAX_MEMBERS = 1000
 """Files and folders in an archive; an artifact has four, besides what the user packs along (code/)."""
@@ -45,7 +49,7 @@ def unpack(archive: Path, target: Path) -> None:
     Raises: ArtifactError; what was unpacked until then stays.
     """
     try:
-        with tarfile.open(archive, "r:*") as tar:
+        with tarfile.open(archive, "r:*", tarinfo=_Member) as tar:
             size = 0
             for count, member in enumerate(tar, 1):
                 size += max(0, member.size)
@@ -60,6 +64,23 @@ def unpack(archive: Path, target: Path) -> None:
         raise ArtifactError(f"{archive} is no readable tar archive: {reason}; pack the folder again.") from exc
     except OSError as exc:
         raise ArtifactError(f"{archive} cannot be unpacked into {target}: {exc.strerror or exc}.") from exc
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses what `tarfile` would read into memory before it hands the member out."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """See `tarfile.TarInfo.frombuf`. Raises: ValueError too."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _EXTENDING and member.size > MAX_HEADER_BYTES:
+            raise ValueError(f"one of its headers claims {member.size:,} bytes")
+        return member
+
+
+_EXTENDING = {
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+}  # fmt: skip
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path, target: Path) -> None:

@@ -35,6 +35,8 @@ from service.model.resize import PixelBatch
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 2 * 2**30
+"""Of the other files, which are read into memory; a ResNet-34 in float32 takes 0.09 GiB."""
 
 Weights = dict[str, npt.NDArray[Any]]
 
@@ -86,6 +88,10 @@ class Artifact:
                 raise ArtifactError(f"{path} is a link; copy the file itself into the artifact.")
             if not stat.S_ISREG(status.st_mode):  # a pipe or a device: reading it may never end
                 raise ArtifactError(f"{path} is no plain file; copy the artifact again.")
+            if status.st_size > MAX_FILE_BYTES:
+                raise ArtifactError(
+                    f"{path} has {status.st_size:,} bytes, {MAX_FILE_BYTES:,} are allowed; no ResNet-34 needs more."
+                )
             if status.st_size != entry.bytes:
                 raise ArtifactError(
                     f"{path} is damaged: it has {status.st_size:,} bytes not {entry.bytes:,}; copy the artifact again."

@@ -40,6 +40,12 @@ def after_soi(jpeg: bytes, inserted: bytes) -> bytes:
     return jpeg[:2] + inserted + jpeg[2:]
 
 
+def behind_jfif(jpeg: bytes, inserted: bytes) -> bytes:
+    """What begins with rubbish must not stand first: it would be no JPEG."""
+    end = 4 + int.from_bytes(jpeg[4:6], "big")
+    return jpeg[:end] + inserted + jpeg[end:]
+
+
 def many_scans(side: int, count: int) -> bytes:
     """A progressive JPEG whose last scan is there `count` times more: a few bytes each, and a walk over the picture."""
     jpeg = encoded(Image.new("L", (side, side), 77), "JPEG", progressive=True)
@@ -63,7 +69,11 @@ def jpegs() -> Iterator[tuple[str, bytes]]:
     yield "jpeg of 300,000 Exif", after_soi(plain, segment(0xE1, b"Exif\0\0xx") * 300_000)
     yield "jpeg of 1,900 Exif of 12 KB", after_soi(plain, segment(0xE1, b"Exif\0\0" + bytes(12_000)) * 1_900)
     yield "jpeg of 300,000 ICC profiles", after_soi(plain, segment(0xE2, b"ICC_PROFILE\0\1\1") * 300_000)
-    yield "jpeg of 300,000 APP1 behind rubbish", after_soi(plain, b"\0" + segment(0xE1, b"") * 300_000)
+    yield "jpeg of 300,000 APP1 behind rubbish", behind_jfif(plain, b"\0" + segment(0xE1, b"") * 300_000)
+    yield (
+        "jpeg of 25 million pixels, 3 million APP1 behind rubbish",
+        behind_jfif(jpeg_of_size(5000, 5000), b"\0" + segment(0xE1, b"") * 3_000_000),
+    )
     yield "jpeg of 100,000 comments after its scan", plain[:-2] + segment(0xFE, b"c") * 100_000 + b"\xff\xd9"
     yield "jpeg of 4 million empty APP2 after its scan", plain[:-2] + segment(0xE2, b"") * 4_000_000 + b"\xff\xd9"
     yield "jpeg of 50,000 DHT", plain[:scan] + segment(0xC4, b"\0" + bytes(16)) * 50_000 + plain[scan:]

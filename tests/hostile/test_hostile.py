@@ -1,5 +1,6 @@
 """Broken and hostile files, sent over HTTP to a real service: a clear answer, soon, and a service that is as before."""
 
+import base64
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.hostile.bombs import bombs, encoded, picture
+from tests.hostile.bombs import bombs, encoded, many_scans, picture
 from tests.hostile.mutations import mutations
 
 ROOT = Path(__file__).parents[2]
@@ -121,8 +122,6 @@ def test_mutated_files_get_a_clear_answer(hardened: Any) -> None:
 
 
 def test_ping_is_answered_while_bombs_are_decoded(hardened: Any) -> None:
-    from tests.hostile.bombs import many_scans
-
     bomb = many_scans(6000, 85)
     with ThreadPoolExecutor(2) as clients:  # as many as there are decoder processes
         busy = [clients.submit(assert_clear, hardened, "many scans", bomb) for _ in range(2)]
@@ -133,6 +132,25 @@ def test_ping_is_answered_while_bombs_are_decoded(hardened: Any) -> None:
             jpeg = hardened.ask("POST", "/invocations", GOOD["image/jpeg"], {"Content-Type": "image/jpeg"})
             assert jpeg.status == 200  # a plain one needs no decoder process
         assert {request.result() for request in busy} == {413}
+
+
+def test_bombs_in_one_request_cost_no_more_than_one_and_others_are_answered(hardened: Any) -> None:
+    bomb = many_scans(6000, 85)
+    images = [GOOD["image/jpeg"], *[bomb] * 20, GOOD["image/png"]]
+    body = json.dumps({"images": [base64.b64encode(image).decode() for image in images]}).encode()
+    with ThreadPoolExecutor(1) as client:
+        started_s = time.monotonic()
+        several = client.submit(hardened.ask, "POST", "/invocations", body, {"Content-Type": "application/json"})
+        while not several.done():
+            alone = hardened.ask("POST", "/invocations", GOOD["image/png"], {"Content-Type": "image/png"})
+            assert alone.status == 200  # a process is left to it
+        took_s = time.monotonic() - started_s
+    assert took_s < QUICKLY_S
+    assert several.result().status == 200
+    jpeg, *bombs_said, png = several.result().json["results"]
+    assert "predictions" in jpeg
+    assert "predictions" in png  # sizes are looked at first, large images are decoded last
+    assert [result["error"]["code"] for result in bombs_said] == ["image_too_costly"] * 20
 
 
 @pytest.mark.parametrize("target", ["images", "multipart"])

@@ -219,3 +219,17 @@ def test_a_negative_size_is_refused_and_is_not_read_in_circles(tmp_path: Path, t
     blocks = [first.tobuf(tarfile.GNU_FORMAT), content, again.tobuf(tarfile.GNU_FORMAT), bytes(100_000)]
     (tmp_path / "m.tar").write_bytes(b"".join(blocks))
     refused(tmp_path / "m.tar", temporary, r"m\.tar")
+
+
+@pytest.mark.parametrize("kind", sorted(archive._EXTENDING))
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_that_claims_gigabytes_is_refused_unread(
+    tmp_path: Path, temporary: Path, kind: bytes, first: bool
+) -> None:
+    extending = tarfile.TarInfo("extending")
+    extending.type, extending.size = kind, 3 * 2**30
+    before = b"" if first else member("first", b"")[0].tobuf(tarfile.GNU_FORMAT)
+    with (tmp_path / "m.tar").open("wb") as file:
+        file.write(before + extending.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(3 * 2**30 + 10_240)  # sparse
+    refused(tmp_path / "m.tar", temporary, "one of its headers claims 3,221,225,472 bytes")

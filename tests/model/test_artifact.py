@@ -441,6 +441,17 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_read(folder: Path) -> None
         open_artifact(folder).read("example")
 
 
+def test_a_file_of_gigabytes_is_refused_and_not_read(folder: Path) -> None:
+    artifact = open_artifact(folder)
+    path = artifact.path("weights")
+    os.truncate(path, 3 * 2**30)  # sparse
+    files = {role: entry.model_dump() for role, entry in artifact.manifest.files.items()}
+    files["weights"]["bytes"] = 3 * 2**30
+    reseal(folder, files=files)
+    with pytest.raises(ArtifactError, match="has 3,221,225,472 bytes, 2,147,483,648 are allowed"):
+        open_artifact(folder).read("weights")
+
+
 def test_an_interrupted_write_leaves_no_partial_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")

@@ -265,14 +265,69 @@ def test_an_image_that_waits_too_long_for_a_process_is_refused() -> None:
     async def main() -> None:
         async with opened() as decoders:
             await decoders.decode(FILES["png"], 32)
-            busy = asyncio.create_task(decoders.decode(slow(), 32))
-            await until(lambda: decoders._jobs)
+            busy = [asyncio.create_task(decoders.decode(slow(), 32)) for _ in range(2)]  # however few places, two
+            await until(lambda: len(decoders._jobs) == 2)
             with pytest.raises(Overloaded, match="busy with others"):
                 await decoders.decode(FILES["png"], 32, patience_s=0.05)
-            assert (await busy).shape == (32, 32, 3)
+            assert [image.shape for image in await asyncio.gather(*busy)] == [(32, 32, 3)] * 2
             assert (await decoders.decode(FILES["png"], 32, patience_s=60)).shape == (32, 32, 3)
 
     run(main)
+
+
+def test_images_of_one_request_leave_a_process_to_those_that_come_alone() -> None:
+    async def main() -> None:
+        async with opened() as decoders:
+            allowance = decoders.allowance(several=True)
+            busy = [asyncio.create_task(decoders.decode(slow(), 32, None, allowance)) for _ in range(3)]
+            await until(lambda: decoders._jobs)
+            assert (await decoders.decode(FILES["png"], 32, patience_s=60)).shape == (32, 32, 3)
+            assert not any(task.done() for task in busy)
+            assert [image.shape for image in await asyncio.gather(*busy)] == [(32, 32, 3)] * 3
+
+    run(main)
+
+
+def test_images_of_one_request_have_the_time_of_one_image_together() -> None:
+    async def main() -> None:
+        async with opened(limit_s=0.8) as decoders:
+            allowance = decoders.allowance(several=True)
+            together = "The images of this request take more than 1.2 s to decode; send fewer"
+            assert (await decoders.decode(FILES["png"], 32, None, allowance)).shape == (32, 32, 3)
+            outcomes = await asyncio.gather(
+                *[decoders.decode(slow(), 32, None, allowance) for _ in range(6)], return_exceptions=True
+            )
+            assert all(isinstance(outcome, ImageTooCostly) for outcome in outcomes[3:])  # on a fast machine
+            assert str(outcomes[-1]).startswith(together)
+            with pytest.raises(ImageTooCostly, match=together):
+                await decoders.decode(FILES["png"], 32, None, allowance)
+            assert (await decoders.decode(FILES["jpeg"], 32, None, allowance)).shape == (32, 32, 3)  # needs no process
+            assert len(pids()) <= 2
+            assert (await decoders.decode(FILES["png"], 32)).shape == (32, 32, 3)
+
+    run(main)
+
+
+def test_an_image_that_is_looked_at_twice_has_its_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    ask = decoding._Process.ask
+
+    async def noted(process: decoding._Process, request: bytes, *what: Any) -> Any:
+        limits.append(decoder_process.REQUEST.unpack(request)[2])
+        await asyncio.sleep(0.3)  # a header that takes so long
+        return await ask(process, request, *what)
+
+    async def main() -> None:
+        async with opened(limit_s=60) as decoders:
+            monkeypatch.setattr(decoding._Process, "ask", noted)
+            assert (await decoders.decode(slow(), 32)).shape == (32, 32, 3)
+            allowance = decoders.allowance(several=False)
+            allowance.left_s = 50
+            assert (await decoders.decode(slow(), 32, None, allowance)).shape == (32, 32, 3)
+
+    run(main)
+    assert limits[:3] == [60, 60, 50]
+    assert limits[3] < 49.7
 
 
 def test_where_no_process_can_be_started_the_client_is_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,16 @@ def test_a_head_without_end_is_refused(service: Served) -> None:
         assert refusal(until_closed(client)) == (431, "headers_too_large")
 
 
+def test_a_head_of_very_many_headers_is_refused_however_short_they_are(service: Served) -> None:
+    few = b"".join(b"a%d:b\r\n" % number for number in range(protocol.MAX_HEADERS))
+    with connect(service) as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\n" + few + b"\r\n")
+        assert b" 200 " in answer(client)
+    with connect(service) as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\n" + few + b"one:more\r\n\r\nGET /ping HTTP/1.1\r\n\r\n")
+        assert refusal(until_closed(client)) == (431, "headers_too_large")
+
+
 def test_large_bodies_do_not_count_as_heads(service: Served) -> None:
     assert_error(service.ask("POST", "/invocations", b"x" * 2_000_000), 400, "unreadable_image")
 
@@ -175,6 +185,17 @@ def test_bodies_over_the_bound_of_bytes_are_refused_and_free_it_when_they_end() 
         holder.sendall(b"x")
         assert b" 400 " in answer(holder)
         assert_error(served.ask("POST", "/invocations", b"y" * 700), 400, "unreadable_image")
+
+
+def test_uploads_of_large_bodies_leave_memory_for_photographs() -> None:
+    large = 3 * 2**20
+    with serve(FakeEngine(256), max_payload_bytes=large, max_body_bytes=4 * 2**20) as served, connect(served) as slow:
+        slow.sendall(request(b"x" * large)[:-1])
+        served.until(lambda: served.app.state.runtime.admission.bytes_held == large - 1)
+        refused = served.ask("POST", "/invocations", b"y" * 2**20 + b"y")
+        assert "3,670,016 are allowed" in assert_error(refused, 503, "overloaded")
+        assert_error(served.ask("POST", "/invocations", b"y" * (2**20 - 10)), 400, "unreadable_image")
+        assert served.ask("POST", "/invocations", png()).status == 200
 
 
 def test_a_refusal_is_read_though_the_body_is_still_being_sent() -> None:
