@@ -85,7 +85,7 @@ MESSAGES = {
     "overloaded": "256 images are under way, as many as allowed; try again in a moment.",
     "malformed_http": "This is not an HTTP/1.1 request; send one, without TLS.",
     "head_timeout": "The request's head did not arrive within 10 s; send it faster.",
-    "headers_too_large": "The request line and headers may have at most 65,536 bytes; send fewer.",
+    "headers_too_large": "A request's head may have at most 65,536 bytes and 200 headers; send fewer.",
     "worker_died": "The process that had this request died before it could answer; send the request again.",
     "engine_failure": "The model failed on this request; the cause is in the service's log.",
     "internal_error": "The service failed on this request; the cause is in its log under the request id.",
