@@ -65,7 +65,7 @@ def test_every_line_of_two_workers_from_start_to_stop_is_an_object_with_typed_fi
     with start_server(artifact, CLASSIFIER_WORKERS="2", CLASSIFIER_LOG_FORMAT="json", TZ="Asia/Tokyo") as server:
         assert server.ask("POST", "/invocations", body, {"X-Request-Id": "good"}).status == 200
         assert server.ask("POST", "/invocations", b"bad", {"X-Request-Id": "bad"}).status == 400
-        until(lambda: '"bad"' in server.log.read_text())
+        until(lambda: all(name in server.log.read_text() for name in ('"good"', '"bad"')))  # each by its own worker
         (pid, *_) = [
             each.pid
             for each in psutil.Process(server.process.pid).children()
