@@ -60,7 +60,7 @@ def input_fn(body: bytes, content_type: str | None) -> InOrder[RgbImage | ImageE
     payloads = payloads_of(body, content_type)
     if not payloads.several:
         return InOrder([decode(payloads.images[0])], several=False)
-    return InOrder(map(_decoded, payloads.images), several=True)
+    return InOrder(payloads.in_order(map(_decoded, payloads.images)), several=True)
 
 
 def predict_fn(images: Sequence[RgbImage | ImageError], model: Classifier) -> InOrder[Outcome]:

@@ -117,12 +117,13 @@ async def _answer(runtime: Runtime, given: dict[str, str], scope: Scope, receive
                 payloads = await runtime.read(payload, given.get("content-type"))
                 del payload  # a form or JSON, which takes as much again as its images
                 answered = await predictor.predict(payloads, places, require_client)
-            record.images = len(answered.outcomes) if answered.several else None
+            outcomes = payloads.in_order(answered.outcomes)
+            record.images = len(outcomes) if answered.several else None
             record.decode_ms, record.queue_ms, record.infer_ms, record.batch_size = (
                 answered.decode_ms, answered.queue_ms, answered.infer_ms, answered.batch_size
             )  # fmt: skip
-            write = partial(write_answer, answered.outcomes, answered.card, answered.several, media_type, top_k)
-            large = len(answered.outcomes) * top_k > LARGE_ANSWER
+            write = partial(write_answer, outcomes, answered.card, answered.several, media_type, top_k)
+            large = len(outcomes) * top_k > LARGE_ANSWER
             body = await asyncio.to_thread(write) if large else write()
     require_client()
     return body, media_type

@@ -7,11 +7,16 @@ tell: no allowed image begins as a form or as JSON does.
 import base64
 import binascii
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from service.errors import MalformedRequest, UnsupportedMediaType
 from service.media import JSON, media_type_of
+from service.model.errors import UnreadableImage
 from service.multipart import files_of
+
+T = TypeVar("T")
 
 FORM = "multipart/form-data"
 
@@ -30,12 +35,20 @@ MAX_IMAGES = 100
 
 @dataclass(frozen=True)
 class Payloads:
-    """The images of one request, in order."""
+    """The images of one request: one at least, `images` and `unreadable` together."""
 
     images: tuple[bytes, ...]
-    """At least one."""
+    """In order."""
     several: bool
     """Whether the answer is a list of results, in which a bad image is marked; else it is an error."""
+    unreadable: Mapping[int, UnreadableImage] = field(default_factory=dict)
+    """Of several: index in the request -> why there are no bytes."""
+
+    def in_order(self, outcomes: Iterable[T]) -> list[T | UnreadableImage]:
+        """What became of `images`, in order, with the errors of the others in their places."""
+        rest = iter(outcomes)
+        count = len(self.images) + len(self.unreadable)
+        return [self.unreadable[index] if index in self.unreadable else next(rest) for index in range(count)]
 
 
 def payloads_of(body: bytes, content_type: str | None) -> Payloads:
@@ -91,22 +104,32 @@ def _from_json(body: bytes) -> Payloads:
         raise MalformedRequest(f"The JSON must be an object with image or images alone, given: {given}; {_FORMS}.")
     ((name, value),) = document.items()
     if name == "image":
-        return Payloads((_decoded(value, "image"),), several=False)
+        try:
+            return Payloads((_decoded(value, "image"),), several=False)
+        except UnreadableImage as exc:
+            raise MalformedRequest(str(exc)) from exc
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_IMAGES:
         given = f"{len(value):,}" if isinstance(value, list) else _kind(value)
         raise MalformedRequest(f"images must be a list of 1 to {MAX_IMAGES} images, given: {given}; {_FORMS}.")
-    return Payloads(tuple(_decoded(item, f"images[{k}]") for k, item in enumerate(value)), several=True)
+    images: list[bytes] = []
+    unreadable: dict[int, UnreadableImage] = {}
+    for index, item in enumerate(value):
+        try:
+            images.append(_decoded(item, f"images[{index}]"))
+        except UnreadableImage as exc:
+            unreadable[index] = exc
+    return Payloads(tuple(images), True, unreadable)
 
 
 def _decoded(value: object, name: str) -> bytes:
-    """Base64 (RFC 4648, 4), also with line breaks or as a data URL (RFC 2397)."""
+    """Base64 (RFC 4648, 4), also with line breaks or as a data URL (RFC 2397). Raises: UnreadableImage."""
     if not isinstance(value, str):
-        raise MalformedRequest(f"{name} must be a string with an image in base64, given: {_kind(value)}.")
+        raise UnreadableImage(f"{name} must be a string with an image in base64, given: {_kind(value)}.")
     text = value.partition(",")[2] if value[:5].lower() == "data:" else value
     try:
         return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)
     except (binascii.Error, ValueError) as exc:
-        raise MalformedRequest(f"{name} is not valid base64 ({_reason(exc)}); encode the file's bytes.") from exc
+        raise UnreadableImage(f"{name} is not valid base64 ({_reason(exc)}); encode the file's bytes.") from exc
 
 
 def _kind(value: object) -> str:

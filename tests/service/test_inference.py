@@ -59,6 +59,15 @@ def test_several_files_are_decoded_in_order_and_a_bad_one_is_its_error() -> None
     assert [int(np.asarray(image).max()) for image in (first, last)] == [1, 3]
 
 
+def test_base64_that_is_none_among_several_is_its_error() -> None:
+    good = base64.b64encode(png(1)).decode()
+    bad, image, null = input_fn(json.dumps({"images": ["!!", good, None]}).encode(), "application/json")
+    assert isinstance(bad, UnreadableImage) and isinstance(null, UnreadableImage)
+    assert np.asarray(image).max() == 1
+    with pytest.raises(MalformedRequest, match="image is not valid base64"):
+        input_fn(b'{"image": "!!"}', "application/json")
+
+
 def test_a_bad_image_among_several_is_marked_in_the_answer(fake_model: Classifier) -> None:
     body, _ = output_fn(predict_fn(input_fn(*form(png(1), b"no image")), fake_model), None)
     good, bad = json.loads(body)["results"]

@@ -97,7 +97,7 @@ def test_base64_may_have_line_breaks(service: Served) -> None:
         (b'{"image": "!!"}', "image is not valid base64"),
         (b'{"images": "AA=="}', "must be a list of 1 to 100 images, given: a string"),
         (b'{"images": []}', "given: 0"),
-        (b'{"images": [true]}', r"images[0] must be a string"),
+        (b'{"image": true}', "given: true or false"),
         (json.dumps({"images": ["AA=="] * 101}).encode(), "given: 101"),
         (b'{"image": "\xff"}', "not valid JSON"),
         (b'{"image": ' + b"[" * 100_000, "more parts than 100 images can need"),
@@ -144,6 +144,20 @@ def test_a_bad_image_among_several_is_marked_and_the_others_are_answered(service
     assert bad["error"]["code"] == "unreadable_image"
     assert "are not a JPEG" in bad["error"]["message"]
     assert empty["error"]["code"] == "unreadable_image"
+
+
+def test_base64_that_is_none_is_marked_among_several_and_the_others_are_answered(service: Served) -> None:
+    images = [b64(png(1)), "!!", None, {"image": b64(png(2))}, b64(png(4)), b64(b"no image")]
+    reply = service.ask("POST", "/invocations", json.dumps({"images": images}), Content_Type=JSON)
+    assert reply.status == 200
+    results = SeveralPredictionsResponse.model_validate_json(reply.body) and reply.json["results"]
+    assert [results[k]["predictions"][0]["label"] for k in (0, 4)] == ["grey 1", "grey 4"]
+    assert [results[k]["error"]["code"] for k in (1, 2, 3, 5)] == ["unreadable_image"] * 4
+    assert results[1]["error"]["message"].startswith("images[1] is not valid base64")
+    assert results[2]["error"]["message"] == "images[2] must be a string with an image in base64, given: null."
+    assert "images[3]" in results[3]["error"]["message"]
+    lines = service.ask("POST", "/invocations", b'{"images": ["!!", null]}', Content_Type=JSON, Accept=JSON_LINES)
+    assert [json.loads(line)["error"]["code"] for line in lines.body.splitlines()] == ["unreadable_image"] * 2
 
 
 def test_a_list_of_one_is_answered_as_a_list(service: Served) -> None:
@@ -232,7 +246,8 @@ def test_no_accept_header_breaks_the_negotiation(accept: str) -> None:
 @given(st.binary(max_size=400), st.text(max_size=60))
 def test_no_body_breaks_the_reading(body: bytes, content_type: str) -> None:
     try:
-        assert payloads_of(body, content_type).images
+        read = payloads_of(body, content_type)
+        assert read.images or read.unreadable
     except RequestError as exc:
         assert type(exc) in HTTP_ERRORS
 
@@ -247,7 +262,8 @@ def test_no_body_breaks_the_reading(body: bytes, content_type: str) -> None:
 )
 def test_no_json_breaks_the_reading(document: Any) -> None:
     try:
-        assert payloads_of(json.dumps(document).encode(), JSON).images
+        read = payloads_of(json.dumps(document).encode(), JSON)
+        assert read.images or read.unreadable
     except MalformedRequest as exc:
         assert str(exc).endswith(".")
 
