@@ -48,8 +48,9 @@ def configure_logging(level: str, format: Format = "text") -> None:
     logging._srcfile = None
     # Lines of the libraries that repeat ours or say nothing to the user.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
-    for name in ("PIL", "python_multipart", "urllib3", "asyncio"):
+    for name in ("PIL", "urllib3", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a form that is none is the client's to mend
 
 
 def shown(settings: Mapping[str, Any]) -> str:

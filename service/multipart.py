@@ -1,5 +1,6 @@
 """Take the files out of a multipart/form-data body that is already in memory."""
 
+import re
 from itertools import count
 
 from python_multipart.exceptions import FormParserError
@@ -10,10 +11,20 @@ from service.errors import MalformedRequest
 MAX_PARTS = 100
 """Files and fields in one form; a body of 25 MB could otherwise hold hundreds of thousands of them."""
 
+_BEGINNING = re.compile(rb"--([0-9A-Za-z'()+_,\-./:=?]{1,70})\r\nContent-(?:Disposition|Type):", re.IGNORECASE)
+"""RFC 2046, 5.1.1: the boundary, then the header of the first part."""
+
+
+def boundary_of(body: bytes) -> bytes | None:
+    """With what a body separates its parts that begins as a form does, without a doubt; None for others."""
+    beginning = _BEGINNING.match(body)
+    return beginning[1] if beginning else None
+
 
 def files_of(body: bytes, content_type: str) -> list[bytes]:
     """The contents of the form's files, in order; other fields are ignored.
 
+    `content_type`: names the boundary; where it does not, the body's first line does.
     Raises: MalformedRequest when the body is not the complete form that `content_type` announces.
     """
     files: list[bytes] = []
@@ -40,7 +51,7 @@ def files_of(body: bytes, content_type: str) -> list[bytes]:
             on_field,
             on_file,
             on_end=lambda: ended.append(True),
-            boundary=options.get(b"boundary"),
+            boundary=options.get(b"boundary") or boundary_of(body),
             # The body is in memory and bounded: never a temporary file.
             config={"MAX_MEMORY_FILE_SIZE": len(body) + 1, "MAX_BODY_SIZE": len(body) + 1},
         )

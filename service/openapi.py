@@ -45,8 +45,9 @@ One image is the body itself, the one file of a form, or base64 in JSON. Several
 of a form or a list in JSON; they are answered in order, and one that cannot be read is marked in its place while the \
 others are answered all the same.
 
-Formats are JPEG, PNG, WebP, BMP and GIF, of which a missing or wrong content type is made up for. Animated images are \
-judged by their first frame, every image by its centre square. Of the types of answers, the `Accept` header chooses."""
+Formats are JPEG, PNG, WebP, BMP and GIF. A missing or wrong content type does no harm where the first bytes show what \
+the body is: an image, a form or JSON. Animated images are judged by their first frame, every image by its centre \
+square. Of the types of answers, the `Accept` header chooses."""
 
 ERRORS: dict[int, str] = {
     400: "The body is not what its content type says, an image in it cannot be read, an option is not allowed, or what "
@@ -55,7 +56,7 @@ ERRORS: dict[int, str] = {
     406: "The Accept header excludes every type that answers have.",
     408: "The headers or the body came too slowly.",
     413: "More bytes, more pixels or a costlier image than the service takes.",
-    415: "The content type is none of those above, and the body does not show by itself to be an image.",
+    415: "The content type is none of those above, and the first bytes do not show an image, a form or JSON.",
     429: "As 503 overloaded, if the service is set to say so: try again after `Retry-After` seconds.",
     431: "The request line and headers are too long.",
     500: "The service failed on this request; its log says why, under the request id.",

@@ -1,11 +1,12 @@
 """The images' bytes in a request body: raw, the files of a form, or base64 in JSON.
 
-What a body is follows from its Content-Type. Where that is missing or wrong, as curl's defaults are, the first bytes
-tell: no allowed image begins as a form or as JSON does.
+What a body is follows from its first bytes where these leave no doubt: no allowed image begins as a form or as JSON
+does. Else its Content-Type tells, which may be missing or wrong, as curl's defaults are.
 """
 
 import base64
 import binascii
+import codecs
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import TypeVar
 from service.errors import MalformedRequest, UnsupportedMediaType
 from service.media import JSON, media_type_of
 from service.model.errors import UnreadableImage
-from service.multipart import files_of
+from service.multipart import boundary_of, files_of
 
 T = TypeVar("T")
 
@@ -54,22 +55,22 @@ class Payloads:
 def payloads_of(body: bytes, content_type: str | None) -> Payloads:
     """Take the images out of a body. Raises: UnsupportedMediaType, MalformedRequest."""
     media_type = media_type_of(content_type or "")
-    looks_like_json = body[:64].lstrip()[:1] == b"{"
+    looks_like_json = body[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
     if body and media_type == URL_ENCODED and not looks_like_json and not any(byte in body for byte in LOST_BY_CURL_D):
         raise MalformedRequest(
             "The body has no zero byte and no line break, which curl -d leaves out: it damages images; send the file "
             "as it is, with curl --data-binary @photo.jpg."
         )
-    if media_type.startswith("image/") or is_image(body):
+    if is_image(body):
         return Payloads((body,), several=False)
-    if media_type == FORM:
-        files = files_of(body, content_type or "")
+    if media_type == FORM or boundary_of(body) is not None:
+        files = files_of(body, (content_type or "") if media_type == FORM else "")
         if not files:
             raise MalformedRequest('The form must hold a file, given: 0; send it as curl -F "file=@photo.jpg" does.')
         return Payloads(tuple(files), several=len(files) > 1)
-    if media_type == JSON or (looks_like_json and media_type in RAW_MEDIA_TYPES):
+    if media_type == JSON or looks_like_json:
         return _from_json(body)
-    if media_type in RAW_MEDIA_TYPES:
+    if media_type.startswith("image/") or media_type in RAW_MEDIA_TYPES:
         return Payloads((body,), several=False)  # the decoder tells what it is not
     raise UnsupportedMediaType(
         f"The content type must be image/*, application/octet-stream, {FORM} or {JSON}, given: {content_type}."

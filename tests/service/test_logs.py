@@ -65,7 +65,10 @@ def test_every_line_of_two_workers_from_start_to_stop_is_an_object_with_typed_fi
     with start_server(artifact, CLASSIFIER_WORKERS="2", CLASSIFIER_LOG_FORMAT="json", TZ="Asia/Tokyo") as server:
         assert server.ask("POST", "/invocations", body, {"X-Request-Id": "good"}).status == 200
         assert server.ask("POST", "/invocations", b"bad", {"X-Request-Id": "bad"}).status == 400
-        until(lambda: all(name in server.log.read_text() for name in ('"good"', '"bad"')))  # each by its own worker
+        no_form = {"X-Request-Id": "form", "Content-Type": "multipart/form-data; boundary=b"}
+        assert server.ask("POST", "/invocations", b"bad", no_form).status == 400
+        # Each by a worker of its own, maybe, which has written its line when it has.
+        until(lambda: all(name in server.log.read_text() for name in ('"good"', '"bad"', '"form"')))
         (pid, *_) = [
             each.pid
             for each in psutil.Process(server.process.pid).children()
@@ -85,6 +88,8 @@ def test_every_line_of_two_workers_from_start_to_stop_is_an_object_with_typed_fi
         assert isinstance(good[name], float)
     assert (bad["status"], bad["code"], bad["level"]) == (400, "unreadable_image", "INFO")
     assert "infer_ms" not in bad
+    assert by_id["form"]["code"] == "malformed_request"
+    assert not [line for line in lines if "multipart" in line["logger"]]  # one line for a request, whatever it is
     age = datetime.now(UTC) - datetime.fromisoformat(good["time"])
     assert 0 <= age.total_seconds() < 600  # UTC, though the process lives in Tokyo
 

@@ -78,6 +78,44 @@ def test_json_with_one_image_gets_the_answer_of_one(service: Served, prefix: str
     assert PredictionResponse.model_validate_json(reply.body).predictions[0].label == "grey 17"
 
 
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \r\n", b"\xef\xbb\xbf\n"])
+@pytest.mark.parametrize("content_type", ["text/plain; charset=utf-8", "image/png", "text/csv", "", JSON, "nonsense"])
+def test_json_is_recognised_under_any_type_but_a_forms(service: Served, before: bytes, content_type: str) -> None:
+    body = before + json.dumps({"image": b64(jpeg(17))}).encode()
+    reply = service.ask("POST", "/invocations", body, Content_Type=content_type)
+    assert reply.status == 200, reply.body
+    assert reply.json["predictions"][0]["label"] == "grey 17"
+    refused = service.ask("POST", "/invocations", body, Content_Type="multipart/form-data; boundary=xYz")
+    assert_error(refused, 400, "malformed_request")
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["", "application/octet-stream", "text/plain", JSON, "image/jpeg", "application/x-www-form-urlencoded"],
+)
+def test_a_form_is_recognised_under_any_type(service: Served, content_type: str) -> None:
+    body, _ = form(jpeg(17), boundary="----WebKitFormBoundary7MA4")
+    reply = service.ask("POST", "/invocations", body, Content_Type=content_type)
+    assert reply.status == 200, reply.body
+    assert reply.json["predictions"][0]["label"] == "grey 17"
+    other = body.replace(b"Content-Disposition", b"Content-Type: image/jpeg\r\ncontent-disposition")
+    assert service.ask("POST", "/invocations", other, Content_Type=content_type).json == reply.json
+
+
+@pytest.mark.parametrize(
+    "body", [b"--", b"--b\r\n", b"--b\r\nX: y\r\n\r\n", b"-- \r\nContent-Disposition: x\r\n\r\n", b"x{}"]
+)
+def test_what_is_no_form_and_no_json_is_not_taken_for_one(service: Served, body: bytes) -> None:
+    assert_error(service.ask("POST", "/invocations", body, Content_Type="text/plain"), 415, "unsupported_media_type")
+
+
+def test_a_form_of_one_file_gets_the_answer_of_one(service: Served) -> None:
+    body, content_type = form(png(17))
+    reply = service.ask("POST", "/invocations", body, Content_Type=content_type)
+    assert reply.status == 200
+    assert PredictionResponse.model_validate_json(reply.body).predictions[0].label == "grey 17"
+
+
 def test_base64_may_have_line_breaks(service: Served) -> None:
     body = json.dumps({"image": base64.encodebytes(png(5)).decode()})
     reply = service.ask("POST", "/invocations", body, Content_Type="application/json")
