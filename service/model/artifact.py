@@ -247,6 +247,9 @@ def _home(folder: Path) -> Path:
         )
     inside = sorted(entry.name for entry in folder.iterdir())
     homes = [folder / name for name in inside if (folder / name / MANIFEST).is_file()]
+    for home in homes:
+        if home.is_symlink():  # the folder that was given may be one, what it holds may not
+            raise ArtifactError(f"{home} is a link; copy the folder itself.")
     if len(homes) == 1:
         return homes[0]
     found = ", ".join(inside[:10]) or "nothing"

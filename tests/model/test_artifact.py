@@ -284,6 +284,18 @@ def test_an_artifact_one_folder_down_is_found(folder: Path, tmp_path: Path) -> N
     assert assert_whole(outer).folder == outer / "model"
 
 
+def test_a_folder_may_be_given_by_a_link_but_the_one_inside_is_none(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert assert_whole(tmp_path / "link").folder == tmp_path / "link"
+    outer = tmp_path / "outer"
+    shutil.copytree(folder, outer / "model")
+    (tmp_path / "other").symlink_to(outer)
+    assert assert_whole(tmp_path / "other").folder == tmp_path / "other/model"
+    (outer / "linked").symlink_to(folder)
+    with pytest.raises(ArtifactError, match="linked is a link; copy the folder itself"):
+        open_artifact(outer)
+
+
 def test_two_artifacts_one_folder_down_are_refused_naming_them(folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(folder, tmp_path / "outer" / name)

@@ -160,6 +160,13 @@ def test_a_link_in_place_of_a_file(model: Path, tmp_path: Path, name: str) -> No
     assert f"{path} is a link; copy the file itself into the artifact." in refusal(model)
 
 
+def test_a_link_in_place_of_the_folder_inside(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    link = tmp_path / "given/model"
+    link.symlink_to(model)
+    assert f"{link} is a link; copy the folder itself." in refusal(tmp_path / "given")
+
+
 def test_a_link_to_nowhere_in_place_of_a_file(model: Path) -> None:
     path = open_artifact(model).path("weights")
     path.unlink()
