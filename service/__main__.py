@@ -82,8 +82,16 @@ def _keep_standard_files() -> None:
 def serve(settings: Settings, worker: Worker) -> int:
     """Serve in this process until told to stop; returns the exit status."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    from service.app import create_app  # here, because a supervisor needs none of this
-    from service.server import Server
+    try:
+        from service.app import create_app  # here, because a supervisor needs none of this
+        from service.server import Server
+    except ImportError as exc:
+        if worker.states().fails_first():
+            log.error(
+                "The service cannot start: a package that it needs cannot be imported (%s); install what uv.lock has, "
+                "or use the image as it was built.", _root_of(exc),
+            )  # fmt: skip
+        return 1
 
     failed = threading.Event()
 
@@ -98,6 +106,13 @@ def serve(settings: Settings, worker: Worker) -> int:
     _stop_with(stop, worker.supervisor_pid)
     server.run(sockets=[worker.listener()])
     return 1 if failed.is_set() else 0
+
+
+def _root_of(exc: BaseException) -> str:
+    """What the first of the errors that led to this one says, in one line."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return " ".join(str(exc).split())[:300].rstrip(".")
 
 
 def _stop_with(stop: Callable[[], None], parent: int | None) -> None:

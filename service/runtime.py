@@ -201,14 +201,15 @@ class Runtime:
             await asyncio.gather(*lanes)
         except Exception as exc:  # whatever it is, the service cannot serve: told, then ended
             self._state = "failed"
+            level = logging.ERROR if self._states is None or self._states.fails_first() else logging.DEBUG
             if _is_out_of_memory(exc):
-                log.error(
-                    "The model cannot be served. There is not enough memory for it (%s); give the process more, "
+                log.log(
+                    level, "The model cannot be served. There is not enough memory for it (%s); give the process more, "
                     "or set fewer CLASSIFIER_WORKERS.", " ".join(str(exc).split())[-200:].rstrip(".") or "MemoryError",
                 )  # fmt: skip
             else:
                 trace = None if isinstance(exc, ArtifactError | EngineUnavailable) else exc
-                log.error("The model cannot be served. %s", exc, exc_info=trace)
+                log.log(level, "The model cannot be served. %s", exc, exc_info=trace)
             if self._on_failure is not None:
                 self._on_failure()
             return

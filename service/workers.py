@@ -4,6 +4,7 @@ Each worker has a listening socket of its own (`service.listeners`). The supervi
 connections which wait for a worker that died are served by its replacement, which accepts them when it is ready.
 """
 
+import fcntl
 import json
 import logging
 import math
@@ -140,10 +141,18 @@ class Worker:
 
 
 class States:
-    """Bytes shared by all: one per worker, 1 while it is ready; the last, 1 once all have been ready together."""
+    """Bytes shared by all: one per worker, 1 while it is ready; 1 once all have been ready together; 1 once one of them
+    has said why it cannot start.
+    """
 
     def __init__(self, fd: int) -> None:
+        self._fd = fd
         self._bytes = mmap.mmap(fd, 0)
+
+    @staticmethod
+    def size(count: int) -> int:
+        """Of the file that `count` workers share."""
+        return count + 2
 
     def tell_ready(self, index: int) -> None:
         """Worker `index` can answer."""
@@ -159,9 +168,18 @@ class States:
 
     def all_were_ready(self) -> bool:
         """Whether all have been ready together: from then on each answers for itself."""
-        if self._bytes[-1] == 0 and b"\0" not in self._bytes[:-1]:
-            self._bytes[-1] = 1
-        return self._bytes[-1] == 1
+        if self._bytes[-2] == 0 and b"\0" not in self._bytes[:-2]:
+            self._bytes[-2] = 1
+        return self._bytes[-2] == 1
+
+    def fails_first(self) -> bool:
+        """Whether the worker that asks, which cannot start, is the first: the others would only repeat its sentence."""
+        fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        try:
+            first, self._bytes[-1] = self._bytes[-1] == 0, 1
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        return first
 
 
 class Supervisor:
@@ -170,7 +188,7 @@ class Supervisor:
     def __init__(self, listeners: Sequence[socket.socket], arguments: Sequence[str], start_timeout_s: float) -> None:
         self._sockets = list(listeners)
         count = len(self._sockets)
-        self._states_fd = shared(count + 1)
+        self._states_fd = shared(States.size(count))
         self._states = States(self._states_fd)
         self._metrics_fd = shared(Page.size(count))
         self._page = Page(count, self._metrics_fd)

@@ -241,7 +241,7 @@ def test_the_states_are_those_of_the_runtime() -> None:
 @pytest.mark.parametrize(
     ("returned", "memory_kill", "cause", "words"),
     [
-        (3, False, "exit_status", "exit status 3; its lines above say why"),
+        (3, False, "exit_status", "exit status 3; the lines above say why"),
         (-9, True, "out_of_memory", "out of memory, the kernel killed it; give it more memory"),
         (-9, False, "sigkill", "probably the kernel's memory killer or an operator"),
         (-11, True, "sigsegv", "signal SIGSEGV: a fault in a native library"),

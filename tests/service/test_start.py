@@ -117,6 +117,17 @@ def test_a_native_library_that_is_missing(model: Path, tmp_path: Path) -> None:
     assert "libtbb.so.12" in said
 
 
+@pytest.mark.parametrize("package", ["PIL", "numpy"])
+def test_a_library_that_is_missing_for_another_package(model: Path, tmp_path: Path, package: str) -> None:
+    folder = tmp_path / "broken" / package
+    folder.mkdir(parents=True)
+    missing = "libz.so.1: cannot open shared object file: No such file or directory"
+    advice = "raise ImportError('IMPORTANT: how to solve it ...') from exc"  # as numpy does
+    (folder / "__init__.py").write_text(f"try: raise ImportError({missing!r})\nexcept ImportError as exc: {advice}")
+    said = refusal(model, PYTHONPATH=str(folder.parent), CLASSIFIER_WORKERS="2")
+    assert f"a package that it needs cannot be imported ({missing}); install what uv.lock has" in said
+
+
 @pytest.mark.parametrize("words", ["std::bad_alloc", "failed to map segment from shared object"])
 def test_a_model_for_which_there_is_not_enough_memory(words: str, caplog: pytest.LogCaptureFixture) -> None:
     class Starved(FakeEngine):

@@ -28,7 +28,7 @@ from service.model.artifact import SelfCheck, open_artifact, write_artifact
 from service.model.preprocess import Preprocessing
 from service.runtime import Runtime
 from service.settings import Settings
-from service.workers import Worker
+from service.workers import States, Worker
 
 
 def workers_of(server: Any) -> dict[int, int]:
@@ -109,8 +109,17 @@ def test_a_model_that_cannot_be_served_ends_all_with_status_1(
     with start_server(tmp_path / "model", CLASSIFIER_WORKERS="2", ready=False) as server:
         assert server.process.wait(60) == 1
     log = server.log.read_text()
-    assert "The model cannot be served." in log
-    assert "ended before it was ready (exit status 1; its lines above say why)" in log
+    (error,) = [line for line in log.splitlines() if " ERROR " in line]
+    assert "The model cannot be served." in error
+    assert "ended before it was ready (exit status 1; the lines above say why)" in log
+
+
+def test_of_workers_that_cannot_start_the_first_says_why() -> None:
+    fd = shared(States.size(2))
+    first, second = States(fd), States(fd)
+    assert [second.fails_first(), first.fails_first(), second.fails_first()] == [True, False, False]
+    assert not first.all_were_ready()
+    os.close(fd)
 
 
 def test_a_port_in_use_is_refused_though_workers_share_theirs(artifact: Path, pair: Any) -> None:
@@ -165,7 +174,7 @@ def test_each_worker_runs_on_a_gpu_of_its_own(
         raise EngineUnavailable("This machine has none.")
 
     async def start(index: int) -> None:
-        worker = Worker(index, workers, 1, 0, shared(workers + 1), 0, 0, 0)
+        worker = Worker(index, workers, 1, 0, shared(States.size(workers)), 0, 0, 0)
         runtime = Runtime(Settings(model=artifact, engine="torch-cuda"), worker=worker)
         await runtime.open()
         await runtime.close()
