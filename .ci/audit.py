@@ -1,15 +1,17 @@
 """Fail when a locked dependency of the service has a known vulnerability that audit-allow.toml does not accept.
 
 What the service installs (the base dependencies and the group `tracing`, for this platform) is exported from uv.lock
-and given to pip-audit, which asks OSV (https://osv.dev) about each package. Without a network this says so and fails
-nothing.
+and given to pip-audit, which asks OSV (https://osv.dev) about each package. Without a network this says so; what was
+read by hand (advisories.md) then counts, for sixty days.
 
-Exit status: 0 nothing found, or nothing could be asked; 1 a vulnerability, or an entry of the list that has ended.
+Exit status: 0 nothing found, or nothing could be asked; 1 a vulnerability, an entry of the list that has ended, or
+nothing could be asked and what was read by hand is too old.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,11 @@ OSV = "https://api.osv.dev/v1/query"
 LONGEST = timedelta(days=184)
 GROUPS = ("tracing",)
 FIELDS = {"id": str, "package": str, "reason": str, "since": date, "until": date}
+BUNDLED = "bundled"
+"""Field of an entry about a library inside a package's wheel, which no database names by the package."""
+
+READ_DAYS = 60
+"""So long what was read by hand stands for the database. Not a month: a build must not turn red overnight for that."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,12 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--osv-url", default=OSV, help="where to ask (default: %(default)s)")
     parser.add_argument("--allow", type=Path, default=Path(__file__).parent / "audit-allow.toml", help="accepted ones")
+    advisories = Path(__file__).parent / "advisories.md"
+    parser.add_argument("--advisories", type=Path, default=advisories, help="what was read by hand, and when")
     parser.add_argument("--requirements", type=Path, help="audit these instead of what uv.lock has for the service")
     options = parser.parse_args(arguments)
 
-    allowed, problems = read_allowed(options.allow, datetime.now(UTC).date())
+    today = datetime.now(UTC).date()
+    allowed, problems = read_allowed(options.allow, today)
     if (why := unreachable(options.osv_url)) is not None:
         print(f"audit: skipped, {options.osv_url} cannot be asked for known vulnerabilities from here ({why})")
+        problems += too_old(options.advisories, today)
     else:
         packages = audited(options.requirements, options.osv_url)
         found, unused = judged(packages, allowed)
@@ -57,8 +68,10 @@ def read_allowed(path: Path, today: date) -> tuple[list[dict[str, Any]], list[st
     allowed, problems = [], []
     for entry in entries:
         wrong = [name for name, kind in FIELDS.items() if not isinstance(entry.get(name), kind) or not entry[name]]
-        if wrong or set(entry) - set(FIELDS):
-            problems.append(f"{path.name}: an entry needs {', '.join(FIELDS)} and nothing else, given: {entry}")
+        if wrong or set(entry) - {*FIELDS, BUNDLED}:
+            problems.append(
+                f"{path.name}: an entry needs {', '.join(FIELDS)} and, of a library inside, {BUNDLED}: {entry}"
+            )
         elif entry["until"] - entry["since"] > LONGEST:
             problems.append(f"{path.name}: {entry['id']} is accepted for longer than {LONGEST.days} days; choose less")
         elif entry["until"] < today:
@@ -69,6 +82,20 @@ def read_allowed(path: Path, today: date) -> tuple[list[dict[str, Any]], list[st
         else:
             allowed.append(entry)
     return allowed, problems
+
+
+def too_old(path: Path, today: date) -> list[str]:
+    """A sentence where what was read by hand is no longer to be relied on."""
+    said = re.search(r"^Read by hand on (\d{4}-\d\d-\d\d)", path.read_text(), re.MULTILINE)
+    if said is None:
+        return [f"{path.name} does not tell when it was read ('Read by hand on YYYY-MM-DD')"]
+    age = today - date.fromisoformat(said[1])
+    if age <= timedelta(days=READ_DAYS):
+        return []
+    return [
+        f"{path.name} was read {age.days} days ago, {READ_DAYS} are allowed where no database can be asked: run this "
+        "where api.osv.dev can be reached, or read the advisories anew and change the file's date"
+    ]
 
 
 def unreachable(url: str) -> str | None:
@@ -122,7 +149,7 @@ def judged(packages: list[dict[str, Any]], allowed: list[dict[str, Any]]) -> tup
                     f"(mended in {fixed}): uv lock --upgrade-package {package['name']}, or accept it with a reason "
                     "and an end in .ci/audit-allow.toml"
                 )
-    return problems, [entry for entry in allowed if entry not in used]
+    return problems, [entry for entry in allowed if entry not in used and BUNDLED not in entry]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.service.served import png
+
 ROOT = Path(__file__).parent.parent
 AUDIT = ROOT / ".ci/audit.py"
 
@@ -53,10 +55,15 @@ def database(vulnerabilities: dict[str, Any], status: int = 200) -> Iterator[str
         server.server_close()
 
 
-def audit(tmp_path: Path, url: str, allow: str = "", requirements: str = "jinja2==3.1.2\nidna==3.10\n") -> Any:
+def audit(
+    tmp_path: Path, url: str, allow: str = "", requirements: str = "jinja2==3.1.2\nidna==3.10\n", read: Any = None
+) -> Any:
+    read = read or TODAY
     (tmp_path / "allow.toml").write_text(allow)
     (tmp_path / "requirements.txt").write_text(requirements)
+    (tmp_path / "advisories.md").write_text(f"# Advisories\n\nRead by hand on {read}, where nothing could be asked.\n")
     command = [sys.executable, str(AUDIT), "--osv-url", url, "--allow", str(tmp_path / "allow.toml")]
+    command += ["--advisories", str(tmp_path / "advisories.md")]
     return subprocess.run(
         [*command, "--requirements", str(tmp_path / "requirements.txt")], capture_output=True, text=True, timeout=120
     )
@@ -108,12 +115,40 @@ def test_without_a_database_one_line_says_that_nothing_was_audited(tmp_path: Pat
             assert line.startswith("audit: skipped")
 
 
-def test_the_list_of_accepted_vulnerabilities_is_sound() -> None:
+def test_what_was_read_by_hand_counts_for_sixty_days_where_no_database_can_be_asked(tmp_path: Path) -> None:
+    nowhere = "http://127.0.0.1:9/v1/query"
+    assert audit(tmp_path, nowhere, read=TODAY - timedelta(days=60)).returncode == 0
+    late = audit(tmp_path, nowhere, read=TODAY - timedelta(days=61))
+    assert late.returncode == 1 and "advisories.md was read 61 days ago, 60 are allowed" in late.stderr
+    undated = audit(tmp_path, nowhere, read="some day")
+    assert undated.returncode == 1 and "does not tell when it was read" in undated.stderr
+    with database({}) as url:
+        assert audit(tmp_path, url, read=TODAY - timedelta(days=1000)).returncode == 0
+
+
+def test_a_library_inside_a_wheel_is_accepted_though_no_database_names_it(tmp_path: Path) -> None:
+    with database({}) as url:
+        result = audit(tmp_path, url, entry(TODAY, SOON) + 'bundled = "libpng 1.6.58"\n')
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "no longer found" not in result.stdout
+
+
+def test_the_lists_of_accepted_and_of_read_vulnerabilities_are_sound() -> None:
     spec = importlib.util.spec_from_file_location("audit", AUDIT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.read_allowed(ROOT / ".ci/audit-allow.toml", TODAY)[1] == []
+    assert module.too_old(ROOT / ".ci/advisories.md", date(2026, 11, 29)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which libraries a process has")
+def test_no_process_of_the_service_loads_the_libpng_inside_pillow(server: Any) -> None:
+    assert server.ask("POST", "/invocations", png(), {"Content-Type": "image/png"}).status == 200
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    maps = [Path(f"/proc/{process.pid}/maps").read_text() for process in processes]
+    assert [text for text in maps if "pillow.libs/libjpeg" in text]
+    assert not [text for text in maps if "libpng" in text or "libfreetype" in text]
 
 
 # --- what listens
