@@ -9,13 +9,17 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps
 
+from service.engines.base import Logits
 from service.engines.fake import FakeEngine
 from service.errors import HTTP_ERRORS, MalformedRequest, NotAcceptable, RequestError
 from service.media import ANSWERS, CSV, JSON, JSON_LINES, negotiate
+from service.model.resize import PixelBatch
 from service.options import top_k_of
 from service.payloads import MAX_IMAGES, payloads_of
 from service.schemas import PredictionResponse, SeveralPredictionsResponse
@@ -151,6 +155,84 @@ def test_other_json_is_refused_by_a_sentence(service: Served, document: bytes, s
 def test_a_compressed_body_is_refused(service: Served) -> None:
     reply = service.ask("POST", "/invocations", png(), Content_Encoding="gzip")
     assert "Content-Encoding gzip" in assert_error(reply, 415, "unsupported_media_type")
+
+
+# Each kind of image.
+
+
+class Corner(FakeEngine):
+    """Judges the upper left quarter alone: a picture that lies otherwise, or another frame, has another class."""
+
+    def infer(self, batch: PixelBatch) -> Logits:
+        edge = batch.shape[1] // 2 - 2
+        return super().infer(batch[:, :edge, :edge])
+
+
+@pytest.fixture(scope="module")
+def corner() -> Iterator[Served]:
+    with serve(Corner(256)) as served:
+        yield served
+
+
+def quarters() -> Image.Image:
+    """Grey 40 in the upper left, 90, 140 and 190 elsewhere."""
+    return Image.fromarray(np.kron(np.array([[40, 90], [140, 190]], np.uint8), np.ones((32, 32), np.uint8)))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned(orientation: Image.Exif, transpose: Image.Transpose) -> bytes:
+    return encoded(quarters().transpose(transpose).convert("RGB"), "JPEG", quality=100, exif=orientation)
+
+
+def orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = value
+    return exif
+
+
+def thin(width: int, height: int) -> Image.Image:
+    """Grey 40 in the middle, 200 beyond."""
+    image = Image.new("L", (width, height), 200)
+    image.paste(40, (max(0, width // 2 - 2), max(0, height // 2 - 2), width // 2 + 2, height // 2 + 2))
+    return image
+
+
+FRAMES: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", (64, 64), "white")]}
+KINDS = {
+    "animated GIF": encoded(quarters(), "GIF", **FRAMES),
+    "animated WebP": encoded(quarters().convert("RGB"), "WEBP", lossless=True, **FRAMES),
+    "animated PNG": encoded(quarters().convert("RGB"), "PNG", **FRAMES),
+    "multi-page JPEG": encoded(quarters().convert("RGB"), "MPO", quality=100, **FRAMES),
+    "CMYK JPEG": encoded(quarters().convert("CMYK"), "JPEG", quality=100),
+    "16-bit PNG": encoded(Image.fromarray(np.asarray(quarters()).astype(np.uint16) * 257), "PNG"),
+    "palette PNG": encoded(quarters().convert("P"), "PNG"),
+    "palette BMP": encoded(quarters().convert("P"), "BMP"),
+    "alpha PNG": encoded(Image.merge("LA", (Image.new("L", (64, 64), 0), ImageOps.invert(quarters()))), "PNG"),
+    "alpha WebP": encoded(
+        Image.merge("RGBA", (*[Image.new("L", (64, 64), 0)] * 3, ImageOps.invert(quarters()))), "WEBP", lossless=True
+    ),
+    "grayscale PNG": encoded(quarters(), "PNG"),
+    "grayscale JPEG": encoded(quarters(), "JPEG", quality=100),
+    "EXIF-rotated JPEG, 6": turned(orientation(6), Image.Transpose.ROTATE_90),
+    "EXIF-rotated JPEG, 3": turned(orientation(3), Image.Transpose.ROTATE_180),
+    "EXIF-rotated JPEG, 2": turned(orientation(2), Image.Transpose.FLIP_LEFT_RIGHT),
+    "progressive JPEG": encoded(quarters().convert("RGB"), "JPEG", quality=100, progressive=True),
+    "1 x 1": encoded(Image.new("RGB", (1, 1), (40, 40, 40)), "PNG"),
+    "10000 x 1": encoded(thin(10_000, 1), "PNG"),
+    "1 x 10000": encoded(thin(1, 10_000), "JPEG", quality=100),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_image_gets_its_right_answer(corner: Served, kind: str) -> None:
+    reply = corner.ask("POST", "/invocations", KINDS[kind])
+    assert reply.status == 200, reply.body
+    assert reply.json["predictions"][0]["index"] == pytest.approx(40, abs=1)
 
 
 # Several images.
