@@ -102,7 +102,7 @@ def serve(settings: Settings, worker: Worker) -> int:
         failed.set()
         stop()
 
-    server = Server(create_app(settings, on_failure=fail, worker=worker), worker.lifeline())
+    server = Server(create_app(settings, on_failure=fail, worker=worker), worker.lifeline(), worker.is_replaced)
     _stop_with(stop, worker.supervisor_pid)
     server.run(sockets=[worker.listener()])
     return 1 if failed.is_set() else 0

@@ -4,6 +4,7 @@ answered, and only then is the port closed.
 
 import asyncio
 import socket
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -28,8 +29,12 @@ SETTLE_S = 0.2
 class Server(uvicorn.Server):
     """Serves `app` on `listener` until `should_exit`."""
 
-    def __init__(self, app: Any, lifeline: Lifeline | None = None) -> None:
-        """`lifeline`: where connections are reported, if this process is a worker."""
+    def __init__(
+        self, app: Any, lifeline: Lifeline | None = None, gives_way: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Of a worker: `lifeline`, where connections are reported; `gives_way`, whether another takes its place when it
+        ends, with the same socket, which must then stay as it is.
+        """
         settings: Settings = app.state.settings
         protocol = partial(
             Protocol,
@@ -49,6 +54,7 @@ class Server(uvicorn.Server):
         self._app = app
         self._sweeping: asyncio.Task[None] | None = None
         self._lifeline = lifeline
+        self._gives_way = gives_way
 
     async def main_loop(self) -> None:
         """See `uvicorn.Server`."""
@@ -59,13 +65,18 @@ class Server(uvicorn.Server):
         """Drain, then close; see `uvicorn.Server`."""
         runtime: Runtime = self._app.state.runtime
         await runtime.drain(DRAIN_S)
-        for listener in sockets or []:
-            take_no_more(listener)
-        await asyncio.sleep(SETTLE_S)  # what is connected by now is accepted, and sends its request
-        await runtime.admission.all_done()
-        for listener in sockets or []:
-            with suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # the supervisor's duplicate too: from now on, refused
+        if not self._gives_way():
+            await self._close_port(sockets or [], runtime)
         await super().shutdown(sockets)
         if self._sweeping is not None:
             self._sweeping.cancel()
+
+    async def _close_port(self, listeners: Sequence[socket.socket], runtime: Runtime) -> None:
+        """For good, for the supervisor and all that have a duplicate of the sockets."""
+        for listener in listeners:
+            take_no_more(listener)
+        await asyncio.sleep(SETTLE_S)  # what is connected by now is accepted, and sends its request
+        await runtime.admission.all_done()
+        for listener in listeners:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # from now on, refused

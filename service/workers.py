@@ -135,6 +135,11 @@ class Worker:
         """Where this worker tells that it is ready."""
         return States(self.states_fd)
 
+    def is_replaced(self) -> bool:
+        """Whether another process takes this one's place when it ends: not where the service is told to stop."""
+        states = self.states()
+        return os.getppid() == self.supervisor_pid and states.is_ready(self.index) and not states.is_stopping()
+
     def page(self) -> Page:
         """Where all workers count."""
         return Page(self.count, self.metrics_fd)
@@ -142,7 +147,7 @@ class Worker:
 
 class States:
     """Bytes shared by all: one per worker, 1 while it is ready; 1 once all have been ready together; 1 once one of them
-    has said why it cannot start.
+    has said why it cannot start; 1 once the service is told to stop.
     """
 
     def __init__(self, fd: int) -> None:
@@ -152,7 +157,7 @@ class States:
     @staticmethod
     def size(count: int) -> int:
         """Of the file that `count` workers share."""
-        return count + 2
+        return count + 3
 
     def tell_ready(self, index: int) -> None:
         """Worker `index` can answer."""
@@ -168,18 +173,26 @@ class States:
 
     def all_were_ready(self) -> bool:
         """Whether all have been ready together: from then on each answers for itself."""
-        if self._bytes[-2] == 0 and b"\0" not in self._bytes[:-2]:
-            self._bytes[-2] = 1
-        return self._bytes[-2] == 1
+        if self._bytes[-3] == 0 and b"\0" not in self._bytes[:-3]:
+            self._bytes[-3] = 1
+        return self._bytes[-3] == 1
 
     def fails_first(self) -> bool:
         """Whether the worker that asks, which cannot start, is the first: the others would only repeat its sentence."""
         fcntl.lockf(self._fd, fcntl.LOCK_EX)
         try:
-            first, self._bytes[-1] = self._bytes[-1] == 0, 1
+            first, self._bytes[-2] = self._bytes[-2] == 0, 1
         finally:
             fcntl.lockf(self._fd, fcntl.LOCK_UN)
         return first
+
+    def tell_stopping(self) -> None:
+        """No worker that ends from now on is replaced."""
+        self._bytes[-1] = 1
+
+    def is_stopping(self) -> bool:
+        """Whether the service is told to stop."""
+        return self._bytes[-1] == 1
 
 
 class Supervisor:
@@ -213,6 +226,7 @@ class Supervisor:
     def stop(self) -> None:
         """Tell every worker to answer what it accepted and end; safe in a signal handler."""
         self._stopping = True
+        self._states.tell_stopping()
         self._kill_at_s = min(self._kill_at_s, time.monotonic() + STOP_S)
         for process in list(self._processes.values()):
             process.terminate()

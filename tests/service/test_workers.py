@@ -28,7 +28,8 @@ from service.model.artifact import SelfCheck, open_artifact, write_artifact
 from service.model.preprocess import Preprocessing
 from service.runtime import Runtime
 from service.settings import Settings
-from service.workers import States, Worker
+from service.workers import WORKER_BYTES, States, Worker
+from tests.service.served import png
 
 
 def workers_of(server: Any) -> dict[int, int]:
@@ -70,17 +71,29 @@ def test_both_workers_answer(artifact: Path, pair: Any) -> None:
     assert all(user_time(pid) > spent for pid, spent in before.items())
 
 
-def test_a_worker_that_dies_is_replaced_while_the_other_answers(artifact: Path, pair: Any) -> None:
+def test_two_workers_and_their_decoders_take_less_memory_than_is_reckoned_for_them(pair: Any) -> None:
+    assert pair.ask("POST", "/invocations", png()).status == 200  # a decoder process is there
+    processes = [psutil.Process(pair.process.pid), *psutil.Process(pair.process.pid).children(recursive=True)]
+    took = [process.memory_full_info().pss / 2**20 for process in processes]
+    assert len(took) >= 4
+    assert sum(took) < 2 * WORKER_BYTES / 2**20, took  # MiB; 440 were measured
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_ends_is_replaced_while_the_other_answers(
+    artifact: Path, pair: Any, number: signal.Signals
+) -> None:
     body = open_artifact(artifact).read("example")
     before, starts = workers_of(pair), pair.log.read_text().count("ready: http://")
-    os.kill(before[1], signal.SIGKILL)
+    os.kill(before[1], number)  # the latter as an operator may, to one worker alone
     until(lambda: workers_of(pair).get(1) not in (None, before[1]))
     for _ in range(20):  # while the new one loads: its share waits until it is ready
         assert pair.ask("POST", "/invocations", body).status == 200
         assert pair.ask("GET", "/ping").status == 200
     until(lambda: pair.log.read_text().count("ready: http://") == starts + 1)
     assert workers_of(pair)[0] == before[0]
-    assert "worker 1 died (signal SIGKILL: " in pair.log.read_text()
+    how = "signal SIGKILL: " if number == signal.SIGKILL else "exit status 0"
+    assert f"worker 1 died ({how}" in pair.log.read_text()
 
 
 def test_sigterm_ends_all_with_status_0(artifact: Path, start_server: Any) -> None:
