@@ -268,7 +268,8 @@ class Runtime:
         return classifier
 
     def _warm_up(self, classifier: Classifier, all_here: Barrier) -> None:
-        """Decode an image, run batches of usual sizes: so that the first clients do not pay for what each needs once.
+        """Decode an image, run batches of one, of most and of the engine's sizes: the first clients do not pay for what
+        each needs once.
 
         In every lane: none begins before all have a thread of their own.
         """
@@ -277,7 +278,7 @@ class Runtime:
         if classifier.example is not None:
             image = decode_resized(classifier.example.path.read_bytes(), classifier.side_px)
         largest = self._max_batch(classifier)
-        for size in sorted({1, min(4, largest), min(16, largest), largest}):
+        for size in sorted({1, largest, *(size for size in classifier.engine.warm_sizes if size < largest)}):
             classifier.classify([image] * size)
 
     def _max_batch(self, classifier: Classifier) -> int:

@@ -25,6 +25,7 @@ class CudaEngine:
     name = "torch-cuda"
     tolerance = 2e-2
     lanes = 1
+    warm_sizes: tuple[int, ...] = ()  # each size was run when it was captured
 
     def __init__(self, artifact: Artifact, device: int, max_batch: int) -> None:
         """Load onto GPU number `device` and capture. Raises: ArtifactError, EngineUnavailable."""

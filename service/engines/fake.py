@@ -15,6 +15,7 @@ class FakeEngine:
     tolerance = 1e-3
     best_batch = 1024
     lanes = 1
+    warm_sizes: tuple[int, ...] = ()
 
     def __init__(self, num_classes: int, delay_s: float = 0.0, failure: Exception | None = None) -> None:
         self.num_classes = num_classes

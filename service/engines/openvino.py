@@ -68,11 +68,10 @@ class OpenVinoEngine:
             bf16 = precision == "bf16"
             model = build(manifest.architecture, manifest.preprocessing, artifact.weights(), bf16=bf16)
             self.tolerance = TOLERANCES[precision]
-        flatten_small_maps(model)
         self.name = f"openvino-{precision}"
         side = manifest.preprocessing.side_px
         self.best_batch = max(1, BEST_PIXELS // side**2)
-        self._sizes = PADDED_SIZES if side <= PADDED_SIDE_PX else ()
+        self.warm_sizes: tuple[int, ...] = PADDED_SIZES if side <= PADDED_SIDE_PX else ()
         self.lanes = min(threads, MAX_LANES)
         hints: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",  # of int8: what is not quantized
@@ -81,6 +80,7 @@ class OpenVinoEngine:
         lanes = {**hints, "NUM_STREAMS": self.lanes, "INFERENCE_NUM_THREADS": threads}
         alone = {**hints, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": alone_threads}
         try:
+            flatten_small_maps(model)
             self._side_by_side = core().compile_model(model, "CPU", lanes)
             self._alone = core().compile_model(model, "CPU", alone).create_infer_request()
         except RuntimeError as exc:
@@ -98,7 +98,7 @@ class OpenVinoEngine:
             alone = self._under_way == 0 and len(batch) == 1
             self._under_way += 1
         try:
-            images = np.ascontiguousarray(batch) if alone else _padded(batch, self._sizes)
+            images = np.ascontiguousarray(batch) if alone else _padded(batch, self.warm_sizes)
             results: Any = self._request(alone).infer({0: images}, share_inputs=True)
             logits: Logits = results[0][: len(batch)]
             return logits

@@ -1,15 +1,22 @@
 """The app over real sockets: uvicorn in a thread, a fake engine where the model does not matter."""
 
+import asyncio
 import io
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from service.classifier import Classifier, ExampleFile, ModelCard
+from service.engines.base import Logits
 from service.engines.fake import FakeEngine
+from service.model.resize import PixelBatch
+from service.runtime import Runtime
 from service.schemas import PredictionResponse
+from service.settings import Settings
 from tests.service.served import Served, assert_error, jpeg, png, serve
 
 
@@ -23,6 +30,37 @@ def service() -> Iterator[Served]:
 def test_ping_answers_200_with_the_state_when_ready(service: Served, method: str) -> None:
     reply = service.ask(method, "/ping")
     assert (reply.status, reply.json) == (200, {"status": "ready"})
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "warm_sizes", "expected"),
+    [(8, (), [1, 8]), (32, (4, 16, 32), [1, 4, 16, 32]), (6, (4, 16), [1, 4, 6])],
+)
+def test_the_example_has_run_in_batches_of_each_size_when_the_service_is_ready(
+    tmp_path: Path, max_batch: int, warm_sizes: tuple[int, ...], expected: list[int]
+) -> None:
+    class Seeing(FakeEngine):
+        def infer(self, batch: PixelBatch) -> Logits:
+            seen.append(float(batch.mean()))
+            return super().infer(batch)
+
+    async def start() -> list[int]:
+        runtime = Runtime(Settings(max_batch=max_batch), Classifier(card, 32, engine, example))
+        await runtime.open()
+        while runtime.state != "ready":
+            assert runtime.state != "failed"
+            await asyncio.sleep(0.01)
+        sizes = [*engine.batch_sizes]
+        await runtime.close()
+        return sizes
+
+    (tmp_path / "example.png").write_bytes(png(77))
+    example = ExampleFile(tmp_path / "example.png", "grey 77", "image/png")
+    card = ModelCard("fake", "1", tuple(f"grey {k}" for k in range(256)))
+    engine, seen = Seeing(256), list[float]()
+    engine.warm_sizes = warm_sizes
+    assert asyncio.run(start()) == expected
+    assert set(seen) == {77.0}
 
 
 def test_ping_answers_503_with_the_state_and_invocations_a_sentence_until_ready() -> None:

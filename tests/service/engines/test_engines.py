@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ from service.engines.names import EngineName
 from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
 from service.model.machine import gpus
+from service.model.preprocess import Preprocessing
+from tests.service.artifacts import changed
 
 ON_CPU: tuple[EngineName, ...] = ("torch", "openvino-fp32", "openvino-bf16", "openvino-int8")
 Make = Callable[[EngineName], Engine]
@@ -84,6 +87,24 @@ def test_lanes_do_not_mix_their_batches_up(engine: Make, name: EngineName) -> No
     with ThreadPoolExecutor(made.lanes) as threads:
         found = [*threads.map(lambda i: made.infer(images[i : i + 2]), range(0, 64, 2))]
     np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+def test_each_engine_names_the_sizes_to_be_warmed_up(engine: Make, artifact: Path, tmp_path: Path) -> None:
+    assert [tuple(engine(name).warm_sizes) for name in ("torch", "openvino-fp32")] == [(), (4, 16, 32)]
+    larger = changed(artifact, tmp_path / "model", preprocessing=Preprocessing(side_px=64))
+    made = create(open_artifact(larger), "openvino-fp32", Layout(threads=1))
+    assert (made.best_batch, tuple(made.warm_sizes)) == (98, ())
+
+
+def test_a_graph_that_openvino_refuses_to_rewrite_makes_the_engine_unavailable(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: openvino.Model) -> None:
+        raise RuntimeError("Check 'shapes' failed\nat node.cpp:1")
+
+    monkeypatch.setattr(openvino.Model, "validate_nodes_and_infer_types", refuse)
+    with pytest.raises(EngineUnavailable, match=r"cannot compile the network .*Check 'shapes' failed"):
+        create(open_artifact(artifact), "openvino-fp32", Layout(threads=1))
 
 
 def test_an_int8_engine_needs_an_int8_network(artifact: Path) -> None:
