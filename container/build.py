@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from container.engine import ContainerError, docker, require_engine
+from container.engine import ContainerError, docker, os_sentence, require_engine
 
 log = logging.getLogger("container")
 
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = int(docker("image", "inspect", "--format", "{{.Size}}", tag))
     except ContainerError as exc:
         log.error("%s", exc)
+        return 1
+    except OSError as exc:
+        log.error("%s", os_sentence(exc))
         return 1
     log.info("built %s: %.0f MB", tag, size / 1e6)
     return 0

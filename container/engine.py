@@ -10,6 +10,9 @@ from typing import IO
 
 log = logging.getLogger("container")
 
+TELLING_LINES = 6
+"""At the end of what docker prints: why it failed, and where in a Dockerfile."""
+
 
 class ContainerError(Exception):
     """Building, pushing or checking an image cannot go on; the sentence says why and what to do."""
@@ -40,14 +43,19 @@ def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | N
 
 
 def explain(output: str, command: str) -> str:
-    """One sentence for what docker printed when it failed."""
+    """One sentence for what docker printed when it failed: what a build wrote before the end is not docker's word."""
     lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("See 'docker")]
     last = lines[-1] if lines else "it said nothing"
     for pattern, sentence in _KNOWN:
-        found = re.search(pattern, output, re.IGNORECASE)
-        if found:
-            return sentence.format(*found.groups(), last=last)
+        if any(re.search(pattern, line, re.IGNORECASE) for line in lines[-TELLING_LINES:]):
+            return sentence.format(last=last)
     return f"docker {command} failed: {last.removesuffix('.')}."
+
+
+def os_sentence(exc: OSError) -> str:
+    """One sentence for what this machine refused: a file, a process, memory."""
+    what = f" ({exc.filename})" if exc.filename else ""
+    return f"This machine cannot go on{what}: {exc.strerror or exc}."
 
 
 def require_engine() -> None:
@@ -62,15 +70,15 @@ _KNOWN = (
         "'docker builder prune' and 'docker image prune' free it.",
     ),
     (
-        r"permission denied.*(?:connect|docker\.sock|dial unix)|dial unix [^:]*: connect: permission denied",
+        r"permission denied while trying to connect to the docker|dial unix [^:]*: connect: permission denied",
         "You may not use the docker engine: add yourself to the group docker, or call with sudo.",
     ),
     (
-        r"cannot connect to the docker daemon|is the docker daemon running|error during connect|failed to connect to",
+        r"(?:cannot|failed to) connect to the docker|is the docker daemon running|^error during connect:",
         "No docker engine answers; start one ('sudo systemctl start docker', Docker Desktop) or set DOCKER_HOST.",
     ),
     (
-        r"unknown flag|BuildKit is enabled but the buildx component is missing|the --mount option requires BuildKit",
+        r"^unknown flag|BuildKit is enabled but the buildx component is missing|the --mount option requires BuildKit",
         "This docker cannot build the image: it takes BuildKit, so Docker 20.10 or later, and from 23 on its plugin "
         "buildx ({last}).",
     ),

@@ -20,6 +20,7 @@ InferenceAmiVersion (container/drivers.py has the one it needs). Exit status: 0,
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -27,7 +28,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +36,7 @@ from typing import Any
 from container.build import NAME, PLATFORM, ROOT, TARGETS
 from container.content import content_hash
 from container.ecr import PUSH_ACTIONS, Ecr, Repository, policy
-from container.engine import ContainerError, docker, require_engine
+from container.engine import ContainerError, docker, os_sentence, require_engine
 from container.registry import Pushed, look
 from container.rules import CUDA_LABEL
 
@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(given.output, given.target, entry)
     except ContainerError as exc:
         log.error("%s", exc)
+        return 1
+    except OSError as exc:  # no memory, no process, no place
+        log.error("%s", os_sentence(exc))
         return 1
     sys.stdout.write(f"{entry['uri']}\n")
     return 0
@@ -165,13 +168,22 @@ def _send(image: str, repository: Repository, tag: str, password: str) -> None:
             docker("rmi", "--no-prune", name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _logged_in(registry: str, password: str) -> Iterator[dict[str, str]]:
     """docker's environment with a configuration of its own, so that no token stays on the disk."""
     host = (
         os.environ.get("DOCKER_HOST") or docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}").strip()
     )  # the context is named in the user's configuration
-    with tempfile.TemporaryDirectory(prefix="docker-config-") as folder:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="docker-config-"))
+            # An entry of its own keeps docker from the helper it finds on PATH, which would keep the token.
+            (Path(folder) / "config.json").write_text(json.dumps({"auths": {registry: {}}}))
+        except OSError as exc:
+            raise ContainerError(
+                f"There is no place for the folder that docker's login takes: {exc.strerror or exc}; 'df -h' shows "
+                "what is full, TMPDIR names another place."
+            ) from exc
         env = {"DOCKER_CONFIG": folder, "DOCKER_HOST": host}
         docker("login", "--username", USER, "--password-stdin", registry, stdin=password, env=env)
         yield env

@@ -4,6 +4,7 @@ https://distribution.github.io/distribution/spec/api/, with the user and passwor
 """
 
 import base64
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -51,20 +52,26 @@ def look(registry: str, repository: str, reference: str, user: str, password: st
     answer = _get(f"{base}/manifests/{reference}", secret, ", ".join((SCHEMA_2, *OTHERS)))
     if answer is None:
         return None
-    body, headers = answer
-    manifest = json.loads(body)
-    media_type = manifest.get("mediaType") or headers.get("Content-Type", "").partition(";")[0]
-    digest = headers.get("Docker-Content-Digest", reference)
-    if "config" not in manifest:
-        return Pushed(digest, media_type, None, 0)
-    config_answer = _get(f"{base}/blobs/{manifest['config']['digest']}", secret, "*/*")
-    if config_answer is None:
+    try:
+        body, headers = answer
+        manifest = json.loads(body)
+        media_type = manifest.get("mediaType") or headers.get("Content-Type", "").partition(";")[0]
+        digest = headers.get("Docker-Content-Digest", reference)
+        if "config" not in manifest:
+            return Pushed(digest, media_type, None, 0)
+        config_answer = _get(f"{base}/blobs/{manifest['config']['digest']}", secret, "*/*")
+        if config_answer is None:
+            raise ContainerError(
+                f"{registry} has the manifest of {repository}:{reference} and not what it names; push again."
+            )
+        config = json.loads(config_answer[0])
+        size = sum(layer["size"] for layer in manifest["layers"])
+        return Pushed(digest, media_type, f"{config.get('os')}/{config.get('architecture')}", size)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:  # a proxy's page, JSON of another shape
         raise ContainerError(
-            f"{registry} has the manifest of {repository}:{reference} and not what it names; push again."
-        )
-    config = json.loads(config_answer[0])
-    size = sum(layer["size"] for layer in manifest["layers"])
-    return Pushed(digest, media_type, f"{config.get('os')}/{config.get('architecture')}", size)
+            f"What {registry} has as {repository}:{reference} cannot be read as an image's manifest "
+            f"({type(exc).__name__}: {exc}); what answers there?"
+        ) from exc
 
 
 def _get(url: str, secret: str, accept: str) -> tuple[bytes, dict[str, str]] | None:
@@ -82,5 +89,7 @@ def _get(url: str, secret: str, accept: str) -> tuple[bytes, dict[str, str]] | N
                 f"The registry refused {url} ({exc.code}): allow ecr:BatchGetImage and ecr:GetDownloadUrlForLayer."
             ) from exc
         raise ContainerError(f"The registry answered {exc.code} to {url}; try again.") from exc
+    except http.client.HTTPException as exc:
+        raise ContainerError(f"The registry's answer to {url} broke off ({exc!r}); try again.") from exc
     except OSError as exc:
         raise ContainerError(f"The registry does not answer ({url}: {exc}).") from exc

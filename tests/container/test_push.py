@@ -8,14 +8,17 @@ import base64
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from container.build import ROOT, version
 from container.content import content_hash
 from container.ecr import LIFECYCLE, policy
 from container.engine import ContainerError, docker
-from container.push import _push_sentence, content_tag, note
+from container.push import _logged_in, _push_sentence, content_tag, note
 from container.registry import SCHEMA_2, Pushed
 from tests.conftest import free_port
 from tests.container.debian import unpack
@@ -201,12 +204,76 @@ def test_an_image_that_is_not_there_is_named(aws: Aws, tmp_path: Path) -> None:
             "You may not use the docker engine",
         ),
         ("unknown flag: --platform", "it takes BuildKit"),
+        ("error during connect: Get http://far:2375/version: dial tcp: no such host", "No docker engine answers"),
+        ("Failed to connect to the docker API at unix:///run/docker.sock; check the path", "No docker engine answers"),
+        ("#9 Failed to connect to deb.debian.org port 80\nexit code: 100", "docker push failed: exit code: 100."),
+        ("#9 permission denied: cannot connect to /tmp/x\nexit code: 1", "docker push failed: exit code: 1."),
+        ("#9 uv: error: unknown flag --locked\nexit code: 2", "docker push failed: exit code: 2."),
+        (f"#9 No space left on device (ignored){12 * chr(10)}{chr(10).join('abcdef')}", "docker push failed: f."),
         ("something else\nwent wrong.", "docker push failed: went wrong."),
         ("", "docker push failed: it said nothing."),
     ],
 )
 def test_what_docker_says_becomes_a_sentence(words: str, said: str) -> None:
     assert said in engine_module.explain(words, "push")
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No byte can be written to any file of this process, as on a full disk; docker's own process is another."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(tempfile, "tempdir", None)  # where it has been able to write before
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "image.json"
+    path.write_text('{"train": {}}')
+    monkeypatch.setenv("DOCKER_HOST", "unix:///none.sock")
+    with full_disk(monkeypatch):
+        with pytest.raises(ContainerError, match=r"There is no place for the folder .* TMPDIR names another place\."):
+            _logged_in(HOST, PASSWORD).__enter__()
+        with pytest.raises(ContainerError, match=r"The image is pushed as a, and .*image\.json cannot be written"):
+            note(path, "serve", {"uri": "a"})
+    assert json.loads(path.read_text()) == {"train": {}}
+    assert [each.name for each in tmp_path.iterdir()] == ["image.json"]
+
+
+def test_the_token_comes_by_stdin_and_into_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No argument, as any process may read those; what docker is given says that it needs no helper from PATH."""
+    written = 'env > env; echo "$@" > arguments; cat > stdin; cat "$DOCKER_CONFIG/config.json" > config'
+    script = f'cd {tmp_path}; {written}; ls "$TMPDIR" > ls'
+    monkeypatch.setenv("PATH", fake_docker(tmp_path / "bin", script))
+    monkeypatch.setenv("DOCKER_HOST", "unix:///none.sock")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with _logged_in(HOST, PASSWORD) as env:
+        assert Path(env["DOCKER_CONFIG"]).parent == tmp_path / "tmp"
+    assert (tmp_path / "arguments").read_text() == f"login --username AWS --password-stdin {HOST}\n"
+    assert (tmp_path / "stdin").read_text() == PASSWORD
+    assert PASSWORD not in (tmp_path / "env").read_text()
+    assert json.loads((tmp_path / "config").read_text()) == {"auths": {HOST: {}}}
+    assert (tmp_path / "ls").read_text().startswith("docker-config-")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_what_the_machine_refuses_is_one_sentence(tmp_path: Path) -> None:
+    """A docker that cannot be run."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "docker").write_bytes(b"\x7fELF")
+    (folder / "docker").chmod(0o755)
+    env = {**os.environ, "PATH": str(folder)}
+    said = sentence(push(env=env))
+    assert said == f"This machine cannot go on ({folder}/docker): Exec format error."
+    command = [sys.executable, "-m", "container.build"]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert sentence(result) == said
 
 
 def test_what_ecr_refuses_names_the_action() -> None:
