@@ -23,6 +23,7 @@ FORWARD_FROM = 535
 COMPAT = Path("/usr/local/cuda/compat")
 """NVIDIA's forward-compatibility libraries, part of the base image (package cuda-compat-13-0)."""
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,16 @@ class Fit:
 
 
 def fit(driver: str | None, cuda: str = CUDA, compat: Path = COMPAT) -> Fit:
-    """How driver version `driver` (None: there is none) and this image go together; see `driver_version`."""
+    """How driver version `driver` (None: no GPU, or no driver for it) and this image go together."""
     if driver is None:
-        return Fit(True, f"no NVIDIA driver; CUDA {cuda} of this image is not used, the processor computes")
+        return Fit(True, f"no NVIDIA GPU; CUDA {cuda} of this image is not used, the processor computes")
     branch = int(driver.partition(".")[0])
     if branch >= NEEDED_DRIVER:
         return Fit(True, f"NVIDIA driver {driver} fits CUDA {cuda} of this image (needed: {NEEDED_DRIVER} or later)")
     remedy = (
         f"an endpoint needs InferenceAmiVersion={INFERENCE_AMI} in its production variant, batch transform "
-        f"TransformAmiVersion={TRANSFORM_AMI}; or use the image of the target serve-cpu, on an instance without a GPU"
+        f"TransformAmiVersion={TRANSFORM_AMI}; or use the image of the target serve-cpu, on an instance without a GPU; "
+        "elsewhere a newer driver helps, or CUDA_VISIBLE_DEVICES= to compute on the processor"
     )
     sentence = f"NVIDIA driver {driver} is too old for CUDA {cuda} of this image, which needs {NEEDED_DRIVER} or later"
     if branch < FORWARD_FROM:
@@ -86,8 +88,16 @@ def fit(driver: str | None, cuda: str = CUDA, compat: Path = COMPAT) -> Fit:
     return Fit(True, f"{sentence}; forward compatibility ({compat}) bridges that", str(compat))
 
 
+def has_gpu(devices: Path = DEVICES) -> bool:
+    """Whether there is a device of NVIDIA's; a container without one still sees the host's driver by its version."""
+    return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists()  # the second on Windows (WSL 2)
+
+
 def driver_version(module: Path = KERNEL_MODULE) -> str | None:
-    """The NVIDIA driver's version, such as "580.95.05"; None where there is none. From the kernel module, else NVML."""
+    """The NVIDIA driver's version, such as "580.95.05"; None where there is none. From the kernel module, else NVML.
+
+    The kernel's, and so the host's: `has_gpu` says whether it is of use here.
+    """
     try:
         text = module.read_text()
     except OSError:

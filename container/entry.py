@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from container.drivers import Fit, driver_version, fit, torch_cuda
+from container.drivers import DEVICES, Fit, driver_version, fit, has_gpu, torch_cuda
 
 COMMANDS = {"serve": "service", "train": "training"}
 OUTPUT = Path("/opt/ml/output")
@@ -53,18 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.execve(sys.executable, [sys.executable, "-m", COMMANDS[command], *flags], environment)  # noqa: S606  # ours
 
 
-def look(site_packages: Path) -> Fit:
-    """Driver against CUDA and engines of this image."""
+def look(site_packages: Path, devices: Path = DEVICES) -> Fit:
+    """Driver against CUDA and engines of this image; the driver counts where there is a GPU for it."""
     engines = [
         engine for package, engine in (("torch", "torch"), ("openvino", "OpenVINO"))
         if (site_packages / package).is_dir()
     ]  # fmt: skip
     cuda = torch_cuda(site_packages)
+    driver = driver_version() if has_gpu(devices) else None
     if cuda is None:
-        driver = driver_version()
         ignored = f" NVIDIA driver {driver} is not used: the image of the target serve would." if driver else ""
         return Fit(True, f"image without CUDA, engines: {', '.join(engines)}.{ignored}")
-    found = fit(driver_version(), cuda)
+    found = fit(driver, cuda)
     return Fit(found.usable, f"{found.sentence.rstrip('.')}; engines: {', '.join(engines)}.", found.library_path)
 
 

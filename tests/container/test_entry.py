@@ -65,6 +65,7 @@ def old_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def execve(path: str, command: list[str], _environment: dict[str, str]) -> None:
         raise Started(command)
 
+    monkeypatch.setattr(entry, "has_gpu", lambda _: True)
     monkeypatch.setattr(entry, "driver_version", lambda: "470.57.02")
     monkeypatch.setattr(entry, "torch_cuda", lambda _: "13.0")
     monkeypatch.setattr(entry, "OUTPUT", tmp_path)
