@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from container.build import NAME, PLATFORM, ROOT, TARGETS
-from container.content import content_hash
+from container.content import REVISION_LABEL, content_hash
 from container.ecr import PUSH_ACTIONS, Ecr, Repository, policy
 from container.engine import ContainerError, docker, os_sentence, require_engine
 from container.registry import Pushed, look
@@ -43,6 +43,7 @@ from container.rules import CUDA_LABEL
 log = logging.getLogger("container")
 
 OUTPUT = ROOT / "artifacts" / "image.json"
+VERSION_LABEL = "org.opencontainers.image.version"
 USER = "AWS"
 """The user that ECR's tokens are for."""
 
@@ -89,7 +90,7 @@ def push(
     labels = inspected["Config"].get("Labels") or {}
     password = ecr.password()
     log.info("reading %s for its tag", image)
-    tag = content_tag(labels.get("org.opencontainers.image.version", ""), target, content_hash(image))
+    tag = content_tag(labels.get(VERSION_LABEL, ""), target, content_hash(image))
     pushed = look(repository.registry, repository.name, tag, USER, password)
     if pushed is None:
         _send(image, repository, tag, password)
@@ -106,7 +107,10 @@ def push(
 
 
 def inspect(image: str, target: str) -> dict[str, Any]:
-    """What docker knows of the local image. Raises: ContainerError when there is none, or it is for other machines."""
+    """What docker knows of the local image.
+
+    Raises: ContainerError when there is none, it is for other machines, or ours without its labels.
+    """
     try:
         found: dict[str, Any] = json.loads(docker("image", "inspect", image))[0]
     except ContainerError as exc:
@@ -119,6 +123,8 @@ def inspect(image: str, target: str) -> dict[str, Any]:
             f"{image} is for {platform}, SageMaker's instances are {PLATFORM}: 'make image TARGET={target}' builds "
             "for them."
         )
+    if (found["Config"].get("Labels") or {}).get(VERSION_LABEL) == "":  # our Dockerfile, which was told none
+        raise ContainerError(f"{image} does not say its version: build it with 'make image TARGET={target}'.")
     return found
 
 
@@ -135,7 +141,7 @@ def entry_of(repository: Repository, tag: str, pushed: Pushed, labels: dict[str,
         "cuda": labels.get(CUDA_LABEL),
         "account": repository.account,
         "region": repository.region,
-        "revision": labels.get("org.opencontainers.image.revision", "unknown"),
+        "revision": labels.get(REVISION_LABEL, "unknown"),
         "pushed_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -195,6 +195,14 @@ def test_an_image_that_is_not_there_is_named(aws: Aws, tmp_path: Path) -> None:
     assert said == "There is no image resnet34-sagemaker:train here: build it with 'make image TARGET=train'."
 
 
+def test_an_image_of_ours_without_its_version_is_refused(aws: Aws, tmp_path: Path) -> None:
+    """As docker build alone makes it: its tag would name no version."""
+    labelled = IMAGE.replace('"Labels": null', '"Labels": {"org.opencontainers.image.version": ""}')
+    script = f"case $1 in image) echo '{labelled}';; esac"
+    said = sentence(push("--target", "train", env=aws.env(PATH=fake_docker(tmp_path / "bin", script))))
+    assert said == "resnet34-sagemaker:train does not say its version: build it with 'make image TARGET=train'."
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
