@@ -30,12 +30,22 @@ EVERYWHERE = {
     "**/tests/": "tests",
     "**/test/": "tests",
     "**/conftest.py": "tests",
+    "**/test_*.py": "tests",
+    "**/*_test.py": "tests",
     "**/__pycache__/conftest.*.pyc": "tests",
+    "**/__pycache__/test_*.pyc": "tests",
+    "**/__pycache__/*_test.*.pyc": "tests",
     "**/*.a": "static libraries",
     "**/*.pyx": "sources of compiled modules",
 }
-KEPT = {"numpy/_core/tests/_natype.py"}
-"""numpy.testing, which is for everybody, imports it."""
+KEPT = {
+    "numpy/_core/tests/_natype.py": "numpy.testing imports it",
+    "opentelemetry/semconv/_incubating/attributes/test_attributes.py": "names of attributes, for everybody's tests",
+    "scipy/stats/_bws_test.py": "a statistical test",
+    "scipy/stats/_page_trend_test.py": "a statistical test",
+    "torch/_inductor/test_operators.py": "torch._dynamo imports it",
+}
+"""Named like tests, and none; with their bytecode."""
 
 
 def main() -> int:
@@ -56,7 +66,7 @@ def _remove(path: Path, root: Path) -> int:
         return 0
     folder = path.is_dir() and not path.is_symlink()
     files = [each for each in path.rglob("*") if not each.is_dir()] if folder else [path]
-    gone = [file for file in files if str(file.relative_to(root)) not in KEPT]
+    gone = [file for file in files if str(_source(file).relative_to(root)) not in KEPT]
     size = sum(file.lstat().st_size for file in gone)
     for file in gone:
         file.unlink()
@@ -64,6 +74,11 @@ def _remove(path: Path, root: Path) -> int:
         if each.is_dir() and not any(each.iterdir()):
             each.rmdir()
     return size
+
+
+def _source(file: Path) -> Path:
+    """The module that bytecode is of (PEP 3147); any other file itself."""
+    return file.parent.parent / f"{file.name.partition('.')[0]}.py" if file.parent.name == "__pycache__" else file
 
 
 if __name__ == "__main__":
