@@ -14,6 +14,7 @@ IMAGE = resnet34-sagemaker:$(TARGET)
 BASE_IMAGE ?=
 FRESH =
 PUSH_ARGS =
+CONTRACT_ARGS =
 PYTEST_ARGS =
 BENCH_ARGS =
 REHEARSE_ARGS =
@@ -55,7 +56,7 @@ push: $(UV) ## push the image TARGET to ECR and note its URI in artifacts/image.
 
 contract: $(UV) ## check IMAGE, anybody's, against SageMaker's rules for hosting, with MODEL
 	$(UV) sync --frozen --inexact
-	@exec $(PYTHON) -m container.contract "$(IMAGE)" --model "$(MODEL)"
+	@exec $(PYTHON) -m container.contract "$(IMAGE)" --model "$(MODEL)" $(CONTRACT_ARGS)
 
 test: $(UV) ## set up and run the tests (minutes)
 	$(UV) sync --frozen --inexact $(DEVELOP)

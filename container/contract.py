@@ -3,13 +3,16 @@
 Any image, from anybody: it is started with `docker run IMAGE serve` the way SageMaker does (model and root file system
 read-only, /tmp writable, no way out to the network) and asked over HTTP. One line for each rule (container/rules.py),
 PASS or FAIL and what was seen; what is about time is measured once more before it fails, as this machine may be busy.
+What AWS does not ask for is marked (recommended). `--docker-options='--gpus all'` gives it a GPU.
 Exit status: 0 when all hold, 1 when one does not, 2 for wrong arguments.
 """
 
 import argparse
+import contextlib
 import http.client
 import json
 import logging
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -36,13 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--patience", type=float, default=120, metavar="S", help="for a start that must fail to end (default: 120)"
     )
+    parser.add_argument(
+        "--docker-options", default="", metavar="WORDS", help="more words for docker run, such as '--gpus all'"
+    )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if not given.model.is_dir():
         parser.error(f"--model {given.model}: there is no such folder")
+    if given.payload and not given.payload.is_file():
+        parser.error(f"--payload {given.payload}: there is no such file")
     payload = given.payload.read_bytes() if given.payload else picture()
     environment = dict(item.partition("=")[::2] for item in given.env)
-    subject = Subject(given.image, given.model, payload, given.content_type, environment, given.patience)
+    options = tuple(shlex.split(given.docker_options))
+    subject = Subject(given.image, given.model, payload, given.content_type, environment, given.patience, options)
     failed = 0
     try:
         for rule, (ok, seen) in check(subject):
@@ -57,7 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(subject: Subject) -> Iterator[tuple[str, Result]]:
     """Every rule in turn, with whether it holds and what was seen. Raises: ContainerError without engine or image."""
     require_engine()
-    inspected: dict[str, Any] = json.loads(docker("image", "inspect", subject.image))[0]
+    try:
+        inspected: dict[str, Any] = json.loads(docker("image", "inspect", subject.image))[0]
+    except ContainerError as exc:
+        if "no such image" not in str(exc).lower():
+            raise
+        raise ContainerError(
+            f"There is no image {subject.image} here: fetch it with 'docker pull {subject.image}', or 'make image' "
+            "builds ours."
+        ) from exc
     for rule, judge in OF_THE_IMAGE.items():
         yield rule, judge(inspected)
     with isolated_network() as network:
@@ -69,8 +86,14 @@ def check(subject: Subject) -> Iterator[tuple[str, Result]]:
 def _of_the_service(subject: Subject, network: str | None) -> Iterator[tuple[str, Result]]:
     """One container, asked everything, then told to stop."""
     start = "`serve` starts with model and root read-only" + (", without network" if network else "")
-    with running(subject.image, model=subject.model, network=network, environment=subject.environment) as service:
+    with contextlib.ExitStack() as stack:
         try:
+            service = stack.enter_context(
+                running(
+                    subject.image, model=subject.model, network=network, environment=subject.environment,
+                    options=subject.options,
+                )
+            )  # fmt: skip
             ready_s, before = service.wait_until_ready(STARTUP_LIMIT_S)
         except ContainerError as exc:
             yield start, (False, str(exc))

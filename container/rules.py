@@ -1,9 +1,12 @@
 """SageMaker's rules for hosting, each a function that looks and says what it saw: of an image, a service, other starts.
 
 Sources: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html, batch-transform.html, and
-botocore's service model (Custom-Attributes, MetricsConfig). What is ours and no rule of AWS's is named "recommended".
+botocore's service model (Custom-Attributes, MetricsConfig, CreateTransformJob). What is ours and no rule of AWS's is
+named "recommended".
 """
 
+import base64
+import hashlib
 import http.client
 import json
 import os
@@ -15,10 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
-from container.engine import docker
+from container.engine import ContainerError, docker
 from container.running import Load, Running, picture, running
 
 STARTUP_LIMIT_S = 8 * 60
@@ -27,10 +31,13 @@ CONNECT_LIMIT_S = 0.25
 INVOCATION_LIMIT_S = 60
 STOP_LIMIT_S = 30
 MAX_PAYLOAD_BYTES = 25 * 2**20
+BATCH_LIMIT_MB = 100
+"""Of a request of batch transform, and of all that are sent at once (CreateTransformJob)."""
 LOAD_CLIENTS, LOAD_S = 16, 4
 OTHER_PORT = 9217
 BIND_LABEL = "com.amazonaws.sagemaker.capabilities.accept-bind-to-port"
 MULTI_MODELS_LABEL = "com.amazonaws.sagemaker.capabilities.multi-models"
+STREAMING_LABEL = "com.amazonaws.sagemaker.capabilities.bidirectional-streaming"
 CUDA_LABEL = "com.amazonaws.sagemaker.inference.cuda.verified_versions"
 _SAMPLE = re.compile(r'[a-zA-Z_:][\w:]*(\{([a-zA-Z_]\w*="([^"\\]|\\.)*",?)*\})? (\S+)( [\d.]+)?( # \{.*)?')
 """name{label="value",...} value [timestamp] [exemplar]"""
@@ -50,6 +57,8 @@ class Subject:
     environment: dict[str, str]
     patience_s: float
     """How long a start that cannot succeed may take until it ends; ours, the platform waits 8 minutes."""
+    options: tuple[str, ...] = ()
+    """More words for `docker run`, such as --gpus=all."""
 
 
 def _platform(image: dict[str, Any]) -> Result:
@@ -66,13 +75,23 @@ def _media_type(image: dict[str, Any]) -> Result:
 
 
 def _entrypoint(image: dict[str, Any]) -> Result:
+    """SageMaker's word follows it: a shell's own script never sees that, tini takes it for a program.
+
+    Without one `serve` itself is run, found on PATH or not, which the start shows.
+    """
     words = image["Config"].get("Entrypoint") or []
     if not words:
-        return False, "there is none, so that `serve` itself is looked for on PATH"
-    shell = len(words) > 1 and Path(words[0]).name in ("sh", "bash") and words[1] == "-c"
-    if shell:
-        return False, f"shell form, which swallows `serve` and SIGTERM: {words}"
-    return Path(words[0]).name != "tini", str(words)
+        return True, "there is none, `serve` is looked for on PATH"
+    program = list(words)
+    if Path(program[0]).name == "env":
+        program = list(dropwhile(lambda word: word.startswith("-") or "=" in word, program[1:]))
+    name = Path(program[0]).name if program else "env"
+    if name in ("bash", "sh", "ash", "dash", "ksh", "zsh"):
+        flags = list(takewhile(lambda word: word.startswith("-"), program[1:]))
+        script = next(iter(program[len(flags) + 1 :]), "")
+        if any(re.fullmatch(r"-[a-z]*c", flag) for flag in flags) and not re.search(r"\$\{?[@*1]", script):
+            return False, f"shell form, which swallows `serve` and SIGTERM: {words}"
+    return name not in ("tini", "tini-static"), str(words)
 
 
 def _cuda_label(image: dict[str, Any]) -> Result:
@@ -92,7 +111,7 @@ def _user(image: dict[str, Any]) -> Result:
 OF_THE_IMAGE: dict[str, Callable[[dict[str, Any]], Result]] = {
     "it is for linux/amd64": _platform,
     "its manifest is no OCI index": _media_type,
-    "ENTRYPOINT is in exec form, and not tini": _entrypoint,
+    "ENTRYPOINT, if there is one, passes `serve` on (exec form), and is not tini": _entrypoint,
     "it runs as root": _user,
     "an image for GPUs says its CUDA version in a label (recommended)": _cuda_label,
 }  # fmt: skip
@@ -190,15 +209,21 @@ def _tells_batch_transform(service: Running, _: Subject) -> Result:
         return True, "404, so batch transform takes the job's own settings"
     try:
         said = json.loads(answer.body)
-        wrong = {"MaxConcurrentTransforms", "BatchStrategy", "MaxPayloadInMB"} - said.keys()
-        ok = (
-            answer.status == 200
-            and not wrong
-            and said["BatchStrategy"] in ("SINGLE_RECORD", "MULTI_RECORD", "SingleRecord", "MultiRecord")
+        requests, payload_mb, strategy = (
+            said[name] for name in ("MaxConcurrentTransforms", "MaxPayloadInMB", "BatchStrategy")
         )
-    except (ValueError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         return False, f"{answer.status} {answer.body[:80]!r}"
-    return ok, f"{answer.status} {json.dumps(said)}"
+    ok = (
+        answer.status == 200
+        and strategy in ("SINGLE_RECORD", "MULTI_RECORD", "SingleRecord", "MultiRecord")
+        and type(requests) is type(payload_mb) is int
+        and requests >= 1
+        and payload_mb >= 1
+        and requests * payload_mb <= BATCH_LIMIT_MB
+    )
+    limits = f", where {BATCH_LIMIT_MB} MB may be under way at once, in whole numbers from 1"
+    return ok, f"{answer.status} {json.dumps(said)}{'' if ok else limits}"
 
 
 def _metrics(service: Running, _: Subject) -> Result:
@@ -223,39 +248,63 @@ def _several_models(service: Running, subject: Subject) -> Result:
     return status == 200, f"GET /models answers {status}"
 
 
+def _streams(service: Running, subject: Subject) -> Result:
+    """A claim that SageMaker believes: it then opens a WebSocket there (RFC 6455, section 4)."""
+    if _labels(subject.image).get(STREAMING_LABEL) != "true":
+        return True, "it does not stream in both directions"
+    key = base64.b64encode(os.urandom(16)).decode()
+    answer = service.ask(
+        "GET", "/invocations-bidirectional-stream", timeout_s=10, Connection="Upgrade", Upgrade="websocket",
+        Sec_WebSocket_Version="13", Sec_WebSocket_Key=key,
+    )  # fmt: skip
+    digest = hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode(), usedforsecurity=False).digest()
+    accepted = answer.headers.get("sec-websocket-accept") == base64.b64encode(digest).decode()
+    return answer.status == 101 and accepted, f"GET /invocations-bidirectional-stream answers {answer.status}"
+
+
 def _logs_something(service: Running, _: Subject) -> Result:
     lines = service.log().splitlines()
     return bool(lines), f"{len(lines)} lines on stdout and stderr"
 
 
 def _stops(service: Running, subject: Subject) -> Result:
-    """SIGTERM while requests are under way: those that were sent are answered, the exit code is 0."""
+    """SIGTERM while requests are under way: those that were sent are answered, the exit code is 0.
+
+    The last byte of one is held back until the signal is sent, so that one is open then, however fast the service.
+    """
     body = picture(1000) if subject.content_type == "image/png" else subject.payload
     statuses: list[int] = []
-    sent = threading.Barrier(9)
+    sent, signalled = threading.Barrier(9), threading.Event()
 
-    def client() -> None:
+    def client(last: bool) -> None:
         connection = http.client.HTTPConnection(service.host, service.port, timeout=STOP_LIMIT_S)
         try:
-            connection.request("POST", "/invocations", body, {"Content-Type": subject.content_type})
+            connection.putrequest("POST", "/invocations")
+            connection.putheader("Content-Type", subject.content_type)
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body[:-1] if last else body)
             sent.wait(STOP_LIMIT_S)
+            if last and signalled.wait(STOP_LIMIT_S):
+                connection.send(body[-1:])
             statuses.append(connection.getresponse().status)
         except (OSError, http.client.HTTPException, threading.BrokenBarrierError):
             statuses.append(0)
 
-    threads = [threading.Thread(target=client, daemon=True) for _ in range(8)]
+    threads = [threading.Thread(target=client, args=(number == 0,), daemon=True) for number in range(8)]
     for thread in threads:
         thread.start()
     sent.wait(STOP_LIMIT_S)
     time.sleep(0.05)  # for what lies in the kernel's queue to be accepted
+    answered = len(statuses)
     started_s = time.monotonic()
     service.signal("SIGTERM")
+    signalled.set()
     code = service.wait_for_exit(STOP_LIMIT_S)
     took_s = time.monotonic() - started_s
     for thread in threads:
         thread.join(STOP_LIMIT_S)
     how = f"still running after {STOP_LIMIT_S} s" if code is None else f"exit code {code} after {took_s:.1f} s"
-    return code == 0 and statuses == [200] * 8, f"{how}, requests under way answered {statuses}"
+    return code == 0 and statuses == [200] * 8, f"{how}, {8 - answered} requests under way, all answered {statuses}"
 
 
 OF_THE_SERVICE: dict[str, Callable[[Running, Subject], Result]] = {
@@ -267,10 +316,11 @@ OF_THE_SERVICE: dict[str, Callable[[Running, Subject], Result]] = {
     "/invocations ignores headers it does not know": _ignores_headers,
     "Custom-Attributes come back as they were, or not at all": _custom_attributes,
     "/invocations takes 25 MB": _takes_25_mb,
-    "a payload it cannot read gets 4xx, and harms nothing": _refuses_rubbish,
-    "/execution-parameters is there for batch transform, or 404": _tells_batch_transform,
+    "a payload it cannot read gets 4xx, and harms nothing (recommended)": _refuses_rubbish,
+    "/execution-parameters fits batch transform, or is 404": _tells_batch_transform,
     "/metrics is text for Prometheus, or 404 (optional)": _metrics,
     "what is labelled multi-models answers /models": _several_models,
+    "what is labelled bidirectional-streaming takes a WebSocket": _streams,
     "it logs to stdout or stderr": _logs_something,
     "SIGTERM: what was accepted is answered, exit code 0 within 30 s": _stops,
 }  # fmt: skip
@@ -287,8 +337,9 @@ def _binds_to_port(subject: Subject, network: str | None) -> Result:
     environment = {**subject.environment, "SAGEMAKER_BIND_TO_PORT": str(OTHER_PORT)}
     label = _labels(subject.image).get(BIND_LABEL) == "true"
     with running(
-        subject.image, model=subject.model, port=OTHER_PORT, network=network, environment=environment
-    ) as service:
+        subject.image, model=subject.model, port=OTHER_PORT, network=network, environment=environment,
+        options=subject.options,
+    ) as service:  # fmt: skip
         ready_s, _ = service.wait_until_ready(STARTUP_LIMIT_S if label else subject.patience_s)
     told = "the label says so" if label else f"the label {BIND_LABEL} is not set"
     return label, f"/ping 200 on port {OTHER_PORT} after {ready_s:.1f} s, {told}"
@@ -313,7 +364,12 @@ def _corrupt_model(subject: Subject, network: str | None) -> Result:
 
 
 def _unknown_command(subject: Subject, network: str | None) -> Result:
-    return _refused(subject, subject.model, ("sevre",), network)
+    try:
+        return _refused(subject, subject.model, ("sevre",), network)
+    except ContainerError as exc:
+        if "executable file not found" not in str(exc):
+            raise
+        return True, str(exc)  # docker refuses where there is no ENTRYPOINT
 
 
 def _labels(image: str) -> dict[str, str]:
@@ -322,7 +378,9 @@ def _labels(image: str) -> dict[str, str]:
 
 def _refused(subject: Subject, model: Path, command: Sequence[str], network: str | None) -> Result:
     """A start that must end by itself, with a code other than 0 and words."""
-    with running(subject.image, command, model, network=network, environment=subject.environment) as container:
+    with running(
+        subject.image, command, model, network=network, environment=subject.environment, options=subject.options
+    ) as container:
         code = container.wait_for_exit(subject.patience_s)
         if code is None:
             return False, f"it still runs after {subject.patience_s:.0f} s"
@@ -337,8 +395,8 @@ def _telling_line(said: str) -> str:
 
 
 OF_OTHER_STARTS: dict[str, Callable[[Subject, str | None], Result]] = {
-    "it listens on SAGEMAKER_BIND_TO_PORT": _binds_to_port,
-    "a missing model ends the start, and it says why": _missing_model,
-    "a damaged model ends the start, and it says why": _corrupt_model,
-    "a command it does not know is refused, and it says so": _unknown_command,
+    "it listens on SAGEMAKER_BIND_TO_PORT, and has the label (recommended)": _binds_to_port,
+    "a missing model ends the start, and it says why (recommended)": _missing_model,
+    "a damaged model ends the start, and it says why (recommended)": _corrupt_model,
+    "a command it does not know is refused, and it says so (recommended)": _unknown_command,
 }  # fmt: skip

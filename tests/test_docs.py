@@ -62,6 +62,7 @@ def test_every_module_and_flag_the_readme_runs_exists() -> None:
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", README)}
     others = {"data_binary", "help", "model", "host", "port", "output", "inexact", "group", "logdir"}
     others |= {"profile", "rm", "policy", "repository", "region"}  # docker compose's, container.push's
+    others |= {"payload", "content_type", "docker_options", "gpus"}  # container.contract's, docker run's
     others |= {"engine"}  # training.evaluate's
     settings = (TrainingConfig, Instrumentation, TuningConfig)
     others |= {action.dest for sub in launch_commands().values() for action in sub._actions} | {"max", "min"}

@@ -1,36 +1,55 @@
 """Rules of the contract checker against small servers that keep or break one; whole images: test_contract.py."""
 
+import base64
+import hashlib
 import http.server
+import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from container.contract import judged
-from container.rules import CUDA_LABEL, OF_THE_IMAGE, OF_THE_SERVICE, TIMED, Subject
+from container import rules
+from container.contract import judged, main
+from container.registry import OTHERS, SCHEMA_2
+from container.rules import CUDA_LABEL, OF_THE_IMAGE, OF_THE_SERVICE, STREAMING_LABEL, TIMED, Subject
 from container.running import Running
 
 SUBJECT = Subject("none", Path(), b"payload", "image/png", {}, 1.0)
 ATTRIBUTES = "Custom-Attributes come back as they were, or not at all"
 METRICS = "/metrics is text for Prometheus, or 404 (optional)"
+ENTRYPOINT = "ENTRYPOINT, if there is one, passes `serve` on (exec form), and is not tini"
+GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+"""Of RFC 6455."""
+PARAMETERS = "/execution-parameters fits batch transform, or is 404"
+STREAMS = "what is labelled bidirectional-streaming takes a WebSocket"
 CUDA = "an image for GPUs says its CUDA version in a label (recommended)"
 
 
 @contextmanager
-def answering(status: int, body: bytes = b"", **headers: str) -> Iterator[Running]:
-    """A server that answers everything so; a header "echo" gives Custom-Attributes back with what it says appended."""
+def answering(status: int, body: bytes = b"", delay_s: float = 0, **headers: str) -> Iterator[Running]:
+    """A server that answers everything so, after `delay_s`.
+
+    A header "echo" gives Custom-Attributes back with what it says appended, "accept" accepts a WebSocket so.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"] or 0))
+            time.sleep(delay_s)
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             for name, value in headers.items():
                 if name == "echo":
                     name, value = "X-Amzn-SageMaker-Custom-Attributes", self.headers[
                         "X-Amzn-SageMaker-Custom-Attributes"] + value  # fmt: skip
+                if name == "accept":
+                    digest = hashlib.sha1(f"{self.headers['Sec-WebSocket-Key']}{value}".encode()).digest()
+                    name, value = "Sec-WebSocket-Accept", base64.b64encode(digest).decode()
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(body)
@@ -40,8 +59,11 @@ def answering(status: int, body: bytes = b"", **headers: str) -> Iterator[Runnin
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
         yield Running("none", "127.0.0.1", server.server_port)
@@ -79,6 +101,133 @@ def test_metrics_are_prometheus_text_or_absent(status: int, kind: str, body: str
         ok, seen = judged(OF_THE_SERVICE[METRICS], service, SUBJECT)
     assert ok is holds
     assert said in seen
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "holds"),
+    [
+        (404, None, True),
+        (200, {"MaxConcurrentTransforms": 4, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 25}, True),
+        (200, {"MaxConcurrentTransforms": 1, "BatchStrategy": "MultiRecord", "MaxPayloadInMB": 100}, True),
+        (200, {"MaxConcurrentTransforms": 1, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 101}, False),
+        (200, {"MaxConcurrentTransforms": 5, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 25}, False),
+        (200, {"MaxConcurrentTransforms": 1, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 0}, False),
+        (200, {"MaxConcurrentTransforms": 0, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 6}, False),
+        (200, {"MaxConcurrentTransforms": 1.0, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 6}, False),
+        (200, {"MaxConcurrentTransforms": "1", "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": "6"}, False),
+        (200, {"MaxConcurrentTransforms": True, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 6}, False),
+        (200, {"MaxConcurrentTransforms": 1, "BatchStrategy": "ONE", "MaxPayloadInMB": 6}, False),
+        (200, {"MaxConcurrentTransforms": 1, "MaxPayloadInMB": 6}, False),
+        (200, ["MaxConcurrentTransforms", "BatchStrategy", "MaxPayloadInMB"], False),
+        (200, None, False),
+        (500, {"MaxConcurrentTransforms": 1, "BatchStrategy": "SINGLE_RECORD", "MaxPayloadInMB": 6}, False),
+    ],
+)
+def test_batch_transform_is_told_what_it_takes(status: int, said: object, holds: bool) -> None:
+    with answering(status, json.dumps(said).encode() if said else b"<p>no") as service:
+        ok, seen = judged(OF_THE_SERVICE[PARAMETERS], service, SUBJECT)
+    assert ok is holds, seen
+
+
+@pytest.mark.parametrize(
+    ("label", "status", "headers", "holds"),
+    [
+        (None, 404, {}, True),
+        ("true", 404, {}, False),
+        ("true", 200, {"accept": GUID}, False),
+        ("true", 101, {}, False),
+        ("true", 101, {"accept": "another"}, False),
+        ("true", 101, {"accept": GUID, "Upgrade": "websocket", "Connection": "Upgrade"}, True),
+    ],
+)
+def test_who_says_it_streams_takes_a_websocket(
+    label: str | None, status: int, headers: dict[str, str], holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rules, "_labels", lambda _: {STREAMING_LABEL: label} if label else {})
+    with answering(status, **headers) as service:
+        ok, seen = judged(OF_THE_SERVICE[STREAMS], service, SUBJECT)
+    assert ok is holds, seen
+
+
+def test_an_answer_that_takes_too_long_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "INVOCATION_LIMIT_S", 2)
+    monkeypatch.setattr(rules, "LOAD_S", 0.2)
+    for delay_s, holds in ((0, True), (2.2, False)):
+        with answering(200, delay_s=delay_s) as service:
+            ok, seen = judged(OF_THE_SERVICE["/invocations answers within 60 s under load"], service, SUBJECT)
+        assert ok is holds, seen
+
+
+def test_connections_that_wait_to_be_accepted_fail() -> None:
+    """A queue of one, which is full: the kernel takes the second connection when it asks again, a second later."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+        service = Running("none", "127.0.0.1", server.getsockname()[1])
+
+        def accept() -> None:
+            time.sleep(0.4)
+            server.listen(128)
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    if connection.recv(1) == b"e":
+                        return
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        ok, seen = judged(OF_THE_SERVICE["it accepts connections within 250 ms"], service, SUBJECT)
+        with socket.create_connection(("127.0.0.1", service.port)) as last:
+            last.send(b"e")
+            thread.join()
+    assert not ok, seen
+
+
+@pytest.mark.parametrize(
+    ("rule", "image", "holds"),
+    [
+        ("it is for linux/amd64", {"Os": "linux", "Architecture": "amd64"}, True),
+        ("it is for linux/amd64", {"Os": "linux", "Architecture": "arm64"}, False),
+        ("it is for linux/amd64", {"Os": "windows", "Architecture": "amd64"}, False),
+        ("its manifest is no OCI index", {}, True),
+        ("its manifest is no OCI index", {"Descriptor": {"mediaType": SCHEMA_2}}, True),
+        ("its manifest is no OCI index", {"Descriptor": {"mediaType": OTHERS[0]}}, False),
+        ("its manifest is no OCI index", {"Descriptor": {"mediaType": OTHERS[1]}}, False),
+        ("its manifest is no OCI index", {"Descriptor": {"mediaType": OTHERS[2]}}, False),
+        ("it runs as root", {"Config": {}}, True),
+        ("it runs as root", {"Config": {"User": "0:0"}}, True),
+        ("it runs as root", {"Config": {"User": "nobody"}}, False),
+        (ENTRYPOINT, {"Config": {}}, True),
+        (ENTRYPOINT, {"Config": {"Entrypoint": None}}, True),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["python", "-m", "program"]}}, True),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["python", "-c", "print()"]}}, True),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["bash", "start.sh"]}}, True),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["/usr/bin/env", "A=b", "python", "x.py"]}}, True),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["bash", "-c", 'exec "$@"', "--"]}}, True),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["/bin/sh", "-c", "python x.py"]}}, False),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["bash", "-lc", "python x.py"]}}, False),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["bash", "-l", "-c", "python x.py"]}}, False),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["env", "bash", "-c", "python x.py"]}}, False),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["/usr/bin/tini", "--", "python", "x.py"]}}, False),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["env", "A=b", "tini", "--", "x"]}}, False),
+        (ENTRYPOINT, {"Config": {"Entrypoint": ["/usr/bin/env", "-i", "tini", "--"]}}, False),
+    ],
+)
+def test_what_docker_says_of_an_image(rule: str, image: dict[str, object], holds: bool) -> None:
+    ok, seen = OF_THE_IMAGE[rule](image)
+    assert ok is holds, seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--model", "none"], "--model none: there is no such folder"),
+     (["--model", ".", "--payload", "none"], "--payload none: there is no such file")],
+)  # fmt: skip
+def test_what_it_is_to_check_with_must_be_there(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["image", *arguments])
+    assert raised.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
