@@ -78,6 +78,39 @@ def test_make_builds_on_the_base_image_of_the_environment_and_anew_when_asked() 
     assert '--base-image "given" --fresh' in given
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["push"], 'container.push --target "serve" --image "resnet34-sagemaker:serve" \n'),
+        (
+            ["push", "TARGET=train", "PUSH_ARGS=--repository pets --region eu-west-1"],
+            'container.push --target "train" --image "resnet34-sagemaker:train" --repository pets --region eu-west-1\n',
+        ),
+        (["push", "IMAGE=mine"], 'container.push --target "serve" --image "mine" \n'),
+        (["contract"], 'container.contract "resnet34-sagemaker:serve" --model "artifacts/model" \n'),
+        (
+            ["contract", "IMAGE=theirs:1", "MODEL=pets", "CONTRACT_ARGS=--docker-options='--gpus all'"],
+            'container.contract "theirs:1" --model "pets" --docker-options=\'--gpus all\'\n',
+        ),
+    ],
+)
+def test_make_passes_on_what_it_is_given(words: list[str], said: str) -> None:
+    told = subprocess.run(
+        ["make", "--dry-run", *words], cwd=build.ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert f"-m {said}" in told
+    assert ("--group sagemaker" in told) is (words[0] == "push")
+
+
+def test_the_bases_are_pinned_and_hold_no_compiler() -> None:
+    """By version and date (their -devel and -runtime images are larger, and torch brings its own CUDA)."""
+    text = (Path(build.__file__).with_name("Dockerfile")).read_text()
+    (cuda,) = re.findall(r"^ARG CUDA_BASE_IMAGE=(\S+)$", text, re.MULTILINE)
+    (cpu,) = re.findall(r"^ARG CPU_BASE_IMAGE=(\S+)$", text, re.MULTILINE)
+    assert re.fullmatch(r"nvidia/cuda:13\.0\.\d+-base-ubuntu\d\d\.04", cuda)
+    assert re.fullmatch(r"ubuntu:[a-z]+-20\d{6}", cpu)
+
+
 @pytest.mark.parametrize(("base_image", "flags"), [("", ["--no-cache", "--pull"]), ("local/base", ["--no-cache"])])
 def test_a_fresh_build_takes_no_layer_from_before(
     base_image: str, flags: list[str], monkeypatch: pytest.MonkeyPatch

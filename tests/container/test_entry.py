@@ -1,10 +1,12 @@
 """The entry point as a process: `serve` and `train` run, anything else is refused; where the healthcheck asks."""
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -154,3 +156,34 @@ def test_the_healthcheck_fails_where_nothing_listens() -> None:
     result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "refused" in result.stdout.lower()
+
+
+@pytest.mark.parametrize(
+    ("status", "delay_s", "code", "said"),
+    [(200, 0, 0, '200 {"status": "?"}'), (503, 0, 1, '503 {"status": "?"}'), (200, 2.5, 1, "timed out")],
+)
+def test_the_healthcheck_is_as_strict_as_sagemaker(status: int, delay_s: float, code: int, said: str) -> None:
+    """Loading, failing and stopping are 503; more than 2 s are no answer."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(delay_s)
+            body = b'{"status": "?"}' if self.path == "/ping" else b""
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        environ = {**os.environ, "CLASSIFIER_PORT": str(server.server_port)}
+        command = [sys.executable, "-I", "-S", str(ROOT / "container" / "healthcheck.py")]
+        result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+        server.shutdown()
+        thread.join()
+    assert result.returncode == code
+    assert said in result.stdout

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from container.build import ROOT
@@ -31,11 +32,28 @@ EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in pan
 
 
 def test_the_dashboard_is_provisioned_from_where_compose_puts_it() -> None:
-    compose = (ROOT / "docker-compose.yml").read_text()
-    assert "/etc/grafana/dashboards/classifier.json" in compose
-    assert "path: /etc/grafana/dashboards" in (FOLDER / "dashboards.yml").read_text()
-    (uid,) = {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]}
-    assert f"uid: {uid}" in (FOLDER / "datasource.yml").read_text()
+    """Grafana reads its provisioning folder (grafana.com/docs, administration/provisioning): the files say the rest."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    grafana, prometheus = services["grafana"], services["prometheus"]
+    at = {target: ROOT / source for source, target, mode in (each.split(":") for each in grafana["volumes"])}
+    assert {each.rpartition(":")[2] for each in grafana["volumes"]} == {"ro"}
+    provisioning = Path("/etc/grafana/provisioning")
+    ((where, file),) = [(w, f) for w, f in at.items() if Path(w).parent == provisioning / "dashboards"]
+    assert Path(where).suffix == ".yml"
+    (provider,) = yaml.safe_load(file.read_text())["providers"]
+    assert provider["type"] == "file"
+    (dashboard,) = [file for where, file in at.items() if str(Path(where).parent) == provider["options"]["path"]]
+    assert json.loads(dashboard.read_text()) == DASHBOARD
+    assert at[grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]] == dashboard
+    ((where, file),) = [(w, f) for w, f in at.items() if Path(w).parent == provisioning / "datasources"]
+    assert Path(where).suffix == ".yml"
+    (source,) = yaml.safe_load(file.read_text())["datasources"]
+    assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
+    asked = [each["datasource"] for panel in DASHBOARD["panels"] for each in (panel, *panel["targets"])]
+    assert asked
+    assert all(each == {"type": source["type"], "uid": source["uid"]} for each in asked)
+    assert f"--config.file={prometheus['volumes'][0].split(':')[1]}" in prometheus["command"]
+    assert ROOT / prometheus["volumes"][0].split(":")[0] == FOLDER / "prometheus.yml"
 
 
 def test_every_panel_has_its_place_and_says_what_to_make_of_it() -> None:

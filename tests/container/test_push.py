@@ -5,6 +5,7 @@ as its password. Only the ECR, STS and IAM calls are answered by moto; docker, T
 """
 
 import base64
+import inspect
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import pytest
 from container import engine as engine_module
 from container.build import ROOT, version
 from container.content import content_hash
-from container.ecr import LIFECYCLE, policy
+from container.ecr import LIFECYCLE, PUSH_ACTIONS, Ecr, policy
 from container.engine import ContainerError, docker
 from container.push import _logged_in, _push_sentence, content_tag, note
 from container.registry import SCHEMA_2, Pushed
@@ -148,32 +149,57 @@ def test_without_aws_it_says_who_did_not_answer(aws: Aws, tmp_path: Path) -> Non
     assert "AWS (sts:GetCallerIdentity) did not answer" in sentence(push(env=env))
 
 
-@pytest.mark.parametrize("missing", ["ecr:DescribeRepositories", "ecr:CreateRepository", "ecr:GetAuthorizationToken"])
-def test_a_missing_permission_is_named(missing: str, tmp_path: Path) -> None:
-    """A user with all but one action, and moto enforcing IAM."""
+CALLED = (
+    "ecr:DescribeRepositories", "ecr:CreateRepository", "ecr:GetLifecyclePolicy", "ecr:PutLifecyclePolicy",
+    "ecr:GetAuthorizationToken",
+)  # fmt: skip
+"""Actions of AWS's API that a push takes; docker's own are the registry's to refuse."""
+
+
+@pytest.fixture(scope="module")
+def pushers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Aws, dict[str, dict[str, str]]]]:
+    """moto enforcing IAM, and a user's keys for each action, with all the others allowed."""
     boto3 = pytest.importorskip("boto3", reason="boto3 is not installed (group sagemaker)")
-    setting_up = 3
-    process, url = start_moto(tmp_path / "log", INITIAL_NO_AUTH_ACTION_COUNT=str(setting_up))
+    calls = 3
+    log = tmp_path_factory.mktemp("moto-iam") / "log"
+    process, url = start_moto(log, INITIAL_NO_AUTH_ACTION_COUNT=str(calls * len(CALLED)))
     try:
         iam = boto3.client("iam", endpoint_url=url, region_name=REGION, **{
             "aws_access_key_id": "testing", "aws_secret_access_key": "testing"})  # fmt: skip
-        iam.create_user(UserName="pusher")
-        key = iam.create_access_key(UserName="pusher")["AccessKey"]
-        allowed = json.loads(policy(ACCOUNT, REGION, "resnet34-sagemaker"))
-        for statement in allowed["Statement"]:
-            statement["Resource"] = "*"  # moto knows no resources here
-            statement["Action"] = [action for action in statement["Action"] if action != missing]
-        allowed["Statement"] = [statement for statement in allowed["Statement"] if statement["Action"]]
-        iam.put_user_policy(UserName="pusher", PolicyName="push", PolicyDocument=json.dumps(allowed))
-        env = Aws(url).env(
-            PATH=fake_docker(tmp_path / "bin", HAS_IMAGE), AWS_ACCESS_KEY_ID=key["AccessKeyId"],
-            AWS_SECRET_ACCESS_KEY=key["SecretAccessKey"],
-        )  # fmt: skip
-        said = sentence(push(env=env))
+        keys = {}
+        for missing in CALLED:
+            user = f"pusher-{missing.partition(':')[2]}"
+            iam.create_user(UserName=user)
+            key = iam.create_access_key(UserName=user)["AccessKey"]
+            keys[missing] = {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
+            allowed = json.loads(policy(ACCOUNT, REGION, "resnet34-sagemaker"))
+            for statement in allowed["Statement"]:
+                statement["Resource"] = "*"  # moto knows no resources here
+                statement["Action"] = [action for action in statement["Action"] if action != missing]
+            allowed["Statement"] = [statement for statement in allowed["Statement"] if statement["Action"]]
+            iam.put_user_policy(UserName=user, PolicyName="push", PolicyDocument=json.dumps(allowed))
+        yield Aws(url), keys
     finally:
         process.terminate()
         process.wait(30)
-    assert f"user/pusher may not do {missing}: allow it in IAM" in said
+
+
+@pytest.mark.parametrize("missing", CALLED)
+def test_a_missing_permission_is_named(
+    missing: str, pushers: tuple[Aws, dict[str, dict[str, str]]], tmp_path: Path
+) -> None:
+    there, keys = pushers
+    env = there.env(PATH=fake_docker(tmp_path / "bin", HAS_IMAGE), **keys[missing])
+    repository = missing.lower().replace(":", "-")  # each makes its own
+    said = sentence(push("--repository", repository, env=env))
+    assert f"user/pusher-{missing.partition(':')[2]} may not do {missing}: allow it in IAM" in said
+
+
+def test_every_action_that_is_called_is_one_whose_lack_was_tried() -> None:
+    """And the others of the policy are the registry's."""
+    called = re.findall(r'"(ecr:\w+)"', inspect.getsource(Ecr))
+    assert set(called) == set(CALLED)
+    assert {*CALLED, *PUSH_ACTIONS} == set(re.findall(r'"(ecr:\w+)"', policy(ACCOUNT, REGION, "x")))
 
 
 def test_no_image_with_a_tag_expires() -> None:
