@@ -69,10 +69,11 @@ def build(target: str, tag: str, base_image: str = "", fresh: bool = False) -> s
 
 
 def media_types(tag: str) -> list[str]:
-    """The flags that name the image and keep it to Docker's media types, as far as this docker knows them."""
-    try:
-        docker("buildx", "version")
-    except ContainerError:  # the builder of Docker 20.10, which knows no others
+    """The flags that name the image and keep it to Docker's media types, as far as this docker knows them.
+
+    `docker build` is buildx from Docker 23 on; the builder of 20.10, also beside a buildx, knows no others.
+    """
+    if "--provenance" not in docker("build", "--help"):
         return ["--tag", tag]
     flags = ["--provenance=false", "--sbom=false"]
     if "containerd.snapshotter" in docker("info", "--format", "{{.DriverStatus}}"):

@@ -1,4 +1,4 @@
-"""What tests of the images share: a docker engine, or a skip that says why; the images, built once; a broken one."""
+"""What tests of the images share: an engine, or a skip that says why; the images, built once; what was measured."""
 
 import json
 import os
@@ -13,9 +13,25 @@ import pytest
 from container.build import build
 from container.engine import ContainerError, docker, require_engine
 from container.running import LABEL
+from tests.container.debian import unpack
 
 LOCAL_BASE = "local/base:bookworm"
 """What ../shared/tools/docker-up makes, where no image can be pulled."""
+MEASURED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Say at the end of the run, in its log too, what was measured."""
+    return request.config.stash.setdefault(MEASURED, []).append
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Sizes, layers, durations and verdicts, which pytest would show of failed tests alone."""
+    for number, said in enumerate(config.stash.get(MEASURED, [])):
+        if number == 0:
+            terminalreporter.write_sep("=", "measured")
+        terminalreporter.write_line(said.rstrip("\n"))
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +73,24 @@ def model(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parent in (folder.parent, folder.parent.parent):
         parent.chmod(0o755)
     return folder
+
+
+@pytest.fixture(scope="session")
+def plugins(engine: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The variables with which docker has compose and buildx: none, or those of a configuration with Debian's plugins.
+
+    There `docker build` is buildx's, as it is from Docker 23 on (docs.docker.com/reference/cli/docker/buildx/install).
+    """
+    if all(run("docker", plugin, "version").returncode == 0 for plugin in ("compose", "buildx")):
+        return {}
+    folder = tmp_path_factory.mktemp("plugins")
+    found = unpack(folder, "docker-compose", "docker-buildx", suite="trixie") / "usr" / "libexec" / "docker"
+    shutil.copytree(found, folder / "config")
+    (folder / "config" / "config.json").write_text(json.dumps({"aliases": {"builder": "buildx"}}))
+    host = (
+        os.environ.get("DOCKER_HOST") or docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}").strip()
+    )
+    return {"DOCKER_CONFIG": str(folder / "config"), "DOCKER_HOST": host}
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import pytest
 SOURCES = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian {suite} main\n"
 
 
-def unpack(package: str, folder: Path, suite: str | None = None) -> Path:
-    """Unpack the package below `folder`: that of `suite`, else of apt's own release. Returns: what holds its usr/.
+def unpack(folder: Path, *packages: str, suite: str | None = None) -> Path:
+    """Unpack the packages below `folder`: those of `suite`, else of apt's own release. Returns: what holds their usr/.
 
     Skips the test where there is no apt, or the mirror cannot be reached.
     """
@@ -26,10 +26,11 @@ def unpack(package: str, folder: Path, suite: str | None = None) -> Path:
             ):  # fmt: skip
                 apt += ["--option", option]
             subprocess.run([*apt, "update"], check=True, capture_output=True, timeout=240)
-        subprocess.run([*apt, "download", package], cwd=folder, check=True, capture_output=True, timeout=240)
-        (archive,) = folder.glob(f"{package}_*.deb")
-        subprocess.run(["dpkg", "-x", str(archive), str(folder / "unpacked")], check=True, capture_output=True)
+        subprocess.run([*apt, "download", *packages], cwd=folder, check=True, capture_output=True, timeout=240)
+        for package in packages:
+            (archive,) = folder.glob(f"{package}_*.deb")
+            subprocess.run(["dpkg", "-x", str(archive), str(folder / "unpacked")], check=True, capture_output=True)
     except (OSError, ValueError, subprocess.SubprocessError) as exc:
         said = (getattr(exc, "stderr", None) or b"").decode().strip()
-        pytest.skip(f"{package} is not installed, and Debian's package cannot be had: {said or exc}")
+        pytest.skip(f"{', '.join(packages)}: not installed, and Debian's packages cannot be had: {said or exc}")
     return folder / "unpacked"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from container.build import ROOT
 from container.engine import docker
@@ -36,26 +37,11 @@ PROFILES = ("gpu", "training", "training-gpu", "monitoring")
 Compose = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def plugin(engine: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The variables with which `docker compose` is there: none, or those of a configuration with Debian's plugin."""
-    if run("docker", "compose", "version").returncode == 0:
-        return {}
-    folder = tmp_path_factory.mktemp("compose")
-    found = unpack("docker-compose", folder, "trixie") / "usr" / "libexec" / "docker" / "cli-plugins" / "docker-compose"
-    (folder / "config" / "cli-plugins").mkdir(parents=True)
-    shutil.copy(found, folder / "config" / "cli-plugins")
-    host = (
-        os.environ.get("DOCKER_HOST") or docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}").strip()
-    )
-    return {"DOCKER_CONFIG": str(folder / "config"), "DOCKER_HOST": host}
-
-
 @pytest.fixture(params=CLIENTS)
 def compose(request: pytest.FixtureRequest, engine: None, model: Path, base_image: str) -> Iterator[Compose]:
     """One client with a project of its own, taken down at the end."""
     words = CLIENTS[request.param]
-    more: dict[str, str] = request.getfixturevalue("plugin") if request.param == "v2" else {}
+    more: dict[str, str] = request.getfixturevalue("plugins") if request.param == "v2" else {}
     try:
         found = run(*words, "version", env={**os.environ, **more})
     except FileNotFoundError:
@@ -131,7 +117,12 @@ def test_up_serves_the_model_as_sagemaker_would_and_down_drains(
     host = container_of(compose)["HostConfig"]
     assert host["ReadonlyRootfs"]
     assert "/tmp" in host["Tmpfs"]
-    assert container_of(compose)["Config"]["StopTimeout"] == 30, "as SageMaker's between SIGTERM and SIGKILL"
+    config = container_of(compose)["Config"]
+    assert config["Cmd"] == ["serve"]
+    assert config["StopTimeout"] == 30, "as SageMaker's between SIGTERM and SIGKILL"
+    ours = json.loads(docker("image", "inspect", image("serve-cpu")))[0]["Config"]["Healthcheck"]
+    assert config["Healthcheck"]["Test"] == ours["Test"]
+    assert config["Healthcheck"]["Interval"] == 5e9 != ours["Interval"], "compose's own"
     (mount,) = container_of(compose)["Mounts"]
     assert (mount["Destination"], mount["RW"]) == ("/opt/ml/model", False)
     wait_until_healthy(compose)
@@ -158,7 +149,7 @@ def monitoring(base_image: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
         pytest.skip(f"{pinned[1]} cannot be pulled, and there is no local base image to run Debian's Prometheus on")
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "context").mkdir()
-    shutil.copy(unpack("prometheus", folder) / "usr" / "bin" / "prometheus", folder / "context")
+    shutil.copy(unpack(folder, "prometheus") / "usr" / "bin" / "prometheus", folder / "context")
     (folder / "context" / "Dockerfile").write_text(
         f'FROM {base_image}\nCOPY prometheus /bin/\nWORKDIR /prometheus\nENTRYPOINT ["/bin/prometheus"]\n'
     )  # as the pinned image starts
@@ -208,13 +199,32 @@ def asked(expression: str) -> list[Any]:
     return result
 
 
-def test_every_profile_is_understood(compose: Any) -> None:
+def test_every_profile_is_understood_and_what_is_not_set_is_the_readmes(compose: Any) -> None:
     flags = [word for profile in PROFILES for word in ("--profile", profile)]
-    shown = compose(*flags, "config")
+    shown = compose(*flags, "config", MODEL="", PORT="")
     assert shown.returncode == 0, shown.stderr
-    for service in ("serve", "serve-gpu", "train", "train-gpu", "prometheus", "grafana"):
-        assert f"  {service}:" in shown.stdout
-    assert "nvidia" in shown.stdout
+    services = yaml.safe_load(shown.stdout)["services"]
+    assert services.keys() == {"serve", "serve-gpu", "train", "train-gpu", "prometheus", "grafana"}
+    for name, port in (("serve", 8080), ("serve-gpu", 8081)):
+        (volume,), (published,) = services[name]["volumes"], services[name]["ports"]
+        assert (ROOT / volume["source"], volume["target"]) == (ROOT / "artifacts" / "model", "/opt/ml/model")
+        if not isinstance(published, str):  # Compose v2 takes it apart
+            published = "{host_ip}:{published}:{target}".format(**published)
+        assert published.removesuffix("/tcp") == f"127.0.0.1:{port}:8080"
+
+
+@pytest.mark.parametrize("profile", ["gpu", "training-gpu"])
+def test_the_profiles_for_gpus_ask_the_engine_for_one(
+    profile: str, compose: Any, image: Callable[[str], str], sample_root: Path, tmp_path: Path
+) -> None:
+    """Made and not started, as no GPU is here."""
+    service, target = {"gpu": ("serve-gpu", "serve"), "training-gpu": ("train-gpu", "train")}[profile]
+    image(target)
+    folders = {"DATA": str(sample_root), "OUTPUT": str(tmp_path)}
+    made = compose("--profile", profile, "up", "--no-start", "--no-build", service, **folders)
+    assert made.returncode == 0, made.stderr
+    (asked,) = container_of(compose, service)["HostConfig"]["DeviceRequests"]
+    assert (asked["Driver"], asked["Count"], asked["Capabilities"]) == ("nvidia", 1, [["gpu"]])
 
 
 def test_a_missing_model_folder_is_said_and_not_made(compose: Any, image: Callable[[str], str], tmp_path: Path) -> None:

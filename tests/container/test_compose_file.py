@@ -22,6 +22,16 @@ def test_what_compose_builds_has_the_labels_of_make_image() -> None:
         assert all(build["args"][label] for label in ("SOURCE", "REVISION"))
 
 
+def test_what_serves_runs_as_on_an_endpoint() -> None:
+    for name in ("serve", "serve-gpu"):
+        service = SERVICES[name]
+        assert (service["command"], service["read_only"], service["tmpfs"]) == ("serve", True, "/tmp")
+        assert service["stop_grace_period"] == "30s"
+        assert service["healthcheck"]["test"][-1] == "/opt/program/container/healthcheck.py"
+        assert [each["read_only"] for each in service["volumes"]] == [True]
+        assert service["restart"] == "no"
+
+
 def test_no_two_services_publish_the_same_port() -> None:
     """A profile is started beside what has none: `--profile gpu up` starts serve as well."""
     published = [

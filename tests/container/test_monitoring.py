@@ -81,7 +81,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `prometheus` and `promtool`."""
     if installed := shutil.which("prometheus"):
         return Path(installed).parent
-    return unpack("prometheus", tmp_path_factory.mktemp("prometheus")) / "usr" / "bin"
+    return unpack(tmp_path_factory.mktemp("prometheus"), "prometheus") / "usr" / "bin"
 
 
 @pytest.mark.container  # for the download; the images are not asked

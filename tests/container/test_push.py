@@ -5,6 +5,8 @@ as its password. Only the ECR, STS and IAM calls are answered by moto; docker, T
 """
 
 import base64
+import gzip
+import hashlib
 import inspect
 import json
 import os
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +89,9 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
     process.wait(30)
 
 
-def push(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "container.push", *arguments]
+def push(*arguments: str, env: dict[str, str], under: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """With `under`, a command that runs it."""
+    command = [*under, sys.executable, "-m", "container.push", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)
 
 
@@ -379,7 +382,7 @@ def registry(engine: None, aws: Aws, tmp_path_factory: pytest.TempPathFactory) -
     if os.geteuid() != 0 or shutil.which("openssl") is None:
         pytest.skip("a registry under ECR's name takes root and openssl")
     folder = tmp_path_factory.mktemp("registry")
-    program = shutil.which("docker-registry") or str(unpack("docker-registry", folder) / "usr/bin/docker-registry")
+    program = shutil.which("docker-registry") or str(unpack(folder, "docker-registry") / "usr/bin/docker-registry")
     ca = folder / "ca.crt"
     for command in (
         "req -x509 -newkey rsa:2048 -nodes -days 2 -keyout ca.key -out ca.crt -subj /CN=test",
@@ -433,15 +436,23 @@ def registry(engine: None, aws: Aws, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.mark.container
 @pytest.mark.timeout(900)
 def test_a_push_arrives_as_sagemaker_wants_it_and_can_be_pulled(
-    registry: Registry, aws: Aws, image: Callable[[str], str], model: Path, tmp_path: Path
+    registry: Registry, aws: Aws, image: Callable[[str], str], tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     boto3 = pytest.importorskip("boto3")
-    image("serve-cpu")
-    output = tmp_path / "image.json"
+    built = image("serve-cpu")
+    output, home = tmp_path / "image.json", tmp_path / "home"
     arguments = ["--target", "serve-cpu", "--output", str(output)]
-    first = push(*arguments, env=aws.env())
-    print(f"\n{first.stderr}")
+    path, said_to_docker, helped = watched_docker(tmp_path / "bin")
+    for folder in (home, tmp_path / "tmp"):
+        folder.mkdir()
+    env = aws.env(PATH=path, HOME=str(home), TMPDIR=str(tmp_path / "tmp"))
+    first = push(*arguments, env=env)
+    tell(f"push:\n{first.stderr}")
     assert first.returncode == 0, first.stderr
+    assert f"login --username AWS --password-stdin {HOST}\n" in said_to_docker.read_text()
+    assert PASSWORD not in said_to_docker.read_text()
+    assert not helped.exists(), "a helper that happens to be there would keep the token"
+    assert [*(tmp_path / "tmp").iterdir(), *home.rglob("config.json")] == []
     entry = json.loads(output.read_text())["serve-cpu"]
     assert first.stdout == f"{entry['uri']}\n"
     assert entry["uri"].startswith(f"{HOST}/resnet34-sagemaker:{version()}-serve-cpu-")
@@ -461,17 +472,58 @@ def test_a_push_arrives_as_sagemaker_wants_it_and_can_be_pulled(
     assert "is there already" in again.stderr
     assert json.loads(output.read_text())["serve-cpu"]["digest"] == entry["digest"]
 
+    assert_arrived(registry, entry, json.loads(docker("image", "inspect", built))[0]["RootFS"]["Layers"])
+
     config = tmp_path / "docker"
     config.mkdir()
     env = {"DOCKER_CONFIG": str(config)}
     docker("login", "--username", "AWS", "--password-stdin", HOST, stdin=PASSWORD, env=env)
     docker("pull", entry["uri"], env=env)
-    pulled, built = (
-        docker("image", "inspect", "--format", "{{.Id}}", name)
-        for name in (entry["uri"], "resnet34-sagemaker:serve-cpu")
-    )
+    pulled, local = (docker("image", "inspect", "--format", "{{.Id}}", name) for name in (entry["uri"], built))
     docker("rmi", "--no-prune", entry["uri"])
-    assert pulled == built
+    assert pulled == local
+
+
+def watched_docker(folder: Path) -> tuple[str, Path, Path]:
+    """A PATH with the real docker, what it is called with, and a file that a credential helper makes when asked."""
+    said, helped = folder / "said", folder / "helped"
+    real = shutil.which("docker")
+    fake_docker(folder, f'echo "$@" >> {said}\nexec {real} "$@"')
+    for name in ("pass", "docker-credential-pass", "docker-credential-secretservice"):
+        (folder / name).write_text(f"#!/bin/sh\ntouch {helped}\nexit 1\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}", said, helped
+
+
+def assert_arrived(registry: Registry, entry: dict[str, str], layers: list[str]) -> None:
+    """What the registry gives, read without docker, which has all of it already: each byte of each layer."""
+    repository = entry["uri"].partition("/")[2].partition(":")[0]
+    body, _ = registry.request("GET", f"{repository}/manifests/{entry['digest']}", Accept=SCHEMA_2)
+    assert f"sha256:{hashlib.sha256(body).hexdigest()}" == entry["digest"]
+    manifest = json.loads(body)
+    unpacked = []
+    for blob in (manifest["config"], *manifest["layers"]):
+        content, _ = registry.request("GET", f"{repository}/blobs/{blob['digest']}")
+        assert len(content) == blob["size"]
+        assert f"sha256:{hashlib.sha256(content).hexdigest()}" == blob["digest"]
+        if blob is manifest["config"]:
+            assert json.loads(content)["rootfs"]["diff_ids"] == layers
+        else:
+            unpacked.append(f"sha256:{hashlib.sha256(gzip.decompress(content)).hexdigest()}")
+    assert unpacked == layers
+    assert sum(blob["size"] for blob in manifest["layers"]) == entry["compressed_bytes"]
+
+
+@pytest.mark.container
+def test_a_push_from_a_full_disk_is_one_sentence(registry: Registry, aws: Aws, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /\n")
+    docker("build", "--platform", "linux/amd64", "--tag", "contract-tiny", str(tmp_path))
+    under = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"]  # no byte can be written to any file
+    try:
+        said = sentence(push("--image", "contract-tiny", "--repository", "tiny", env=aws.env(), under=under))
+    finally:
+        docker("rmi", "contract-tiny")
+    assert "There is no place for the folder that docker's login takes: No usable temporary directory" in said
 
 
 @pytest.mark.container
