@@ -68,7 +68,7 @@ test-slow: $(UV) ## run the tests that train for minutes: the README's commands,
 
 test-container: $(UV) ## build the images and run them: needs a docker engine and 25 GB of disk (a quarter of an hour)
 	$(UV) sync --frozen --inexact $(DEVELOP) --group sagemaker
-	BASE_IMAGE="$(BASE_IMAGE)" $(PYTHON) -m pytest -m "container and not slow" $(PYTEST_ARGS)
+	UV="$(abspath $(UV))" BASE_IMAGE="$(BASE_IMAGE)" $(PYTHON) -m pytest -m "container and not slow" $(PYTEST_ARGS)
 
 rehearse: $(UV) ## the journey to SageMaker without an account: tune, train, deploy, batch, clean up (ten minutes)
 	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker

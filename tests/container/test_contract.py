@@ -54,9 +54,11 @@ def verdicts(*arguments: str) -> tuple[int, dict[str, str], str]:
 
 
 @pytest.mark.parametrize("target", ["serve-cpu", "serve"])
-def test_our_image_keeps_every_rule(target: str, image: Callable[[str], str], model: Path) -> None:
+def test_our_image_keeps_every_rule(
+    target: str, image: Callable[[str], str], model: Path, tell: Callable[[str], None]
+) -> None:
     status, rules, said = verdicts(image(target), "--model", str(model))
-    print(f"\n{said}")
+    tell(f"{target} against the contract:\n{said}")
     assert status == 0, said
     assert set(rules.values()) == {"PASS"}
     assert len(rules) == RULES

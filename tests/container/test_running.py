@@ -48,15 +48,18 @@ def test_docker_sees_its_health_without_network_and_home(target: str, image: Ima
 
 
 @pytest.mark.parametrize("target", ["serve-cpu", "serve"])
-def test_from_start_to_the_first_ping(target: str, image: Image, model: Path) -> None:
-    """Measured, not asserted: this machine may be busy. `docker run` returns when the container has been started."""
+def test_from_start_to_the_first_ping(
+    target: str, image: Image, model: Path, tell: Callable[[str], None]
+) -> None:  # fmt: skip
+    """`docker run` returns when the container has been started. The best of three, as this machine may be busy."""
     taken = []
     for _ in range(3):
         started_s = time.monotonic()
         with running(image(target), model=model) as container:
             container.wait_until_ready(120)
             taken.append(time.monotonic() - started_s)
-    print(f"\n{target}: /ping 200 after {', '.join(f'{each:.1f}' for each in taken)} s, docker run included")
+    tell(f"{target}: /ping 200 after {', '.join(f'{each:.1f}' for each in taken)} s, docker run included")
+    assert min(taken) <= {"serve-cpu": 3, "serve": 6}[target]
 
 
 def test_flags_go_to_the_service_and_the_healthcheck_follows(image: Image, model: Path) -> None:
