@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from container.engine import ContainerError, docker, require_engine
+from container.engine import ContainerError, docker, os_sentence, require_engine
 from container.rules import OF_OTHER_STARTS, OF_THE_IMAGE, OF_THE_SERVICE, STARTUP_LIMIT_S, TIMED, Result, Subject
 from container.running import isolated_network, picture, running
 
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += not ok
     except ContainerError as exc:
         log.error("%s", exc)
+        return 1
+    except OSError as exc:
+        log.error("%s", os_sentence(exc))
         return 1
     return 1 if failed else 0
 

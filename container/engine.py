@@ -10,8 +10,8 @@ from typing import IO
 
 log = logging.getLogger("container")
 
-TELLING_LINES = 6
-"""At the end of what docker prints: why it failed, and where in a Dockerfile."""
+TELLING_LINES = 24
+"""At the end of what docker prints: why it failed, the end of that step's log, and where in the Dockerfile it is."""
 
 
 class ContainerError(Exception):
