@@ -266,6 +266,8 @@ def test_an_update_carries_both_alarms_and_one_with_a_shadow_says_that_none_watc
     made = here.client("cloudwatch").describe_alarms(AlarmNames=alarms)["MetricAlarms"]
     for alarm in made:
         assert {each["Value"] for each in alarm["Dimensions"]} == {"watched", endpoint.VARIANT}
+        raised_s = alarm["Period"] * alarm["EvaluationPeriods"]
+        assert given["BlueGreenUpdatePolicy"]["TerminationWaitInSeconds"] >= raised_s + 120  # before the old ones go
     assert len(made) == 2
     model = old["ProductionVariants"][0]["ModelName"]
     shadowed = endpoint.config_request(project, model, Hosting(), new)

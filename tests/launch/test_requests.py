@@ -141,12 +141,21 @@ def test_every_kind_of_endpoint_is_a_valid_request(hosting: Hosting, shadow: str
     assert ("MetricsConfig" in request) == (hosting.kind != "serverless")
 
 
-def test_an_update_goes_back_by_alarms_and_starts_with_one_instance_of_several() -> None:
-    for hosting, kind in ((Hosting(), "ALL_AT_ONCE"), (Hosting(min_count=3, max_count=3), "CANARY")):
-        config = endpoint.deployment(hosting, ["a", "b"])
-        given = {"EndpointName": "e", "EndpointConfigName": "c", "DeploymentConfig": config}
-        assert problems("UpdateEndpoint", given) == []
-        assert config["BlueGreenUpdatePolicy"]["TrafficRoutingConfiguration"]["Type"] == kind
+@pytest.mark.parametrize("startup_s", [endpoint.STARTUP_S, 3600])
+@pytest.mark.parametrize(("count", "kind"), [(1, "ALL_AT_ONCE"), (3, "CANARY")])
+def test_an_update_goes_back_by_alarms_which_have_the_time_to_be_raised(count: int, kind: str, startup_s: int) -> None:
+    config = endpoint.deployment(Hosting(min_count=count, max_count=count, startup_s=startup_s), ["a", "b"])
+    given = {"EndpointName": "e", "EndpointConfigName": "c", "DeploymentConfig": config}
+    assert problems("UpdateEndpoint", given) == []
+    policy = config["BlueGreenUpdatePolicy"]
+    traffic = policy["TrafficRoutingConfiguration"]
+    assert traffic["Type"] == kind
+    # 120 s more: metrics come a minute late, and the first period may have been half without traffic.
+    raised_s = endpoint.ALARM_PERIOD_S * endpoint.ALARM_PERIODS + 120
+    assert policy["TerminationWaitInSeconds"] >= raised_s
+    assert kind != "CANARY" or traffic["WaitIntervalInSeconds"] >= raised_s
+    waits_s = policy["TerminationWaitInSeconds"] + traffic["WaitIntervalInSeconds"]
+    assert policy["MaximumExecutionTimeoutInSeconds"] >= startup_s + waits_s + 1800
 
 
 def test_autoscaling_follows_requests_and_concurrency_or_the_backlog() -> None:

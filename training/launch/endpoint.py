@@ -27,8 +27,18 @@ INSTANCE = "ml.g4dn.xlarge"
 VARIANT, SHADOW = "main", "shadow"
 STARTUP_S = 600
 """The container's own start is seconds; pulling a CUDA image of gigabytes is not counted, loading from disk is."""
-ALARM_PERIOD_S = 60
+ALARM_PERIOD_S, ALARM_PERIODS = 60, 2
+"""An alarm is raised by so many bad periods, one after the other."""
 LATENCY_S = 10.0
+CANARY_S = 300
+"""How long the first new instance of several is watched before the others get traffic."""
+BAKE_S = 600
+"""How long the old instances stay, and cost, once the new ones have all the traffic: only until then can an alarm bring
+them back. https://docs.aws.amazon.com/sagemaker/latest/dg/deployment-guardrails-blue-green.html"""
+PROVISION_S = 1800
+"""What AWS may take besides, to find machines and to pull the image."""
+MAX_UPDATE_S = 28800
+"""AWS's."""
 CHANGING = ("Creating", "Updating", "SystemUpdating", "RollingBack")
 """What AWS is at work on, and refuses to update or delete meanwhile. Besides: InService, Failed (never came up),
 Deleting, OutOfService and UpdateRollbackFailed (nothing but deleting helps)."""
@@ -203,23 +213,28 @@ def put_alarms(aws: Aws, project: Project) -> list[str]:
     for name, (_, metric, statistic, threshold) in zip(names, alarms, strict=True):
         client.put_metric_alarm(
             AlarmName=name, Namespace="AWS/SageMaker", MetricName=metric, Dimensions=dimensions,
-            Statistic=statistic, Period=ALARM_PERIOD_S, EvaluationPeriods=2, Threshold=threshold,
+            Statistic=statistic, Period=ALARM_PERIOD_S, EvaluationPeriods=ALARM_PERIODS, Threshold=threshold,
             ComparisonOperator="GreaterThanThreshold", TreatMissingData="notBreaching", Tags=project.tags,
         )  # fmt: skip
     return names
 
 
 def deployment(hosting: Hosting, alarms: list[str]) -> dict[str, Any]:
-    """UpdateEndpoint's DeploymentConfig: one new instance first where there are several, else all at once."""
-    traffic: dict[str, Any] = {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 120}
+    """UpdateEndpoint's DeploymentConfig: one new instance first where there are several, else all at once.
+
+    The alarms watch from the first request on, until the old instances go.
+    """
+    traffic: dict[str, Any] = {"Type": "ALL_AT_ONCE", "WaitIntervalInSeconds": 0}  # between steps, of which it has one
     if hosting.min_count > 1:
         canary = {"Type": "INSTANCE_COUNT", "Value": 1}
-        traffic = {"Type": "CANARY", "CanarySize": canary, "WaitIntervalInSeconds": 300}
+        traffic = {"Type": "CANARY", "CanarySize": canary, "WaitIntervalInSeconds": CANARY_S}
+    # The model's download and the container's start may take startup_s each.
+    longest_s = PROVISION_S + 2 * hosting.startup_s + traffic["WaitIntervalInSeconds"] + BAKE_S
     return {
         "BlueGreenUpdatePolicy": {
             "TrafficRoutingConfiguration": traffic,
-            "TerminationWaitInSeconds": 60,
-            "MaximumExecutionTimeoutInSeconds": 3600,
+            "TerminationWaitInSeconds": BAKE_S,
+            "MaximumExecutionTimeoutInSeconds": min(MAX_UPDATE_S, longest_s),
         },
         "AutoRollbackConfiguration": {"Alarms": [{"AlarmName": name} for name in alarms]},
     }
