@@ -1,5 +1,6 @@
 """The whole journey, the README's commands, and the notebook, in the rehearsal. Minutes each."""
 
+import ast
 import json
 import os
 import re
@@ -14,8 +15,15 @@ import pytest
 from tests.rehearsal import pictures
 from tests.rehearsal.journey import RUN
 from tests.rehearsal.start import ROOT, rehearsal
+from training.launch import tour
+from training.launch.flags import parser
 
 README = (ROOT / "README.md").read_text()
+NOTEBOOK = ROOT / "training" / "train_and_deploy.ipynb"
+LOGIC = (
+    ast.If, ast.IfExp, ast.While, ast.Try, ast.With, ast.Match, ast.BoolOp, ast.Compare, ast.FunctionDef, ast.Lambda,
+    ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -78,10 +86,32 @@ def test_the_notebook_runs_from_top_to_bottom_and_shows_something_in_every_part(
 
 
 def test_the_notebook_has_no_logic_of_its_own_and_is_committed_without_outputs() -> None:
-    for cell in code_of(ROOT / "training" / "train_and_deploy.ipynb"):
+    for cell in code_of(NOTEBOOK):
         source = "".join(cell["source"])
         assert cell["outputs"] == [] and cell["execution_count"] is None
-        assert not re.search(r"^\s*(def|class|if|while|try)\b", source, re.MULTILINE), source
+        found = {type(node) for node in ast.walk(ast.parse(source))}
+        assert not found & set(LOGIC), source
+
+
+def test_preflight_looks_at_what_the_commands_after_it_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    tour.go_home()
+    assert Path.cwd() == ROOT
+    of_readme = {name: flags for name, *flags in commands() if name in ("preflight", "tune", "train", "deploy")}
+    (cell,) = [cell for cell in code_of(NOTEBOOK) if "parameters" in cell["metadata"].get("tags", ())]
+    given: dict[str, Any] = {}
+    exec("".join(cell["source"]), given)
+    for tune, train, deploy in (
+        [given[name] for name in ("TUNE", "TRAIN", "DEPLOY")], [of_readme[name] for name in ("tune", "train", "deploy")]
+    ):  # fmt: skip
+        flags = tour.preflight_flags(tune, train, deploy)
+        asked = vars(parser().parse_args(["preflight", *flags]))
+        assert asked == vars(parser().parse_args(["preflight", *of_readme["preflight"]]))
+        assert (asked["parallel"], asked["spot"], asked["max_count"]) == (2, True, 3)
+    flags = tour.preflight_flags(["--instances", 2], ["--instance", "ml.g6.xlarge"], ["--kind", "serverless"])
+    asked = vars(parser().parse_args(["preflight", *flags]))
+    assert (asked["instances"], asked["instance"], asked["kind"]) == (2, "ml.g6.xlarge", "serverless")
+    assert (asked["spot"], asked["max_count"]) == (False, 1)
 
 
 def code_of(notebook: Path) -> list[dict[str, Any]]:

@@ -42,6 +42,8 @@ def test_a_dry_run_of_train_tells_job_and_price(here: Account, data: Path, caplo
     assert re.search(r"would upload \d+ files, 0\.\d MB, to s3://", said)
     assert '"epochs": "3"' in said and '"train": "s3://sagemaker-eu-central-1-123456789012/planned/data/train-' in said
     assert "not in our price table" in cost(dry(here, caplog, *train, "--instance", "ml.g99.xlarge"))
+    warm = cost(dry(here, caplog, *train, "--max-hours", 2, "--keep-warm-minutes", 30))
+    assert warm.endswith("; at most 3.52 USD in 2 h and 30 min that it is kept warm")
 
 
 def test_a_dry_run_of_tune_tells_trials_and_price(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,18 +8,29 @@ from typing import Any
 
 import pytest
 
+from service.settings import Settings
 from tests.launch.in_process import ROLE, Account
-from tests.launch.telling import problem, shown, told
+from tests.launch.telling import EXPIRED, problem, shown, told
 from tests.rehearsal.start import IMAGE, REGION, Rehearsal
-from training.launch import images, preflight
+from training.launch import images, preflight, quotas, rights
+from training.launch.checks import Check, Plan
 from training.launch.names import Project
-from training.launch.preflight import Check, Plan
-from training.launch.roles import CALLER_ACTIONS, caller_actions, find_role, trust_policy
+from training.launch.roles import (
+    CALLER_ACTIONS,
+    LINK,
+    LINKED_ROLE,
+    SCALING_SERVICE,
+    caller_actions,
+    find_role,
+    permissions,
+    trust_policy,
+)
 from training.launch.session import Aws, connect
 
 GPU, CPU = "ml.g4dn.xlarge", "ml.c6i.xlarge"
 TRAINING = "ml.g5.xlarge"
 PROJECT = Project("resnet34", "mine")
+PLAN = Plan(TRAINING, GPU, role=f"arn:aws:iam::123456789012:role/{PROJECT.name}-sagemaker")
 
 
 def checks(found: Iterator[Check]) -> list[tuple[str, str, str]]:
@@ -63,21 +74,30 @@ def test_a_manifest_that_createmodel_refuses_is_told(aws: Aws, cloud: Rehearsal)
 
 
 def test_quotas_are_compared_with_what_is_wanted(aws: Aws) -> None:
-    def results(**wanted: int) -> list[str]:
-        return [result for result, *_ in checks(preflight._quotas(aws, Plan(TRAINING, CPU, **wanted)))]  # type: ignore[arg-type]
+    def results(**wanted: Any) -> list[str]:
+        return [result for result, *_ in checks(quotas.of(aws, Plan(TRAINING, CPU, **wanted)))]
 
-    assert results() == ["PASS", "PASS"]
-    assert results(training_count=2, hosting_count=5) == ["FAIL", "FAIL"]
-    assert results(hosting_count=3) == ["PASS", "WARN"]  # an update in place takes six of four
-    (spot, *_), _ = checks(preflight._quotas(aws, Plan(TRAINING, CPU, spot=True)))
-    assert spot == "FAIL"
-    for training, hosting in ((TRAINING, "ml.g99.xlarge"), ("ml.g99.xlarge", CPU)):
-        found = checks(preflight._quotas(aws, Plan(training, hosting)))
-        assert ["WARN" for result, text, _ in found if "ml.g99" in text and "is not listed" in text] == ["WARN"]
+    training, hosting, batch = (
+        f"{TRAINING} for training job usage", f"{CPU} for endpoint usage", "ml.c6i.2xlarge for transform job usage"
+    )  # fmt: skip
+    found = checks(quotas.of(aws, Plan(TRAINING, CPU, spot_count=1)))
+    assert found == [  # the third is AWS's default, which the account's own list leaves out
+        ("PASS", f"'{name}' is {count}", "")
+        for name, count in ((training, 2), (training.replace(" for", " for spot"), 1), (hosting, 4), (batch, 1))
+    ]
+    assert results(training_count=3, hosting_count=5) == ["FAIL", "FAIL", "PASS"]
+    assert results(hosting_count=3) == ["PASS", "WARN", "PASS"]  # an update in place takes six of four
+    assert results(spot_count=2) == ["PASS", "FAIL", "PASS", "PASS"]
+    assert results(batch_instance="ml.c5.xlarge") == ["PASS", "PASS", "WARN"]  # who makes no batch needs none
+    assert results(kind="serverless") == ["PASS", "PASS", "PASS"]
+    assert results(kind="serverless", max_concurrency=11) == ["PASS", "FAIL", "PASS"]
+    for given in (("ml.g99.xlarge", CPU), (TRAINING, "ml.g99.xlarge")):
+        listed = checks(quotas.of(aws, Plan(*given)))
+        assert ["WARN" for result, text, _ in listed if "ml.g99" in text and "is not listed" in text] == ["WARN"]
 
 
 def test_permissions_are_asked_for_things_of_the_project(aws: Aws) -> None:
-    assert [result for result, *_ in checks(preflight._permissions(aws, PROJECT))] == ["PASS"]
+    assert [result for result, *_ in checks(rights.of_caller(aws, PROJECT, PLAN))] == ["PASS"]
     asked = caller_actions(PROJECT, "aws", "eu-central-1", "123456789012")
     assert set(CALLER_ACTIONS) == set().union(*asked.values()) and len(set(CALLER_ACTIONS)) == len(CALLER_ACTIONS)
     for resource, actions in asked.items():
@@ -104,12 +124,17 @@ def test_without_a_role_preflight_and_train_name_what_makes_one_and_what_prints_
     here: Account, data: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = ("--project", "no-role")
-    for said in (
-        told(caplog, "preflight", *project, "--image", IMAGE, status=1),
-        problem(caplog, "train", *project, "--data", data, "--image", IMAGE),
-    ):
+    table = told(caplog, "preflight", *project, "--image", IMAGE, status=1)
+    sentence = problem(caplog, "train", *project, "--data", data, "--image", IMAGE)
+    for said in (table, sentence):
         assert "iam-role --project no-role` makes one, or give --role ARN; with --policy it prints" in said
-        assert "sts:AssumeRole" not in said
+    assert "sts:AssumeRole" not in sentence
+    policies = [
+        json.loads(found) for found in re.findall(r"^ +(?:Trust policy|Permissions): (.+)$", table, re.MULTILINE)
+    ]
+    assert policies == [
+        trust_policy(), permissions(Project("no-role", "sagemaker-eu-central-1-123456789012"))
+    ]  # fmt: skip
     printed = json.loads(shown(caplog, capsys, "iam-role", *project, "--policy"))
     assert printed["trust policy"] == trust_policy()
     allowed = json.dumps(printed["permissions"])
@@ -155,10 +180,22 @@ def test_limits_are_those_of_aws(seconds: int, result: str) -> None:
     assert found == result and str(seconds) in said
 
 
-def caller(here: Account, name: str, monkeypatch: pytest.MonkeyPatch, statements: list[dict[str, Any]]) -> Aws:
+def test_the_services_own_limits_are_within_awss() -> None:
+    fields = Settings.model_fields
+    assert fields["max_payload_bytes"].default == preflight.PAYLOAD_MB * 2**20
+    assert fields["deadline_s"].default < preflight.TIMEOUT_S
+    assert fields["start_timeout_s"].default < PLAN.startup_s
+    for kind, said in (("realtime", "up to 25 MB, answers within 60 s"), ("serverless", "up to 4 MB, answers within")):
+        ((_, found, _),) = checks(preflight._limits(Plan(TRAINING, GPU, kind=kind)))  # type: ignore[arg-type]
+        assert f"requests {said}" in found
+
+
+def caller(
+    here: Account, name: str, monkeypatch: pytest.MonkeyPatch, statements: list[dict[str, Any]], path: str = "/team/"
+) -> Aws:
     """An account as a session of a role sees it, which has a path and may do what the statements allow."""
     iam = here.client("iam")
-    made = iam.create_role(RoleName=name, Path="/team/", AssumeRolePolicyDocument=json.dumps(trust_policy()))["Role"]
+    made = iam.create_role(RoleName=name, Path=path, AssumeRolePolicyDocument=json.dumps(trust_policy()))["Role"]
     policy = {"Version": "2012-10-17", "Statement": statements}
     iam.put_role_policy(RoleName=name, PolicyName="may", PolicyDocument=json.dumps(policy))
     given = here.client("sts").assume_role(RoleArn=made["Arn"], RoleSessionName="me")["Credentials"]
@@ -177,15 +214,123 @@ def test_a_caller_with_no_more_than_it_needs_passes_and_what_is_missing_is_named
         {"Effect": "Allow", "Action": list(actions), "Resource": resource}
         for resource, actions in caller_actions(PROJECT, "aws", REGION, "123456789012").items()
     ]
-    assert [r for r, *_ in checks(preflight._permissions(caller(here, "least", monkeypatch, least), PROJECT))] == [
-        "PASS"
+    assert rows(caller(here, "least", monkeypatch, least)) == [
+        ("PASS", f"all {len(CALLER_ACTIONS)} actions that the commands use"[:38])
     ]
     less = [statement for statement in least if "iam:PassRole" not in statement["Action"]]
-    ((result, found, fix),) = checks(preflight._permissions(caller(here, "less", monkeypatch, less), PROJECT))
+    ((result, found, fix),) = checks(rights.of_caller(caller(here, "less", monkeypatch, less), PROJECT, PLAN))
     assert (result, found, fix) == ("FAIL", "2 are missing", "Ask for: iam:PassRole, iam:GetRole")
     elsewhere = [*less, {"Effect": "Allow", "Action": ["iam:*"], "Resource": "arn:aws:iam::123456789012:role/other"}]
-    ((result, *_),) = checks(preflight._permissions(caller(here, "other", monkeypatch, elsewhere), PROJECT))
+    ((result, *_),) = checks(rights.of_caller(caller(here, "other", monkeypatch, elsewhere), PROJECT, PLAN))
     assert result == "FAIL"  # the action is allowed, on another role
+
+
+def rows(aws: Aws, plan: Plan = PLAN) -> list[tuple[str, str]]:
+    return [(result, found[:38]) for result, found, _ in checks(rights.of_caller(aws, PROJECT, plan))]
+
+
+def test_it_is_the_role_that_is_given_which_the_caller_must_be_allowed_to_pass(
+    here: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {
+        name: here.client("iam").create_role(
+            RoleName=name, Path="/team/", AssumeRolePolicyDocument=json.dumps(trust_policy())
+        )["Role"]["Arn"]
+        for name in ("given", "ungiven")
+    }
+    mine = [
+        {"Effect": "Allow", "Action": list(actions), "Resource": resource}
+        for resource, actions in caller_actions(PROJECT, "aws", REGION, "123456789012", made["given"]).items()
+    ]
+    aws = caller(here, "passes-one", monkeypatch, mine)
+    for role, result in ((made["given"], "PASS"), ("given", "PASS"), (made["ungiven"], "FAIL"), (None, "FAIL")):
+        assert [found for found, _ in rows(aws, Plan(TRAINING, GPU, role=role))] == [result], role
+
+
+def test_the_role_of_autoscaling_must_be_there_or_may_be_made(here: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At an account's first endpoint that scales AWS makes it in the caller's name."""
+    less = [
+        {"Effect": "Allow", "Action": list(actions), "Resource": resource}
+        for resource, actions in caller_actions(PROJECT, "aws", REGION, "123456789012").items()
+        if LINK not in actions
+    ]
+    aws = caller(here, "no-link", monkeypatch, less, path="/")
+
+    def found() -> tuple[str, str]:
+        ((result, _, fix),) = checks(rights.of_caller(aws, PROJECT, PLAN))
+        return result, fix
+
+    assert found() == ("FAIL", f"Ask for: {LINK}")
+    here.order(operation="GetRole", code="AccessDenied", message="no", status=403, times=2)  # its own, and that one
+    assert found() == ("WARN", f"They are: {LINK}")
+    iam = here.client("iam")
+    iam.create_role(RoleName=LINKED_ROLE, Path=f"/aws-service-role/{SCALING_SERVICE}/", AssumeRolePolicyDocument="{}")
+    try:
+        assert found()[0] == "PASS"
+    finally:
+        iam.delete_role(RoleName=LINKED_ROLE)
+
+
+def role_rows(aws: Aws, role: str) -> list[tuple[str, str, str]]:
+    plan = Plan(TRAINING, GPU, role=role)
+    return checks(preflight._role(aws, PROJECT, plan)) + checks(rights.of_role(aws, PROJECT, plan))
+
+
+def test_a_role_is_looked_at_for_whom_it_trusts_and_what_it_may(here: Account) -> None:
+    iam = here.client("iam")
+    may = permissions(PROJECT)["Statement"]
+    of_ec2 = {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
+
+    def made(name: str, trust: dict[str, Any], statements: list[dict[str, Any]]) -> str:
+        arn = str(iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps(trust))["Role"]["Arn"])
+        policy = {"Version": "2012-10-17", "Statement": statements}
+        iam.put_role_policy(RoleName=name, PolicyName="may", PolicyDocument=json.dumps(policy))
+        return arn
+
+    assert [row[0] for row in role_rows(here.aws, made("right", trust_policy(), may))] == ["PASS", "PASS"]
+    (result, found, fix), _ = role_rows(here.aws, made("ec2s", {"Statement": [of_ec2]}, may))
+    assert result == "FAIL" and "does not trust sagemaker.amazonaws.com" in found and "sts:AssumeRole" in fix
+    no_bucket = [each for each in may if "s3:" not in json.dumps(each)]
+    _, (result, found, fix) = role_rows(here.aws, made("no-bucket", trust_policy(), no_bucket))
+    assert (result, found) == ("FAIL", "it may not do 6 things that jobs do") and "s3:GetObject, s3:PutObject" in fix
+    other = permissions(Project("resnet34", "other"))["Statement"]
+    assert role_rows(here.aws, made("other-bucket", trust_policy(), other))[1][0] == "FAIL"
+    no_log = [each for each in may if "logs:" not in json.dumps(each)]
+    _, (result, _, fix) = role_rows(here.aws, made("no-log", trust_policy(), no_log))
+    assert result == "WARN" and "logs:PutLogEvents" in fix  # jobs run without
+    here.order(operation="SimulatePrincipalPolicy", code="AccessDenied", message="no", status=403, times=1)
+    _, (result, found, _) = role_rows(here.aws, "right")
+    assert (result, found) == ("WARN", "what it may do cannot be looked at (AccessDenied)")
+
+
+def test_without_credentials_or_with_old_ones_the_table_is_one_row_that_says_so(
+    here: Account, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def only_row() -> str:
+        said = told(caplog, "preflight", "--image", IMAGE, "--role", ROLE, status=1)
+        table, error = said.split(":\n", 1)[1].splitlines()
+        assert error == "Not ready: credentials. What to do stands above."
+        return table
+
+    here.order(operation="GetCallerIdentity", **{**EXPIRED, "status": 403})
+    assert re.match(r"  FAIL  credentials  The AWS credentials have expired .*log in again", only_row())
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    assert re.match(r"  FAIL  credentials  There are no AWS credentials; `aws configure`", only_row())
+
+
+def test_a_bucket_in_another_region_is_refused(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere = {"LocationConstraint": "us-west-2"}
+    here.aws.client("s3", "us-west-2").create_bucket(Bucket="far-away", CreateBucketConfiguration=elsewhere)
+    sentence = (
+        "Bucket far-away is in us-west-2, and jobs in eu-central-1 take no other region's: name one there with "
+        "--bucket, or give --region us-west-2."
+    )
+    said = told(caplog, "preflight", "--image", IMAGE, "--role", ROLE, "--bucket", "far-away", status=1)
+    assert f"FAIL  bucket       {sentence}" in said
+    assert problem(caplog, "upload", "--data", data, "--bucket", "far-away") == sentence
 
 
 def test_where_the_project_has_no_role_the_execution_role_of_this_machine_is_taken(

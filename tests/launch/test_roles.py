@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from tests.launch.in_process import Account
+from tests.launch.telling import told
 from training.launch.errors import LaunchError
 from training.launch.names import Project
-from training.launch.roles import create_role, find_role, trust_policy, trusts_sagemaker
+from training.launch.roles import create_role, find_role, mlflow_of, trust_policy, trusts_sagemaker
 
 OURS: dict[str, Any] = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}
 OTHER: dict[str, Any] = {"Effect": "Allow", "Principal": {"AWS": "*"}}
@@ -65,3 +66,15 @@ def test_a_role_of_that_name_that_somebody_else_made_is_left_as_it_is(here: Acco
         create_role(here.aws, Project("taken", "bucket"))
     assert iam.get_role(RoleName="taken-sagemaker")["Role"]["AssumeRolePolicyDocument"] == json.loads(policy)
     assert not iam.list_role_policies(RoleName="taken-sagemaker")["PolicyNames"]
+
+
+def test_what_a_role_may_report_to_stays_when_it_is_made_again(here: Account, caplog: pytest.LogCaptureFixture) -> None:
+    arns = [f"arn:aws:sagemaker:eu-central-1:123456789012:mlflow-app/{name}" for name in ("one", "two")]
+    command = ("iam-role", "--project", "reports")
+    for given in (["--mlflow", arns[0]], ["--mlflow", arns[1]]):
+        told(caplog, *command, *given)
+    said = told(caplog, *command)
+    assert f"it may report to {arns[0]}, {arns[1]} as before; `delete --role` takes that away" in said
+    assert all(arn in told(caplog, *command, "--dry-run") for arn in arns)
+    assert mlflow_of(here.aws, Project("reports", "b")) == set(arns)
+    assert "as before" not in told(caplog, "iam-role", "--project", "reports-not")

@@ -141,12 +141,22 @@ class ControlPlane:
         return {}
 
     def quota_list_service_quotas(self, given: dict[str, Any], _: Forward) -> dict[str, Any]:
-        """As a new account has them, with one GPU asked for and given."""
+        """As an account has them that asked for what the README's commands take."""
         quotas = {
-            "ml.g5.xlarge for training job usage": 1, "ml.g5.xlarge for spot training job usage": 0,
-            "ml.g4dn.xlarge for endpoint usage": 1, "ml.c6i.xlarge for endpoint usage": 4,
+            "ml.g5.xlarge for training job usage": 2, "ml.g5.xlarge for spot training job usage": 1,
+            "ml.g4dn.xlarge for endpoint usage": 6, "ml.c6i.xlarge for endpoint usage": 4,
         }  # fmt: skip
-        return {"Quotas": [{"QuotaName": name, "Value": float(value)} for name, value in quotas.items()]}
+        return _quotas(quotas)
+
+    def quota_list_a_w_s_default_service_quotas(self, given: dict[str, Any], _: Forward) -> dict[str, Any]:
+        """Those that nobody asked to change are not among the account's own."""
+        serverless = "Maximum total concurrency that can be allocated across all serverless endpoints"
+        return _quotas(
+            {
+                "ml.c6i.2xlarge for transform job usage": 1, "ml.c5.xlarge for transform job usage": 0, serverless: 10,
+                "ml.g5.xlarge for training job usage": 0,
+            }
+        )  # fmt: skip
 
     def simulate(self, body: bytes) -> bytes:
         """SimulatePrincipalPolicy: the inline policies of a role, `Allow` statements only; users may do all."""
@@ -186,6 +196,10 @@ class ControlPlane:
                     actions, resources = statement["Action"], statement["Resource"]
                     found.append((_listed(actions), _listed(resources)))
         return found
+
+
+def _quotas(values: dict[str, int]) -> dict[str, Any]:
+    return {"Quotas": [{"QuotaName": name, "Value": float(value)} for name, value in values.items()]}
 
 
 def _listed(value: str | list[str]) -> list[str]:

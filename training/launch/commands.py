@@ -8,6 +8,7 @@ from contextlib import closing
 
 from training.errors import ConfigError
 from training.launch import (
+    checks,
     inventory,
     live,
     overview,
@@ -18,7 +19,7 @@ from training.launch import (
 )
 from training.launch.client import Target, UrlTarget, classify, images_in
 from training.launch.deployment import run_batch, run_deploy, target_of
-from training.launch.errors import LaunchError
+from training.launch.errors import AwsError, LaunchError
 from training.launch.experiments import channels, require_addresses, run_train, run_tune
 from training.launch.flags import options_of
 from training.launch.names import Project
@@ -33,20 +34,27 @@ log = logging.getLogger("training")
 
 def run_preflight(options: Options, _: Sequence[str]) -> None:
     """Tell what could go wrong. Raises: LaunchError where something is not ready."""
-    aws, project = opened(options)
-    plan = preflight.Plan(
+    plan = checks.Plan(
         options.instance, options.hosting_instance, options.image, options.role,
-        options.instances * options.parallel, options.max_count, options.spot, options.ami, options.startup_seconds,
+        options.instances * options.parallel, options.max_count, options.instances if options.spot else 0, options.ami,
+        options.startup_seconds, options.kind, options.max_concurrency, options.batch_instance,
     )  # fmt: skip
-    checks = preflight.run(aws, project, plan)
-    log.info("preflight of project %s:\n%s", project.name, preflight.table(checks))
-    preflight.require(checks)
+    try:
+        aws, project = opened(options)
+        found = preflight.run(aws, project, plan)
+    except AwsError as exc:  # to name the bucket it asked whose account this is
+        found = [checks.failed("credentials", exc)]
+    log.info("preflight of project %s:\n%s", options.project, checks.table(found))
+    checks.require(found)
 
 
 def run_iam_role(options: Options, _: Sequence[str]) -> None:
     """Make the role that jobs run as, or bring it up to date."""
     aws, project = opened(options)
-    allowed = roles.permissions(project, aws.partition, options.mlflow)
+    mlflow = {options.mlflow} if options.mlflow else set()
+    if options.dry_run and not options.policy:
+        mlflow |= roles.mlflow_of(aws, project)
+    allowed = roles.permissions(project, aws.partition, mlflow)
     if options.policy:
         results.show(json.dumps({"trust policy": roles.trust_policy(), "permissions": allowed}, indent=2))
         return

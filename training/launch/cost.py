@@ -33,13 +33,14 @@ def hourly(instance: str, count: int = 1) -> str:
     return f"{count} x {instance}: about {count * price:.2f} USD per hour {NOTE}"
 
 
-def job(instance: str, count: int, max_hours: float, spot: bool, trials: int = 1) -> str:
-    """What a job costs per hour, and at most; with `trials`, all of them together."""
+def job(instance: str, count: int, max_hours: float, spot: bool, trials: int = 1, warm_minutes: int = 0) -> str:
+    """What a job costs per hour, and at most; with `trials`, all of them together. `warm_minutes`: billed after it."""
     price = USD_PER_HOUR.get(instance)
     bound = ""
     if price is not None:
         of = f"for all {trials} trials of {max_hours:g} h" if trials > 1 else f"in {max_hours:g} h"
-        bound = f"; at most {trials * count * price * max_hours:,.2f} USD {of}"
+        of += f" and {warm_minutes} min that it is kept warm" if warm_minutes else ""
+        bound = f"; at most {count * price * (trials * max_hours + warm_minutes / 60):,.2f} USD {of}"
     return hourly(instance, count) + bound + ("; spot instances usually cost 30 to 70 % less" if spot else "")
 
 

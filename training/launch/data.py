@@ -6,7 +6,7 @@ change under it, and a repeated upload sends what is missing and nothing else.
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -165,7 +165,7 @@ def ensure_bucket(aws: Aws, project: Project) -> None:
     """Make the project's bucket unless it is there and ours. Raises: LaunchError, AwsError."""
     s3 = aws.client("s3")
     try:
-        s3.head_bucket(Bucket=project.bucket, ExpectedBucketOwner=aws.account)
+        require_region(aws, project, s3.head_bucket(Bucket=project.bucket, ExpectedBucketOwner=aws.account))
         return
     except AwsError as exc:
         if exc.is_denied:
@@ -187,6 +187,16 @@ def ensure_bucket(aws: Aws, project: Project) -> None:
         ),
     )
     log.info("bucket %s is made", project.bucket)
+
+
+def require_region(aws: Aws, project: Project, found: Mapping[str, Any]) -> None:
+    """Raises: LaunchError where the project's bucket, `found` by HeadBucket, is in another region than jobs run in."""
+    region = found.get("BucketRegion") or aws.region
+    if region != aws.region:
+        raise LaunchError(
+            f"Bucket {project.bucket} is in {region}, and jobs in {aws.region} take no other region's: name one there "
+            f"with --bucket, or give --region {region}."
+        )
 
 
 def fetch(aws: Aws, uri: str, target: Path) -> Path:

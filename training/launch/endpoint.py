@@ -24,6 +24,8 @@ log = logging.getLogger("training")
 Kind = Literal["realtime", "serverless", "async"]
 INSTANCE = "ml.g4dn.xlarge"
 """One T4: the cheapest GPU that CUDA 13 still runs on."""
+MEMORY_MB, MAX_CONCURRENCY = 4096, 5
+"""Of a serverless endpoint; the second of an asynchronous one, too."""
 VARIANT, SHADOW = "main", "shadow"
 STARTUP_S = 600
 """The container's own start is seconds; pulling a CUDA image of gigabytes is not counted, loading from disk is."""
@@ -59,9 +61,9 @@ class Hosting:
     startup_s: int = STARTUP_S
     capture_percent: int = 0
     """Share of requests and answers that are stored in S3."""
-    memory_mb: int = 4096
+    memory_mb: int = MEMORY_MB
     """Serverless only; 1024 to 6144."""
-    max_concurrency: int = 5
+    max_concurrency: int = MAX_CONCURRENCY
     """Serverless: requests at once before 429. Async: requests at once per instance."""
 
     def __post_init__(self) -> None:

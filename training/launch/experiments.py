@@ -168,7 +168,13 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
         config=config, debugger=options.debugger, mlflow=options.mlflow,
     )  # fmt: skip
     wanted = jobs.request(project, training, aws.region)
-    log.info("cost: %s", cost.job(options.instance, options.instances, options.max_hours, options.spot))
+    log.info(
+        "cost: %s",
+        cost.job(
+            options.instance, options.instances, options.max_hours, options.spot,
+            warm_minutes=options.keep_warm_minutes,
+        ),
+    )  # fmt: skip
     if options.dry_run:
         log.info("would start a training job with: %s", as_json([training.hyperparameters, training.channels]))
         log.info("would train with: %s", effective(options, config))

@@ -43,9 +43,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--instance", default=jobs.INSTANCE, help="for training (default: %(default)s)")
     one.add_argument("--instances", type=positive, default=1, help="hosts of one training (default: %(default)s)")
     one.add_argument("--parallel", type=positive, default=1, help="trainings at once (default: %(default)s)")
+    one.add_argument("--spot", action="store_true", help="look at the quota of one training on spare capacity as well")
+    one.add_argument("--kind", choices=KINDS, default="realtime", help="of the endpoint (default: %(default)s)")
     one.add_argument("--max", type=positive, default=1, dest="max_count", help="of the endpoint (default: %(default)s)")
     one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
-    one.add_argument("--spot", action="store_true", help="look at the quota of spot training instead")
+    one.add_argument(
+        "--max-concurrency", type=positive, default=endpoint.MAX_CONCURRENCY,
+        help="of a serverless endpoint (default: %(default)s)",
+    )  # fmt: skip
+    one.add_argument("--batch-instance", default=batch.INSTANCE, help="for batch (default: %(default)s)")
     one.add_argument("--ami", help="InferenceAmiVersion of the endpoint (default: the one CUDA 13 needs)")
     one.add_argument("--startup-seconds", type=positive, default=endpoint.STARTUP_S, help="default: %(default)s")
 
@@ -89,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = add("deploy", "register the model, create or update the endpoint, scale it, test it with real images")
     _model(one)
-    one.add_argument("--kind", choices=("realtime", "serverless", "async"), default="realtime")
+    one.add_argument("--kind", choices=KINDS, default="realtime")
     one.add_argument("--instance", default=endpoint.INSTANCE, help="default: %(default)s")
     one.add_argument(
         "--min",
@@ -108,10 +114,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--capture-percent", type=between(0, 100), default=0, help="share of requests stored in S3 (default: none)"
     )
-    one.add_argument("--memory", type=int, default=4096, help="MB of a serverless endpoint (default: %(default)s)")
     one.add_argument(
-        "--max-concurrency", type=between(1, 1000), default=5, help="of serverless and async (default: %(default)s)"
+        "--memory", type=int, default=endpoint.MEMORY_MB, help="MB of a serverless endpoint (default: %(default)s)"
     )
+    one.add_argument(
+        "--max-concurrency", type=between(1, 1000), default=endpoint.MAX_CONCURRENCY,
+        help="of serverless and async (default: %(default)s)",
+    )  # fmt: skip
     one.add_argument("--shadow", metavar="MODEL", help="a second model that gets a copy of every request")
     one.add_argument("--approval", choices=("Approved", "PendingManualApproval"), default="Approved")
     one.add_argument(
@@ -157,6 +166,7 @@ def options_of(command: str) -> list[str]:
     return [text for action in actions for text in action.option_strings if text.startswith("--")]
 
 
+KINDS = ("realtime", "serverless", "async")
 PUSHED_HELP = "(default: what make push noted in artifacts/image.json)"
 MAX_HOURS = 672
 """AWS lets a job run 28 days at most."""

@@ -10,9 +10,11 @@ from training.launch.session import Aws
 
 log = logging.getLogger("training")
 
-FLAGS = {"instance": "--instance", "hosting_instance": "--hosting-instance"}
+FLAGS = {"instance": "--instance", "hosting_instance": "--hosting-instance", "batch_instance": "--batch-instance"}
 _SHAPES = {"deploy": "ProductionVariantInstanceType", "batch": "TransformInstanceType"}
 """SageMaker's lists of types, as boto3 has them, by command; elsewhere --instance is for training."""
+_USES = {"hosting_instance": "deploy", "batch_instance": "batch"}
+"""The command that uses what another flag names."""
 
 
 def look_at(aws: Aws, options: Mapping[str, Any]) -> None:
@@ -22,7 +24,7 @@ def look_at(aws: Aws, options: Mapping[str, Any]) -> None:
         given = options.get(name)
         if given is None:
             continue
-        known = _known(aws, "deploy" if name == "hosting_instance" else str(options.get("command")))
+        known = _known(aws, _USES.get(name, str(options.get("command"))))
         close = difflib.get_close_matches(given if given.startswith("ml.") else f"ml.{given}", known, 1)
         meant = f" Did you mean {close[0]}?" if close else ""
         parts = given.split(".")

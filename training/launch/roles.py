@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Collection
 from typing import Any
 
 from training.errors import ConfigError
@@ -14,7 +15,14 @@ from training.launch.session import Aws
 log = logging.getLogger("training")
 
 SERVICE = "sagemaker.amazonaws.com"
+SCALING_SERVICE = "sagemaker.application-autoscaling.amazonaws.com"
+LINKED_ROLE, LINK = "AWSServiceRoleForApplicationAutoScaling_SageMakerEndpoint", "iam:CreateServiceLinkedRole"
+"""What AWS makes, in the caller's name, when an account's first endpoint is to scale; and the permission for that.
+
+https://docs.aws.amazon.com/autoscaling/application/userguide/application-auto-scaling-service-linked-roles.html
+"""
 POLICY = "training-launch"
+_MLFLOW = "sagemaker-mlflow:*"
 ARN = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
 """What SageMaker takes for a role."""
 
@@ -24,6 +32,7 @@ _CALLER: dict[str, tuple[str, ...]] = {
         "sagemaker:ListModelPackages", "sagemaker:ListEndpointConfigs", "sagemaker:ListTransformJobs",
         "logs:DescribeLogGroups", "cloudwatch:DescribeAlarms", "application-autoscaling:DescribeScalableTargets",
         "application-autoscaling:DescribeScalingPolicies", "servicequotas:ListServiceQuotas",
+        "servicequotas:ListAWSDefaultServiceQuotas",
     ),
     "sagemaker:{here}:training-job/{name}-train-0": (
         "sagemaker:CreateTrainingJob", "sagemaker:DescribeTrainingJob", "sagemaker:StopTrainingJob",
@@ -55,7 +64,8 @@ _CALLER: dict[str, tuple[str, ...]] = {
     "sagemaker:{here}:transform-job/{name}-batch-0": (
         "sagemaker:CreateTransformJob", "sagemaker:DescribeTransformJob", "sagemaker:StopTransformJob",
     ),
-    "iam::{account}:role/{name}-sagemaker": ("iam:PassRole", "iam:GetRole"),
+    "{role}": ("iam:PassRole", "iam:GetRole"),
+    f"iam::{{account}}:role/aws-service-role/{SCALING_SERVICE}/{LINKED_ROLE}": (LINK,),
     "s3:::{bucket}": (
         "s3:ListBucket", "s3:ListBucketMultipartUploads", "s3:CreateBucket", "s3:PutBucketPublicAccessBlock",
     ),
@@ -83,21 +93,44 @@ CALLER_ACTIONS = tuple(dict.fromkeys(action for actions in _CALLER.values() for 
 """All of them. `preflight` would also like iam:SimulatePrincipalPolicy; for `iam-role` see ROLE_ACTIONS."""
 
 ROLE_ACTIONS = (
-    "iam:CreateRole", "iam:TagRole", "iam:PutRolePolicy", "iam:UpdateAssumeRolePolicy", "iam:DeleteRolePolicy",
-    "iam:DeleteRole",
+    "iam:CreateRole", "iam:TagRole", "iam:GetRolePolicy", "iam:PutRolePolicy", "iam:UpdateAssumeRolePolicy",
+    "iam:DeleteRolePolicy", "iam:DeleteRole",
 )  # fmt: skip
 """What `iam-role` and `delete --role` call besides: an administrator's, whom not everyone is."""
 
 
-def caller_actions(project: Project, partition: str, region: str, account: str) -> dict[str, tuple[str, ...]]:
+def caller_actions(
+    project: Project, partition: str, region: str, account: str, role: str | None = None
+) -> dict[str, tuple[str, ...]]:
     """CALLER_ACTIONS by the ARN of a thing of the project, or `*` where an action knows no resources.
 
     A policy that is limited to the project allows nothing on `*`, so it must be asked about the project's own.
+    `role`: ARN of the role that jobs are given; None: of the one that `iam-role` makes.
     """
-    values = {"here": f"{region}:{account}", "account": account, "name": project.name, "bucket": project.bucket}
+    passed = role or f"arn:{partition}:iam::{account}:role/{role_name(project)}"
+    values = {
+        "here": f"{region}:{account}", "account": account, "name": project.name, "bucket": project.bucket,
+        "role": passed.split(":", 2)[2],
+    }  # fmt: skip
     return {
         "*" if resource == "*" else f"arn:{partition}:{resource.format_map(values)}": actions
         for resource, actions in _CALLER.items()
+    }
+
+
+def role_actions(project: Project, partition: str, region: str, account: str) -> dict[str, tuple[str, ...]]:
+    """What `permissions` allows, by the ARN of a thing of the project's, or `*`: to ask whether a role may do it."""
+    bucket, here = f"arn:{partition}:s3:::{project.bucket}", f"{region}:{account}"
+    instances = {
+        f"{bucket}/*": f"{bucket}/{project.key('jobs', '0')}",
+        f"arn:{partition}:ecr:*:*:repository/*": f"arn:{partition}:ecr:{here}:repository/resnet34-sagemaker",
+        f"arn:{partition}:logs:*:*:log-group:/aws/sagemaker/*": (
+            f"arn:{partition}:logs:{here}:log-group:/aws/sagemaker/TrainingJobs:log-stream:0"
+        ),
+    }
+    return {
+        instances.get(statement["Resource"], statement["Resource"]): tuple(statement["Action"])
+        for statement in permissions(project, partition)["Statement"]
     }
 
 
@@ -112,16 +145,18 @@ def trust_policy() -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": [statement]}
 
 
-def permissions(project: Project, partition: str = "aws", mlflow: str | None = None) -> dict[str, Any]:
+def permissions(project: Project, partition: str = "aws", mlflow: Collection[str] = ()) -> dict[str, Any]:
     """What jobs and endpoints of the project may do, and no more: its bucket, its images, logs, metrics.
 
-    `mlflow`: ARN of the MLflow app or tracking server that jobs report to.
+    `mlflow`: ARNs of the MLflow apps or tracking servers that jobs report to.
     """
     bucket = f"arn:{partition}:s3:::{project.bucket}"
-    statements = [
+    statements: list[tuple[list[str], str | list[str]]] = [
         (["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"], f"{bucket}/*"),
         (["s3:ListBucket", "s3:GetBucketLocation"], bucket),
-        (["ecr:GetAuthorizationToken", "cloudwatch:PutMetricData"], "*"),
+        # DescribeAlarms: an update goes back by them.
+        # https://docs.aws.amazon.com/sagemaker/latest/dg/deployment-guardrails-configuration.html
+        (["ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "cloudwatch:DescribeAlarms"], "*"),
         (
             ["ecr:BatchCheckLayerAvailability", "ecr:GetDownloadUrlForLayer", "ecr:BatchGetImage"],
             f"arn:{partition}:ecr:*:*:repository/*",
@@ -132,17 +167,30 @@ def permissions(project: Project, partition: str = "aws", mlflow: str | None = N
         ),
     ]
     if mlflow:  # an app asks for both
-        statements.append((["sagemaker:CallMlflowAppApi", "sagemaker-mlflow:*"], mlflow))
+        statements.append((["sagemaker:CallMlflowAppApi", _MLFLOW], sorted(mlflow)))
     listed = [{"Effect": "Allow", "Action": actions, "Resource": resource} for actions, resource in statements]
     return {"Version": "2012-10-17", "Statement": listed}
 
 
+def mlflow_of(aws: Aws, project: Project) -> set[str]:
+    """The ARNs of MLflow that the project's role may report to already. Raises: AwsError."""
+    try:
+        found = aws.client("iam").get_role_policy(RoleName=role_name(project), PolicyName=POLICY)["PolicyDocument"]
+    except AwsError as exc:
+        if exc.is_missing:
+            return set()
+        raise
+    statements = _listed(found.get("Statement"))
+    return {arn for each in statements if _MLFLOW in _listed(each.get("Action")) for arn in _listed(each["Resource"])}
+
+
 def create_role(aws: Aws, project: Project, mlflow: str | None = None) -> str:
-    """Make the role, or bring it up to date; returns its ARN.
+    """Make the role, or bring it up to date; returns its ARN. What MLflow it could report to before, it still can.
 
     Raises: LaunchError where somebody else made the role of that name; AwsError.
     """
     iam, name = aws.client("iam"), role_name(project)
+    reports: set[str] = {mlflow} if mlflow else set()
     try:
         found = iam.get_role(RoleName=name)["Role"]
         arn = str(found["Arn"])
@@ -151,6 +199,10 @@ def create_role(aws: Aws, project: Project, mlflow: str | None = None) -> str:
                 f"The role {arn} was not made by these commands, so it is left as it is; use it with --role {arn}, or "
                 "give another --project."
             )
+        kept = mlflow_of(aws, project) - reports
+        if kept:
+            log.info("it may report to %s as before; `delete --role` takes that away", ", ".join(sorted(kept)))
+        reports |= kept
         iam.update_assume_role_policy(RoleName=name, PolicyDocument=json.dumps(trust_policy()))
         what = "was there, its policies are up to date"
     except AwsError as exc:
@@ -164,7 +216,7 @@ def create_role(aws: Aws, project: Project, mlflow: str | None = None) -> str:
         )
         arn, what = str(made["Role"]["Arn"]), "is made (IAM takes some seconds to tell SageMaker of it)"
     iam.put_role_policy(
-        RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(permissions(project, aws.partition, mlflow))
+        RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(permissions(project, aws.partition, reports))
     )  # fmt: skip
     log.info("role %s %s", arn, what)
     return arn

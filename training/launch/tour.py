@@ -5,6 +5,7 @@ import html
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -15,6 +16,7 @@ from service.model.artifact import open_artifact
 from training.launch import images
 from training.launch.__main__ import main
 from training.launch.errors import LaunchError
+from training.launch.flags import parser
 from training.report.sources import read_sources
 
 REFERENCE = {
@@ -24,6 +26,28 @@ REFERENCE = {
 """The published run on CIFAR-100, on one V100: the last epoch's figures, and the hyperparameters its tuning found."""
 
 CHARTS = ("curves.png", "confusion.png", "classes.png", "calibration.png")
+
+
+def go_home() -> None:
+    """Work in the checkout's folder from here on, where the notebook's paths begin; Jupyter starts it in training/."""
+    os.chdir(Path(__file__).parents[2])
+
+
+def preflight_flags(tune: Sequence[object], train: Sequence[object], deploy: Sequence[object]) -> list[str]:
+    """What `preflight` is to be given, so that it looks at the quotas which these commands' flags take."""
+
+    def read(command: str, flags: Sequence[object]) -> Any:
+        data = [] if command == "deploy" else ["--data", "-"]
+        return parser().parse_known_args([command, *data, *map(str, flags)])[0]
+
+    tuning, training, endpoint = read("tune", tune), read("train", train), read("deploy", deploy)
+    given = {
+        "--instance": training.instance, "--instances": max(tuning.instances, training.instances),
+        "--parallel": tuning.parallel, "--kind": endpoint.kind, "--hosting-instance": endpoint.instance,
+        "--max": endpoint.max_count or endpoint.min_count or 1, "--max-concurrency": endpoint.max_concurrency,
+    }  # fmt: skip
+    flags = [text for name, value in given.items() for text in (name, str(value))]
+    return [*flags, "--spot"] if tuning.spot or training.spot else flags
 
 
 class Table(str):
