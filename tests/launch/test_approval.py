@@ -24,7 +24,7 @@ def hosted(
     options = Options(approval=approval, env=list(env), startup_seconds=startup_s)
     with registry.located(here.aws, project, str(packed)) as model:
         return deployment.hosted(
-            here.aws, project, model, Image(IMAGE, None), options, "arn:aws:iam::123456789012:role/r"
+            here.aws, project, model, Image(IMAGE, None), options, "arn:aws:iam::123456789012:role/r", []
         )
 
 

@@ -3,6 +3,7 @@
 import io
 import re
 import signal
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.launch.in_process import POLL_S, ROLE, Account, meanwhile
 from tests.launch.telling import DENIED, EXPIRED, ctrl_c, problem, shown, sigterm, told, when
 from tests.launch.test_faults import left
 from tests.rehearsal.start import IMAGE, Rehearsal
-from training.launch import autoscaling, data, deployment, endpoint, inventory
+from training.launch import autoscaling, data, deployment, endpoint, inventory, roles
 from training.launch.attempts import TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
 from training.launch.endpoint import Hosting
 from training.launch.errors import AwsError, LaunchError
@@ -105,6 +106,7 @@ def test_a_batch_broken_at_every_step_is_finished_by_repeating_it(
         here.order(operation=name, **DENIED)
         assert f"Permission sagemaker:{name} is missing" in problem(caplog, *command)
         assert TRANSFORM_JOBS.states(here.aws, Project("lots", "")) == {}
+        assert models(here, "lots") == []
     here.containers.ready.clear()
     with when(": InProgress", ctrl_c):
         assert re.search(r"job lots-batch-\w+-1 goes on at AWS", told(caplog, *command, status=130))
@@ -115,9 +117,61 @@ def test_a_batch_broken_at_every_step_is_finished_by_repeating_it(
     assert "for this very request is there" in said and "5 images, 0 with a problem" in said
     assert list(TRANSFORM_JOBS.states(here.aws, Project("lots", "")).values()) == ["Completed"]
     assert (tmp_path / "answers.csv").read_text().count(",a,0.9,") == 5
-    assert len([name for name in here.records._models if name.startswith("lots-")]) == 1
+    assert len(models(here, "lots")) == 1
     assert "all of it is removed" in told(caplog, "delete", "--project", "lots", "--data", "--yes")
     assert "has nothing to remove" in told(caplog, "delete", "--project", "lots", "--data", "--yes")
+
+
+def models(here: Account, project: str) -> list[str]:
+    return [name for name in here.records._models if name.startswith(f"{project}-")]
+
+
+def test_the_first_model_does_not_stay_where_the_shadows_cannot_be_made(
+    here: Account, packed: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tarfile.open(tmp_path / "other.tar.gz", "w:gz", compresslevel=1) as tar:
+        for path in artifact.iterdir():
+            tar.add(path, path.name)
+    deploy = ("deploy", "--project", "pair", "--model", packed, "--shadow", tmp_path / "other.tar.gz", "--image", IMAGE,
+              "--role", ROLE)  # fmt: skip
+    here.order(operation="CreateModel", **DENIED)
+    assert "Permission sagemaker:CreateModel is missing" in problem(caplog, *deploy)  # the first one's version is there
+    with when("registered ", lambda: here.order(operation="CreateModel", **DENIED)):
+        assert "Permission sagemaker:CreateModel is missing" in problem(caplog, *deploy)
+    assert models(here, "pair") == []
+    (second,) = [
+        record for record in here.records.model_packages.values()
+        if record.model_package_group_name == "pair" and record.model_package_version == 2
+    ]  # fmt: skip
+    second.model_approval_status = "PendingManualApproval"
+    assert "not deployed: approve it" in told(caplog, *deploy, "--approval", "PendingManualApproval")
+    assert models(here, "pair") == []
+    assert here.status(Project("pair", "")) == "gone"
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+def test_a_role_that_was_just_made_is_waited_for(
+    here: Account, packed: Path, asked: Path, data: Path, artifact: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, times: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(roles, "ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(roles, "KNOWN_WITHIN_S", 0.2 if times > 2 else 60)
+    unknown = {
+        "code": "ValidationException", "times": times,
+        "message": f"Could not assume role {ROLE}. Please ensure that the role exists and allows principal "
+        "'sagemaker.amazonaws.com' to assume the role.",
+    }  # fmt: skip
+    project = f"new-role-{times}"
+    for operation, command in (
+        ("CreateTrainingJob", (*train(here, project, data, tmp_path / "model", artifact), "--no-wait")),
+        ("CreateModel", batch(project, packed, asked, tmp_path / "a.csv")),
+    ):
+        here.containers.runs = False
+        here.order(operation=operation, **unknown)
+        said = told(caplog, *command, status=0 if times == 2 else 1)
+        assert said.count("SageMaker cannot take the role yet") == 1
+        assert ("Could not assume role" in said.splitlines()[-1]) is (times > 2)
+        here.cloud._faults.clear()
 
 
 def test_a_batch_that_fails_tells_why_and_is_run_again(

@@ -51,7 +51,7 @@ def test_status_tells_the_version_behind_the_endpoint(
     with registry.located(here.aws, project, str(packed)) as model:
         registry.upload(here.aws, project, model)
         package, _ = registry.register(here.aws, project, model, IMAGE, "Approved")
-        name = registry.create_model(here.aws, project, {"ModelPackageName": package}, ROLE)
+        name = registry.create_model(here.aws, project, {"ModelPackageName": package}, ROLE, [])
     serverless = Hosting("serverless", memory_mb=2048)
     here.client("sagemaker").create_endpoint_config(**endpoint.config_request(project, name, serverless))
     client, config = here.client("sagemaker"), endpoint.config_request(project, name, serverless)["EndpointConfigName"]

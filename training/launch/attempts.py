@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from training.launch import cost, data
+from training.launch import cost, data, roles
 from training.launch.errors import AwsError
 from training.launch.logs import TRAINING, TRANSFORM
 from training.launch.names import Project
@@ -74,8 +74,9 @@ class Jobs:
             if state == "Completed":
                 log.info("%s %s ended well, but what it wrote is no longer in S3: it is made again", self.what, name)
         fresh = f"{base}-{last + 1}"
+        create = getattr(aws.client("sagemaker"), f"create_{self.operation}")
         try:
-            getattr(aws.client("sagemaker"), f"create_{self.operation}")(**{f"{self.field}Name": fresh}, **wanted)
+            roles.hand_over(lambda: create(**{f"{self.field}Name": fresh}, **wanted))
         except AwsError as exc:
             if not exc.is_there_already:
                 raise

@@ -68,11 +68,13 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             return
         role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
-        name = hosted(aws, project, model, image, options, role)
         shadow = None
-        if name and second:
-            shadow = hosted(aws, project, second, image, options, role)
+        with registry.new_models(aws) as made:
+            name = hosted(aws, project, model, image, options, role, made)
+            if name and second:
+                shadow = hosted(aws, project, second, image, options, role, made)
         if name is None or (second and shadow is None):
+            registry.remove_models(aws, made)
             log.info("not deployed: approve it in the registry and repeat the command, or leave --approval out of it")
             return
         with _costs_told(aws, project, hosting, bool(second)):
@@ -127,9 +129,13 @@ def _shadow(aws: Aws, project: Project, given: str | None) -> AbstractContextMan
 
 
 def hosted(
-    aws: Aws, project: Project, model: registry.Located, image: images.Image, options: Options, role: str
-) -> str | None:
-    """The Model for the archive, uploaded and registered; None where it waits for approval. Raises: LaunchError."""
+    aws: Aws, project: Project, model: registry.Located, image: images.Image, options: Options, role: str,
+    made: list[str],
+) -> str | None:  # fmt: skip
+    """The Model for the archive, uploaded and registered; None where it waits for approval. `made`: see `create_model`.
+
+    Raises: LaunchError.
+    """
     registry.upload(aws, project, model)
     package, approval = registry.register(aws, project, model, image.uri, options.approval)
     if approval != "Approved":
@@ -140,7 +146,7 @@ def hosted(
         variables.setdefault("CLASSIFIER_START_TIMEOUT_S", str(options.startup_seconds - STARTUP_MARGIN_S))
     if variables:
         container["Environment"] = variables
-    return registry.create_model(aws, project, container, role)
+    return registry.create_model(aws, project, container, role, made)
 
 
 def bring(
@@ -211,14 +217,12 @@ def undo(aws: Aws, now: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> 
     if hosts == name:
         return
     kept = endpoint.models_of(client.describe_endpoint_config(EndpointConfigName=hosts)) if hosts else set()
-    removals = [(client.delete_endpoint_config, {"EndpointConfigName": name})]
-    removals += [(client.delete_model, {"ModelName": each}) for each in sorted(endpoint.models_of(wanted) - kept)]
-    for call, given in removals:
-        try:
-            call(**given)
-        except AwsError as exc:
-            if not exc.is_missing:
-                raise
+    try:
+        client.delete_endpoint_config(EndpointConfigName=name)
+    except AwsError as exc:
+        if not exc.is_missing:
+            raise
+    registry.remove_models(aws, sorted(endpoint.models_of(wanted) - kept))
 
 
 def environment(options: Options) -> dict[str, str]:
@@ -259,12 +263,13 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
         container: dict[str, Any] = {"Image": image, "ModelDataUrl": registry.upload(aws, project, model)}
-        if variables:
-            container["Environment"] = variables
-        name = registry.create_model(aws, project, container, role, "batchmodel")
+    if variables:
+        container["Environment"] = variables
     place, keys = batch.upload(aws, project, good)
-    wanted = batch.request(project, name, place, options.instance, options.instances)
-    started = TRANSFORM_JOBS.start(aws, project, wanted, options.poll_seconds)
+    with registry.new_models(aws) as made:
+        name = registry.create_model(aws, project, container, role, made, "batchmodel")
+        wanted = batch.request(project, name, place, options.instance, options.instances)
+        started = TRANSFORM_JOBS.start(aws, project, wanted, options.poll_seconds)
     tell_others(aws, project, options, started)
     job = batch.wait_for(aws, started, len(set(keys.values())), options.poll_seconds)
     log.info("its log: %s", command_line(options, f"logs {started}"))

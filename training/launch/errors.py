@@ -82,6 +82,13 @@ class AwsError(LaunchError):
         )
 
     @property
+    def is_role_unknown(self) -> bool:
+        """Whether SageMaker cannot take the role it is given, as in the first seconds after that was made."""
+        return self.code == "ValidationException" and bool(
+            re.search(r"(?i)could not assume role|ensure that the role", self.text)
+        )
+
+    @property
     def is_denied(self) -> bool:
         """Whether a permission is missing."""
         return self.code in DENIED

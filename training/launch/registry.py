@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.images import MEDIA_TYPES
 from service.model.manifest import Manifest
-from training.errors import ConfigError
-from training.launch import data, ownership
+from training.errors import ConfigError, TrainingError
+from training.launch import data, ownership, roles
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.errors import AwsError, LaunchError
 from training.launch.jobs import describe, pack
@@ -231,18 +231,48 @@ def packages(aws: Aws, group: str) -> list[str]:
         given["NextToken"] = page["NextToken"]
 
 
-def create_model(aws: Aws, project: Project, container: Mapping[str, Any], role: str, kind: str = "model") -> str:
-    """The name of a Model of one container, made unless it is there. Raises: AwsError."""
+@contextmanager
+def new_models(aws: Aws) -> Iterator[list[str]]:
+    """A list for `create_model` to note what it makes, which is removed where the block fails."""
+    made: list[str] = []
+    try:
+        yield made
+    except TrainingError as failure:
+        if isinstance(failure, AwsError) and failure.code == "Unreachable":
+            raise  # what was asked for last may have been made all the same, and need them
+        try:
+            remove_models(aws, made)
+        except AwsError as exc:  # the failure itself is what must be told
+            log.warning("cleaning up after it failed: %s; `status` shows what is there", exc)
+        raise
+
+
+def remove_models(aws: Aws, names: Iterable[str]) -> None:
+    """Remove these Models; one that is not there is no error. Raises: AwsError."""
+    for name in names:
+        try:
+            aws.client("sagemaker").delete_model(ModelName=name)
+        except AwsError as exc:
+            if not exc.is_missing:
+                raise
+
+
+def create_model(
+    aws: Aws, project: Project, container: Mapping[str, Any], role: str, made: list[str], kind: str = "model"
+) -> str:
+    """The name of a Model of one container, made unless it is there; `made` gets it then. Raises: AwsError."""
     client, name = aws.client("sagemaker"), project.of(kind, [container, role])
     try:
         client.describe_model(ModelName=name)
     except AwsError as exc:
         if not exc.is_missing:
             raise
+        given = {"Containers": [dict(container)], "ExecutionRoleArn": role, "Tags": project.tags}
         try:
-            client.create_model(ModelName=name, Containers=[dict(container)], ExecutionRoleArn=role, Tags=project.tags)
-        except AwsError as made:  # by another command, this moment
-            if not made.is_there_already:
+            roles.hand_over(lambda: client.create_model(ModelName=name, **given))
+            made.append(name)
+        except AwsError as refused:
+            if not refused.is_there_already:  # made by another command, this moment
                 raise
     return name
 

@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from typing import Any
 
 from training.errors import ConfigError
@@ -25,6 +26,9 @@ POLICY = "training-launch"
 _MLFLOW = "sagemaker-mlflow:*"
 ARN = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
 """What SageMaker takes for a role."""
+
+KNOWN_WITHIN_S, ASK_EVERY_S = 60.0, 5.0
+"""How long IAM may take to tell SageMaker of a new role."""
 
 _CALLER: dict[str, tuple[str, ...]] = {
     "*": (
@@ -264,6 +268,25 @@ def find_role(aws: Aws, project: Project, given: str | None) -> str:
         f"`python -m training.launch iam-role --project {project.name}` makes one, or give --role ARN; with --policy "
         "it prints what such a role must have."
     )
+
+
+def hand_over(call: Callable[[], object]) -> None:
+    """Make a call that gives SageMaker a role; again, for a minute, where that is too new to be known there.
+
+    Raises: AwsError.
+    """
+    deadline_s, told = time.monotonic() + KNOWN_WITHIN_S, False
+    while True:
+        try:
+            call()
+            return
+        except AwsError as exc:
+            if not exc.is_role_unknown or time.monotonic() >= deadline_s:
+                raise
+        if not told:
+            log.info("SageMaker cannot take the role yet, as when it was just made: tried again for a minute")
+            told = True
+        time.sleep(ASK_EVERY_S)
 
 
 def trusts_sagemaker(role: dict[str, Any]) -> bool:
