@@ -220,6 +220,22 @@ def test_a_search_broken_at_every_step_is_finished_by_repeating_it(
     assert "all of it is removed" in told(caplog, "delete", "--project", "seeks", "--data", "--yes")
 
 
+def test_trials_are_told_while_they_run(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here.containers.runs = True
+    command = tune(here, "tells", data, tmp_path / "found", artifact)
+    with when(": epoch=1/1", lambda: setattr(here.containers, "runs", False)):
+        said = told(caplog, *command)
+    tables = [
+        re.findall(r"^ {8}\d .*? (InProgress|Completed) ", part, re.MULTILINE)
+        for part in said.split("trials of tells-")
+    ]
+    assert "InProgress" in tables[1] and tables[-1] == ["Completed", "Completed"]
+    assert re.search(r"^  \| [12]: epoch=1/1 train_loss=1 ", said, re.MULTILINE)  # a trial's number, and its line
+    assert said.index("InProgress batch_size") < said.index(": epoch=1/1") < said.index("Completed  batch_size")
+
+
 def failing(here: Account, trials: int) -> None:
     here.order(operation="TrainingJob", code="", message="AlgorithmError: it diverged", times=trials)
 

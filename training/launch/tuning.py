@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,12 +119,39 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(["    trial  accuracy  state      settings", *rows])
 
 
+class _TrialsTail:
+    """The log's lines of one trial at a time: of one that runs, or, where none does, of the one that ran."""
+
+    def __init__(self, aws: Aws) -> None:
+        self._aws = aws
+        self._shown, self._number = "", ""
+        self._tail: LogTail | None = None
+        self._last: list[str] = []
+        """Of the trial that was shown before, and not told yet."""
+
+    def look_at(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """`found`: the trials as they are now."""
+        running = {trial["TrainingJobName"]: trial for trial in found if trial["TrainingJobStatus"] == "InProgress"}
+        if running and self._shown not in running:
+            self._last += self.new_lines()
+            self._shown = min(running)  # the one that was started first
+            self._number = number_of(running[self._shown])
+            self._tail = LogTail(self._aws, TRAINING, f"{self._shown}/")
+
+    def new_lines(self) -> list[str]:
+        """See `LogTail`; each with its trial's number."""
+        lines, self._last = self._last, []
+        return lines + [f"{self._number}: {line}" for line in self._tail.new_lines()] if self._tail else lines
+
+
 def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
-    """Until the tuning job ends, with a table whenever a trial changes. Returns: its description.
+    """Until the tuning job ends, with a table whenever a trial changes and the lines of one that runs.
+
+    Returns: its description.
 
     Raises: JobFailed with the log of a trial that failed; StoppedWaiting; AwsError.
     """
-    client, shown = aws.client("sagemaker"), ""
+    client, shown, tail = aws.client("sagemaker"), "", _TrialsTail(aws)
 
     def ask() -> dict[str, Any]:
         nonlocal shown
@@ -132,10 +159,11 @@ def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
         if found and table(found) != shown:
             shown = table(found)
             log.info("trials of %s:\n%s", name, shown)
+        tail.look_at(found)
         return dict(client.describe_hyper_parameter_tuning_job(HyperParameterTuningJobName=name))
 
     job = wait(
-        ask, _state, lambda job: job["HyperParameterTuningJobStatus"] in OVER, f"tuning job {name}", None, poll_s,
+        ask, _state, lambda job: job["HyperParameterTuningJobStatus"] in OVER, f"tuning job {name}", tail, poll_s,
         f"stop {name}",
     )  # fmt: skip
     failed = [trial for trial in trials(aws, name) if trial["TrainingJobStatus"] == "Failed"]

@@ -4,10 +4,9 @@ import logging
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from training.launch.errors import THROTTLED, AwsError
-from training.launch.logs import LogTail
 
 log = logging.getLogger("training")
 
@@ -26,12 +25,20 @@ class StoppedWaiting(KeyboardInterrupt):
         self.ends = ends
 
 
+class Tail(Protocol):
+    """A log that is followed."""
+
+    def new_lines(self) -> list[str]:
+        """What came since the last call."""
+        ...
+
+
 def wait(
     describe: Callable[[], dict[str, Any]],
     state: Callable[[dict[str, Any]], str],
     is_over: Callable[[dict[str, Any]], bool],
     what: str,
-    tail: LogTail | None = None,
+    tail: Tail | None = None,
     poll_s: float = POLL_S,
     ends: str = "delete",
 ) -> dict[str, Any]:
