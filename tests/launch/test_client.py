@@ -79,6 +79,55 @@ def test_later_is_tried_again_after_what_retry_after_says(picture: Path) -> None
     assert times[1] - times[0] >= 1
 
 
+class Waits(threading.Event):
+    """Never set; the waits that it was asked for, none of which is waited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked_s: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asked_s.append(timeout)
+        return False
+
+
+def test_what_the_body_asks_to_wait_is_waited(picture: Path) -> None:
+    """Where a platform drops the header."""
+    stop = Waits()
+    busy = (503, {}, problem("overloaded", retry_after_s=7.5))
+    with answering(busy, (200, {}, GOOD)) as (url, times), closing(UrlTarget(url)) as target:
+        outcome = classify_one(target, picture, stop=stop)
+    assert (outcome.problem, outcome.tries, len(times)) == (None, 2, 2)
+    assert stop.asked_s == [7.5]
+
+
+def test_as_many_requests_are_under_way_as_are_allowed(tmp_path: Path) -> None:
+    under_way, most, lock = 0, 0, threading.Lock()
+    together = threading.Barrier(3)
+
+    class Counting:
+        name = "counting"
+
+        def ask(self, body: bytes, *_: Any, **__: Any) -> Reply:
+            nonlocal under_way, most
+            with lock:
+                under_way += 1
+                most = max(most, under_way)
+            together.wait(10)  # each waits for two others: with fewer at once this is an error
+            with lock:
+                under_way -= 1
+            return Reply(200, {}, json.dumps(GOOD).encode())
+
+        def close(self) -> None: ...
+
+    paths = [tmp_path / f"{number}.png" for number in range(9)]
+    for path in paths:
+        path.write_bytes(b"image")
+    outcomes = list(classify(Counting(), paths, concurrency=3))
+    assert [outcome.path for outcome in outcomes if outcome.problem is None] == paths
+    assert most == 3
+
+
 def test_a_platform_that_drops_headers_leaves_the_body() -> None:
     assert retry_after_s(Reply(503, {}, json.dumps(problem("overloaded", retry_after_s=2)).encode())) == 2
     assert retry_after_s(Reply(503, {"retry-after": "3"}, b"")) == 3

@@ -45,20 +45,40 @@ def training(**changes: Any) -> jobs.Training:
     return jobs.Training(**given)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"machines": jobs.Machines(keep_warm_minutes=10, retries=3, count=2, instance="ml.g4dn.12xlarge")},
-        {"mlflow": "arn:aws:sagemaker:eu-central-1:123456789012:mlflow-tracking-server/mine"},
-    ],
-)
-def test_a_training_is_a_valid_request(changes: dict[str, Any]) -> None:
-    request = {
-        "TrainingJobName": "resnet34-train-12345678-1",
-        **jobs.request(PROJECT, training(**changes), "eu-central-1"),
-    }
-    assert problems("CreateTrainingJob", request) == []
+MLFLOW = "arn:aws:sagemaker:eu-central-1:123456789012:mlflow-tracking-server/mine"
+
+
+def asked(**changes: Any) -> dict[str, Any]:
+    """The request for a training, which is valid."""
+    request = jobs.request(PROJECT, training(**changes), "eu-central-1")
+    assert problems("CreateTrainingJob", {"TrainingJobName": "resnet34-train-12345678-1", **request}) == []
+    return request
+
+
+def test_a_training_is_a_valid_request_and_its_tensorboard_goes_to_s3() -> None:
+    request = asked()
+    assert request["TensorBoardOutputConfig"] == {
+        "LocalPath": "/opt/ml/output/data/tensorboard", "S3OutputPath": PROJECT.uri("tensorboard")
+    }  # fmt: skip
+    assert request["RetryStrategy"] == {"MaximumRetryAttempts": 1}
+    for name in ("MlflowConfig", "DebugHookConfig", "DebugRuleConfigurations", "ProfilerConfig"):
+        assert name not in request
+    assert "KeepAlivePeriodInSeconds" not in request["ResourceConfig"]
+
+
+def test_a_training_says_how_often_it_is_tried_and_how_long_its_instances_stay() -> None:
+    machines = jobs.Machines(keep_warm_minutes=10, retries=3, count=2, instance="ml.g4dn.12xlarge")
+    request = asked(machines=machines)
+    assert request["RetryStrategy"] == {"MaximumRetryAttempts": 3}
+    assert request["ResourceConfig"] == {
+        "InstanceType": "ml.g4dn.12xlarge", "InstanceCount": 2, "VolumeSizeInGB": 50, "KeepAlivePeriodInSeconds": 600
+    }  # fmt: skip
+
+
+def test_a_training_reports_to_mlflow_where_that_is_asked() -> None:
+    assert asked(mlflow=MLFLOW)["MlflowConfig"] == {
+        "MlflowResourceArn": MLFLOW, "MlflowExperimentName": PROJECT.name
+    }  # fmt: skip
 
 
 def test_a_spot_job_waits_longer_than_it_runs_and_keeps_checkpoints() -> None:
@@ -72,13 +92,23 @@ def test_a_spot_job_waits_longer_than_it_runs_and_keeps_checkpoints() -> None:
 
 
 def test_debugger_is_asked_for_with_rules_of_aws() -> None:
-    request = jobs.request(PROJECT, training(debugger=True), "eu-central-1")
-    assert problems("CreateTrainingJob", {"TrainingJobName": "j", **request}) == []
+    request = asked(debugger=True)
     assert {rule["RuleParameters"]["rule_to_invoke"] for rule in request["DebugRuleConfigurations"]} == set(
         debugger.RULES
     )
     image = "482524230118.dkr.ecr.eu-central-1.amazonaws.com/sagemaker-debugger-rules:latest"
     assert {rule["RuleEvaluatorImage"] for rule in request["DebugRuleConfigurations"]} == {image}
+    hook = request["DebugHookConfig"]
+    assert hook["S3OutputPath"] == PROJECT.uri("debugger")
+    assert [each["CollectionName"] for each in hook["CollectionConfigurations"]] == [
+        "losses", "weights", "gradients", "biases", "relu_output"
+    ]  # fmt: skip
+    assert {json.dumps(each["CollectionParameters"]) for each in hook["CollectionConfigurations"]} == {
+        '{"save_interval": "500"}'
+    }  # fmt: skip
+    assert request["ProfilerConfig"] == {
+        "S3OutputPath": PROJECT.uri("profiler"), "ProfilingIntervalInMilliseconds": 500
+    }  # fmt: skip
     assert "TensorBoardOutputConfig" not in request
     assert debugger.rules_image("cn-north-1").startswith("618459771430.dkr.ecr.cn-north-1.amazonaws.com.cn/")
     with pytest.raises(ConfigError, match=r"--debugger: AWS has no Debugger in eu-nowhere-1, only in .*leave it out"):
@@ -126,7 +156,7 @@ def test_what_is_given_is_not_tuned_and_nothing_left_is_an_error() -> None:
     ("hosting", "shadow"),
     [
         (Hosting(), None),
-        (Hosting(min_count=2, max_count=4, capture_percent=20), "shadow-model"),
+        (Hosting(min_count=2, max_count=4, capture_percent=20, startup_s=900), "shadow-model"),
         (Hosting("serverless", max_concurrency=10), None),
         (Hosting("async", min_count=0, max_count=2), None),
         (Hosting(instance="ml.c6i.xlarge"), None),
@@ -138,7 +168,19 @@ def test_every_kind_of_endpoint_is_a_valid_request(hosting: Hosting, shadow: str
     variant = request["ProductionVariants"][0]
     gpu = hosting.kind != "serverless" and hosting.instance.startswith("ml.g")
     assert ("InferenceAmiVersion" in variant) == gpu
-    assert ("MetricsConfig" in request) == (hosting.kind != "serverless")
+    observed = {"EnableEnhancedMetrics": True, "EnableDetailedObservability": True}  # AWS reads /metrics then
+    assert request.get("MetricsConfig") == (None if hosting.kind == "serverless" else observed)
+    capture = request.get("DataCaptureConfig")
+    assert (capture is not None) == (hosting.capture_percent > 0)
+    if capture:
+        assert capture["EnableCapture"] and capture["InitialSamplingPercentage"] == 20
+        assert capture["DestinationS3Uri"] == PROJECT.uri("captured")
+        assert {each["CaptureMode"] for each in capture["CaptureOptions"]} == {"Input", "Output"}
+    variants = [variant, *request.get("ShadowProductionVariants", ())]
+    assert len(variants) == (1 if shadow is None else 2)
+    for each in variants:
+        for name in ("ContainerStartupHealthCheckTimeoutInSeconds", "ModelDataDownloadTimeoutInSeconds"):
+            assert each.get(name) == (None if hosting.kind == "serverless" else hosting.startup_s)
 
 
 @pytest.mark.parametrize("startup_s", [endpoint.STARTUP_S, 3600])

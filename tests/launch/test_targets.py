@@ -3,6 +3,7 @@
 The data plane is a small server that says what AWS says; S3 is the rehearsal's.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.test_client import GOOD, answering, problem
+from tests.launch.test_client import GOOD, Waits, answering, problem
 from tests.rehearsal.start import REGION, Rehearsal
 from training.launch import client
 from training.launch.client import AsyncTarget, EndpointTarget, Unanswered, classify, classify_one
@@ -93,14 +94,25 @@ def test_what_aws_may_do_better_later_is_asked_once_a_try(
 
 
 def test_the_containers_own_error_is_its_answer(account_with: Callable[[str], Aws], tmp_path: Path) -> None:
-    import json
-
     said = json.dumps(problem("unreadable_image"))
     (tmp_path / "a.png").write_bytes(b"no image")
     wrapped = refusal(424, "ModelError", "wrapped", OriginalStatusCode=400, OriginalMessage=said)
     with answering(wrapped) as (url, _):
         outcome = classify_one(EndpointTarget(account_with(url), "mine"), tmp_path / "a.png")
     assert outcome.problem == "unreadable_image: a sentence"
+
+
+def test_a_container_that_says_later_is_asked_again_after_what_it_says(
+    account_with: Callable[[str], Aws], tmp_path: Path
+) -> None:
+    """SageMaker hands on the container's status and body, wrapped, and no header."""
+    (tmp_path / "a.png").write_bytes(b"image")
+    said, stop = json.dumps(problem("overloaded", retry_after_s=4)), Waits()
+    busy = refusal(424, "ModelError", "wrapped", OriginalStatusCode=503, OriginalMessage=said)
+    with answering(busy, (200, {}, GOOD)) as (url, times):
+        outcome = classify_one(EndpointTarget(account_with(url), "mine"), tmp_path / "a.png", stop=stop)
+    assert (outcome.problem, outcome.tries, len(times)) == (None, 2, 2)
+    assert stop.asked_s == [4]
 
 
 def asynchronous(aws: Aws, **more: Any) -> AsyncTarget:

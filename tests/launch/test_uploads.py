@@ -43,6 +43,8 @@ def test_a_large_file_goes_in_parts_and_arrives_whole(
     command = ("upload", "--project", "large", "--data", data, "--weights", large)
     assert "uploading weights: 1 of 1 files sent" in told(caplog, *command)
     assert "s3 UploadPart" in here.calls
+    assert set(here.cloud.checksums) == {"PutObject", "UploadPart"}
+    assert all(here.cloud.checksums.values())  # by it S3 refuses what was damaged on the way
     (key,) = [key for key in keys(here, "large") if key.endswith("/w.safetensors")]
     found = here.client("s3").get_object(Bucket=BUCKET, Key=f"large/{key}")
     assert found["Body"].read() == large.read_bytes()

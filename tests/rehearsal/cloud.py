@@ -10,7 +10,9 @@ values: botocore does not look at them, AWS does), and faults that a test orders
 """
 
 import argparse
+import base64
 import faulthandler
+import hashlib
 import io
 import json
 import re
@@ -45,6 +47,8 @@ class Cloud:
         self._faults: list[dict[str, Any]] = []
         self._answers: dict[str, str] = {}
         self._models: dict[str, Any] = {}
+        self.checksums: dict[str, list[str]] = {}
+        """The SHA-256 that each object or part came with, or nothing, by operation."""
         self.plane = ControlPlane(engine, work)
         self.runtime = Runtime(self.plane)
 
@@ -65,6 +69,8 @@ class Cloud:
             return self._own(path, body)
         service, operation = service_of(environ), operation_of(environ, body)
         self._raise_fault(operation)
+        if service == "s3" and operation in ("PutObject", "UploadPart"):
+            self._check_sum(environ, operation, body)
         if service == "sagemaker" and re.search(r"/endpoints/[^/]+/(async-)?invocations$", path):
             self._count(service, operation, "rehearsal")
             return self.runtime.answer(environ, body)
@@ -140,6 +146,14 @@ class Cloud:
                     fault["times"] = fault.get("times", 1) - 1
                     return fault
         return None
+
+    def _check_sum(self, environ: dict[str, Any], operation: str, body: bytes) -> None:
+        """As S3 does, where the sum is a header: what arrives is what was sent."""
+        given = environ.get("HTTP_X_AMZ_CHECKSUM_SHA256", "")
+        with self._lock:
+            self.checksums.setdefault(operation, []).append(given)
+        if given and given != base64.b64encode(hashlib.sha256(body).digest()).decode():
+            raise Refusal("BadDigest", "The SHA256 you specified did not match the calculated checksum.")
 
     def _count(self, service: str, operation: str, who: str) -> None:
         with self._lock:
