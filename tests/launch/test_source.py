@@ -17,6 +17,8 @@ from training.launch.flags import parser
 from training.launch.names import Project
 
 TOOLKIT = "sagemaker-training==5.1.4"
+TRIAL = {"entry": "hpo"}
+"""What `tune` adds to the hyperparameters of its trials."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def test_the_job_is_told_where_the_code_is(here: Account, data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_awss_own_toolkit_runs_it(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, TRIAL], ids=["train", "trial"])
+def test_awss_own_toolkit_runs_it(more: dict[str, str], data: Path, tmp_path: Path) -> None:
     """In an environment of its own, from PyPI; our packages are this one's, so that little is installed twice."""
     uv = os.environ.get("UV", "uv")
     made = subprocess.run([uv, "venv", "--python", sys.executable, str(tmp_path / "venv")], capture_output=True)
@@ -86,6 +89,10 @@ def test_awss_own_toolkit_runs_it(data: Path, tmp_path: Path) -> None:
     (tmp_path / "sourcedir.tar.gz").write_bytes(source.archive())
     given = dict(zip((name.removeprefix("--").replace("-", "_") for name in RUN[::2]), RUN[1::2], strict=True))
     given |= {"sagemaker_program": source.PROGRAM, "sagemaker_submit_directory": str(tmp_path / "sourcedir.tar.gz")}
+    given |= more and {
+        **more,
+        "_tuning_objective_metric": "validation:accuracy",
+    }  # SageMaker's, which the toolkit keeps
     (config / "hyperparameters.json").write_text(json.dumps({k: json.dumps(v) for k, v in given.items()}))
     group = {"instance_group_name": "g", "instance_type": "ml.c5.xlarge", "hosts": ["localhost"]}
     resources = {  # a host whose name is known here: the toolkit waits for that

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.rehearsal.control_plane import ACCOUNT, REGION
 from tests.rehearsal.report import Step
 from tests.rehearsal.start import IMAGE, Rehearsal
+from training.launch.names import DEFAULT_PROJECT
 
 log = logging.getLogger("rehearsal")
 
@@ -59,6 +61,14 @@ class Journey:
             raise StepFailed(f"it did not say {say!r}: {wrote[-1500:]}")
         return wrote
 
+    def _objects(self, part: str) -> list[str]:
+        """The keys of what the project has in S3 below this folder."""
+        s3 = self._cloud.client("s3")
+        pages = s3.get_paginator("list_objects_v2").paginate(
+            Bucket=f"sagemaker-{REGION}-{ACCOUNT}", Prefix=f"{DEFAULT_PROJECT}/{part}/"
+        )
+        return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+
     def preflight_says_what_is_missing(self) -> str:
         self._run("preflight", "--image", IMAGE, status=1, say="Not ready: role, image")
         return "no role, no image: both named, with what to do; exit status 1"
@@ -108,6 +118,9 @@ class Journey:
         manifest = json.loads((self._folder / "model" / "manifest.json").read_text())
         if not (self._folder / "model-run" / "report.html").is_file():
             raise StepFailed("the report was not brought home")
+        written = self._objects("tensorboard")
+        if not any("/tensorboard-output/events.out.tfevents" in key for key in written):
+            raise StepFailed(f"no curves for TensorBoard in S3: {written}")
         accuracy = manifest["metrics"]["validation"]["accuracy"]
         return f"the same command found its job, showed its log, brought the model home ({100 * accuracy:.1f} %)"
 
@@ -126,6 +139,8 @@ class Journey:
         ]
         if len(metrics) != 2:
             raise StepFailed(f"policies {metrics}")
+        if not self._objects("captured"):
+            raise StepFailed("nothing of the smoke test's requests was captured")
         return (
             "newest job's model registered, endpoint answers as this machine does, scaled on requests and concurrency"
         )
