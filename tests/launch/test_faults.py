@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.retries.standard import ExponentialBackoff
 
 from tests.launch.conftest import RUN
+from tests.launch.in_process import ROLE, Account
+from tests.launch.telling import problem, told, when
 from tests.rehearsal.start import IMAGE, ROOT, Rehearsal
+from training.launch import client
+from training.launch.session import TRIES
 
 pytestmark = pytest.mark.timeout(900)  # trainings and services really start, beside whatever else the machine does
 
@@ -68,6 +73,85 @@ def test_a_refused_job_is_one_sentence_and_starts_nothing(
     stderr = said(cloud, *train(data, "refused", "--no-wait"), status=1)
     assert re.search(sentence, stderr.splitlines()[-1]), stderr
     assert jobs(cloud, "refused") == []
+
+
+TIMES = 1000
+REFUSED = [
+    ("preflight", "GetCallerIdentity"), ("iam-role", "CreateRole"), ("upload", "PutObject"),
+    ("train", "CreateTrainingJob"), ("tune", "CreateHyperParameterTuningJob"), ("deploy", "CreateModel"),
+    ("deploy", "CreateEndpoint"), ("batch", "CreateTransformJob"), ("status", "ListEndpointConfigs"),
+    ("logs", "ListTrainingJobs"), ("stop", "ListTransformJobs"), ("delete", "ListModels"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore tries as often as ever, and does not wait between."""
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.0)
+    monkeypatch.setattr(client, "_backoff_s", lambda _: 0.0)
+
+
+@pytest.mark.usefixtures("without_pauses")
+@pytest.mark.parametrize(("command", "operation"), REFUSED)
+def test_whatever_is_throttled_or_meets_old_credentials_ends_with_one_sentence_and_nothing_made(
+    here: Account, command: str, operation: str, data: Path, packed: Path, asked: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    image, learns = ("--image", IMAGE, "--role", ROLE), ("--data", data, "--weights", "none", "--quantize", "off")
+    arguments: dict[str, tuple[object, ...]] = {
+        "preflight": image, "upload": ("--data", data), "train": (*image, *learns, "--no-wait"),
+        "tune": (*image, *learns, "--no-wait"), "deploy": (*image, "--model", packed), "delete": ("--yes",),
+        "batch": (*image, "--model", packed, "--output", tmp_path / "a.csv", asked), "stop": ("--yes",),
+    }  # fmt: skip
+    project = f"refused-{REFUSED.index((command, operation))}"
+    for fault, sentence in (
+        (THROTTLED, rf"AWS throttles \S+ {operation} .*after several tries; wait a minute, the same command goes on"),
+        (EXPIRED, rf"The AWS credentials have expired \(\S+ {operation}\); log in again .*the same command goes on"),
+    ):
+        here.order(operation=operation, **fault, times=TIMES)
+        said = told(caplog, command, "--project", project, *arguments.get(command, ()), status=1)
+        (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        assert len(re.findall(sentence, said)) == 1
+        assert re.search(sentence, error) or (command, error[:22]) == ("preflight", "Not ready: credentials")
+        (ordered,) = here.cloud._faults
+        tried = TIMES - ordered["times"]
+        assert command == "upload" or tried == (TRIES if fault is THROTTLED else 1)  # that has many threads
+        left = here.cloud.plane.leftovers()
+        registry = ("model packages", "model package groups")  # of a model that is sound
+        assert [names for kind, names in left.items() if kind not in registry and names] == []
+        here.cloud._faults.clear()
+
+
+@pytest.mark.usefixtures("without_pauses")
+def test_an_image_that_is_throttled_is_tried_again_and_then_a_problem_and_old_credentials_end_it(
+    here: Account, asked: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = next(asked.iterdir())
+    here.order(operation="InvokeEndpoint", **THROTTLED, times=TIMES)
+    assert "1 of 1 images had a problem" in problem(caplog, "invoke", picture)
+    assert re.search(r"AWS throttles .* \(tried 6 times\)", capsys.readouterr().out)
+    here.cloud._faults.clear()
+    here.order(operation="InvokeEndpoint", **EXPIRED, times=TIMES)
+    assert "credentials have expired (sagemaker-runtime InvokeEndpoint)" in problem(caplog, "invoke", asked)
+
+
+@pytest.mark.usefixtures("without_pauses")
+def test_to_wait_goes_on_where_aws_throttles_it(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here.containers.artifact, here.containers.runs = artifact, True
+
+    def throttle() -> None:
+        here.order(operation="DescribeTrainingJob", **THROTTLED, times=2 * TRIES)  # two times all that boto3 tries
+        here.containers.runs = False
+
+    with when("Training in progress", throttle):
+        told(
+            caplog, "train", "--project", "patient", "--data", data, "--image", IMAGE, "--role", ROLE, "--weights",
+            "none", "--quantize", "off", "--output", tmp_path / "model",
+        )  # fmt: skip
+    assert here.cloud._faults[0]["times"] == 0
+    assert (tmp_path / "model" / "manifest.json").is_file()
 
 
 def test_no_capacity_is_told_with_what_to_do_and_the_next_try_is_a_new_attempt(cloud: Rehearsal, data: Path) -> None:

@@ -1,19 +1,23 @@
 """Every step broken off in its midst and repeated: one sentence, nothing left over, and the same end as without."""
 
 import io
+import os
 import re
 import signal
 import tarfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.in_process import POLL_S, ROLE, Account, meanwhile
+from tests.launch.in_process import POLL_S, ROLE, Account, meanwhile, until
 from tests.launch.telling import DENIED, EXPIRED, ctrl_c, problem, shown, sigterm, told, when
 from tests.launch.test_faults import left
 from tests.rehearsal.start import IMAGE, Rehearsal
 from training.launch import autoscaling, data, deployment, endpoint, inventory, roles
+from training.launch import data as s3
 from training.launch.attempts import TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
 from training.launch.endpoint import Hosting
 from training.launch.errors import AwsError, LaunchError
@@ -271,6 +275,86 @@ def test_a_search_of_which_every_trial_fails_tells_why_and_is_run_again(
     assert not (tmp_path / "found").exists()
     told(caplog, *command)
     assert sorted(TUNING_JOBS.states(here.aws, Project("all-fail", "")).values()) == ["Completed", "Failed", "Failed"]
+
+
+def test_no_capacity_is_told_with_what_to_do_whatever_asked_for_it(
+    here: Account, data: Path, packed: Path, asked: Path, artifact: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    advice = "AWS has no instance of this type to spare in this region just now: try again later, or take another"
+    deploy = ("deploy", "--project", "full", "--model", packed, "--image", IMAGE, "--role", ROLE)
+    for what, reason, times, command in (
+        (
+            "TrainingJob",
+            "CapacityError: Please retry later.",
+            2,
+            tune(here, "full", data, tmp_path / "found", artifact),
+        ),
+        ("TransformJob", "CapacityError: Please retry later.", 1, batch("full", packed, asked, tmp_path / "a.csv")),
+        ("Endpoint", "InsufficientInstanceCapacity: Please retry with another type.", 1, deploy),
+    ):
+        here.order(operation=what, code="", message=reason, times=times)
+        sentence = problem(caplog, *command)
+        assert reason in sentence and advice in sentence
+    assert here.status(Project("full", "")) == "gone" and here.cloud.plane.leftovers()["running jobs"] == []
+    assert models(here, "full") == [name for name in models(here, "full") if "-batchmodel-" in name]  # of the job
+
+
+def ctrl_c_in_main_thread() -> None:
+    """For what happens in another thread, the cloud's."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """Ctrl-C as Python has it, also where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
+def test_ctrl_c_in_an_upload_leaves_no_parts_and_the_same_command_goes_on(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)  # S3's smallest
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(os.urandom(4 * 5 * 2**20 + 1))
+    command = ("upload", "--project", "cut-off", "--data", data, "--weights", weights)
+    here.order(operation="UploadPart", do=ctrl_c_in_main_thread, times=1)
+    said = told(caplog, *command, status=130)
+    assert "it stops when the files under way are through" in said and "repeat the command" in said
+    client, bucket = here.client("s3"), "sagemaker-eu-central-1-123456789012"
+    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+    assert "uploading weights: 0 of 1 files sent" in told(caplog, *command)
+    (key,) = [key for key, _ in s3.listed(here.aws, f"s3://{bucket}/cut-off/") if key.endswith("w.safetensors")]
+    assert client.get_object(Bucket=bucket, Key=key)["Body"].read() == weights.read_bytes()
+
+
+@pytest.mark.usefixtures("sigint")
+def test_ctrl_c_while_the_model_comes_home_leaves_nothing_half(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = train(here, "half-way", data, tmp_path / "home" / "model", artifact)
+    here.containers.runs = False
+    with when("validation:accuracy", lambda: here.order(operation="GetObject", do=ctrl_c_in_main_thread, times=1)):
+        assert "repeat the command" in told(caplog, *command, status=130)
+    assert list((tmp_path / "home").iterdir()) == []
+    told(caplog, *command)
+    assert (tmp_path / "home" / "model" / "manifest.json").is_file()
+
+
+def test_ctrl_c_in_stop_says_that_what_was_told_to_stop_stops(
+    here: Account, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told(caplog, *train(here, "ending", data, tmp_path / "model", artifact), "--no-wait")
+    (name,) = TRAINING_JOBS.states(here.aws, Project("ending", ""))
+    until(lambda: name in here.cloud.plane.jobs._running, "the training")
+    stop = ("stop", "--project", "ending", name)
+    with when(f"job {name}: Stopping", ctrl_c):
+        assert "What was told to stop stops; `status` shows it." in told(caplog, *stop, status=130)
+    until(lambda: TRAINING_JOBS.states(here.aws, Project("ending", "")) == {name: "Stopped"}, "its end")
+    assert f"job {name} has ended already: Stopped" in told(caplog, *stop)
 
 
 def test_a_delete_broken_at_every_step_is_finished_by_repeating_it(

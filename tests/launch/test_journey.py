@@ -40,6 +40,11 @@ def test_make_rehearse_from_a_fresh_clone_passes_and_leaves_nothing(tmp_path: Pa
     assert "Every step passed" in told
     assert "| nothing is left | PASS |" in told
     assert "- GAP, permissions: " in told and "sagemaker InvokeEndpoint: rehearsal" in told
+    with rehearsal() as cloud:  # nothing of AWS but IAM is asked for
+        command = ["make", "iam-role"]
+        done = subprocess.run(command, cwd=clone, env=cloud.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "resnet34-sagemaker is made" in done.stderr, done.stdout + done.stderr
+        assert [role["RoleName"] for role in cloud.client("iam").list_roles()["Roles"]] == ["resnet34-sagemaker"]
 
 
 def commands() -> list[list[str]]:

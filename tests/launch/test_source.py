@@ -89,10 +89,8 @@ def test_awss_own_toolkit_runs_it(more: dict[str, str], data: Path, tmp_path: Pa
     (tmp_path / "sourcedir.tar.gz").write_bytes(source.archive())
     given = dict(zip((name.removeprefix("--").replace("-", "_") for name in RUN[::2]), RUN[1::2], strict=True))
     given |= {"sagemaker_program": source.PROGRAM, "sagemaker_submit_directory": str(tmp_path / "sourcedir.tar.gz")}
-    given |= more and {
-        **more,
-        "_tuning_objective_metric": "validation:accuracy",
-    }  # SageMaker's, which the toolkit keeps
+    if more:
+        given |= {**more, "_tuning_objective_metric": "validation:accuracy"}  # SageMaker's, which the toolkit keeps
     (config / "hyperparameters.json").write_text(json.dumps({k: json.dumps(v) for k, v in given.items()}))
     group = {"instance_group_name": "g", "instance_type": "ml.c5.xlarge", "hosts": ["localhost"]}
     resources = {  # a host whose name is known here: the toolkit waits for that

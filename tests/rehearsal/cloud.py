@@ -136,10 +136,15 @@ class Cloud:
             for fault in self._faults:
                 if fault["operation"] == operation and fault.get("times", 1) > 0:
                     fault["times"] = fault.get("times", 1) - 1
+                    if "do" in fault:  # something that happens this moment, where the cloud is in the test's process
+                        fault["do"]()
+                        return
                     raise Refusal(fault["code"], fault["message"], fault.get("status", 400))
 
     def take_fault(self, name: str) -> dict[str, Any] | None:
-        """An ordered fault of a job or endpoint, rather than of a request: `TrainingJob`, `Endpoint`."""
+        """An ordered fault of a job or endpoint, rather than of a request: `TrainingJob`, `TransformJob`,
+        `Endpoint`.
+        """
         with self._lock:
             for fault in self._faults:
                 if fault["operation"] == name and fault.get("times", 1) > 0:

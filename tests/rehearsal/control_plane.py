@@ -145,6 +145,8 @@ class ControlPlane:
         quotas = {
             "ml.g5.xlarge for training job usage": 2, "ml.g5.xlarge for spot training job usage": 1,
             "ml.g4dn.xlarge for endpoint usage": 6, "ml.c6i.xlarge for endpoint usage": 4,
+            "ml.m5.xlarge for training job usage": 2, "ml.m5.xlarge for endpoint usage": 4,
+            "ml.m5.xlarge for transform job usage": 1,
         }  # fmt: skip
         return _quotas(quotas)
 

@@ -248,6 +248,9 @@ class Hosting:
         out_bucket, out_prefix = split_uri(given["TransformOutput"]["S3OutputPath"])
         server = None
         try:
+            fault = self._plane.take_fault("TransformJob")
+            if fault:
+                raise NotHealthy(fault["message"])
             server = self.start(
                 given["ModelName"], "/aws/sagemaker/TransformJobs", f"{name}/i-{uuid.uuid4().hex[:8]}",
                 "ClientError: the container did not pass the ping health check",

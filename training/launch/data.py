@@ -274,5 +274,8 @@ def _in_threads(work: Any, files: list[tuple[str, Path]]) -> Iterator[Any]:
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except KeyboardInterrupt:
+            log.info("it stops when the files under way are through, so that none is left half")
+            raise
         finally:
             threads.shutdown(wait=True, cancel_futures=True)

@@ -118,7 +118,8 @@ def iam_action(service: str, operation: str) -> str:
 
 def failure_advice(reason: str) -> str:
     """What to do about the FailureReason of a job or endpoint; empty where it speaks for itself."""
-    if "CapacityError" in reason or "insufficient capacity" in reason.lower() or "Unable to provision" in reason:
+    said = ("insufficient capacity", "unable to provision", *map(str.lower, CAPACITY))
+    if any(text in reason.lower() for text in said):
         return (
             "AWS has no instance of this type to spare in this region just now: try again later, or take another "
             "--instance or --region."
