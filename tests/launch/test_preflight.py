@@ -73,7 +73,7 @@ def test_a_manifest_that_createmodel_refuses_is_told(aws: Aws, cloud: Rehearsal)
     assert result == "FAIL" and kind in found
 
 
-def test_quotas_are_compared_with_what_is_wanted(aws: Aws) -> None:
+def test_quotas_are_compared_with_what_is_wanted(aws: Aws, cloud: Rehearsal) -> None:
     def results(**wanted: Any) -> list[str]:
         return [result for result, *_ in checks(quotas.of(aws, Plan(TRAINING, CPU, **wanted)))]
 
@@ -91,6 +91,11 @@ def test_quotas_are_compared_with_what_is_wanted(aws: Aws) -> None:
     assert results(batch_instance="ml.c5.xlarge") == ["PASS", "PASS", "WARN"]  # who makes no batch needs none
     assert results(kind="serverless") == ["PASS", "PASS", "PASS"]
     assert results(kind="serverless", max_concurrency=11) == ["PASS", "FAIL", "PASS"]
+    denied = {"code": "AccessDeniedException", "message": "no", "times": 1}
+    cloud.order({"operation": "ListAWSDefaultServiceQuotas", **denied})
+    assert results() == ["PASS", "PASS", "WARN"]  # what the account has of its own is told all the same
+    cloud.order({"operation": "ListServiceQuotas", **denied})
+    assert results() == ["WARN"]
     for given in (("ml.g99.xlarge", CPU), (TRAINING, "ml.g99.xlarge")):
         listed = checks(quotas.of(aws, Plan(*given)))
         assert ["WARN" for result, text, _ in listed if "ml.g99" in text and "is not listed" in text] == ["WARN"]
@@ -298,6 +303,7 @@ def test_a_role_is_looked_at_for_whom_it_trusts_and_what_it_may(here: Account) -
     no_log = [each for each in may if "logs:" not in json.dumps(each)]
     _, (result, _, fix) = role_rows(here.aws, made("no-log", trust_policy(), no_log))
     assert result == "WARN" and "logs:PutLogEvents" in fix  # jobs run without
+    assert checks(rights.of_role(here.aws, PROJECT, Plan(TRAINING, GPU, role="arn:wrong"))) == []  # said before
     here.order(operation="SimulatePrincipalPolicy", code="AccessDenied", message="no", status=403, times=1)
     _, (result, found, _) = role_rows(here.aws, "right")
     assert (result, found) == ("WARN", "what it may do cannot be looked at (AccessDenied)")

@@ -26,7 +26,8 @@ GAPS = {
     "blue/green": "the swap is real, alarms do not fire; traffic is not shifted bit by bit",
     "autoscaling": "targets and policies are kept and checked; nothing scales",
     "metrics": "CloudWatch's graphs, and its reading of /metrics, are AWS's",
-    "Debugger": "requests are checked against AWS's model; rule containers do not run",
+    "Debugger": "requests are checked against AWS's model; no hook's configuration reaches the job, no rule container "
+    "runs",
     "network": "no VPC, no network isolation, no TLS",
 }  # fmt: skip
 """What no rehearsal on one machine shows."""

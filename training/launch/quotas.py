@@ -47,13 +47,22 @@ def of(aws: Aws, plan: Plan) -> Iterator[Check]:
 def _values(aws: Aws, names: set[str]) -> dict[str, float]:
     """The quotas of these names: the account's own, and AWS's defaults of what it has none of its own for.
 
-    Raises: AwsError.
+    Raises: AwsError where not even the account's own may be looked at.
     """
-    client, found = aws.client("service-quotas"), dict[str, float]()
-    for operation in ("list_service_quotas", "list_aws_default_service_quotas"):
-        for page in client.get_paginator(operation).paginate(ServiceCode="sagemaker"):
-            listed = {quota["QuotaName"]: float(quota["Value"]) for quota in page["Quotas"]}
-            found |= {name: listed[name] for name in names & listed.keys() - found.keys()}
-        if names <= found.keys():
-            break
-    return found
+    found = _listed(aws, "list_service_quotas", names)
+    if names <= found.keys():
+        return found
+    try:
+        return _listed(aws, "list_aws_default_service_quotas", names) | found
+    except AwsError:
+        return found
+
+
+def _listed(aws: Aws, operation: str, names: set[str]) -> dict[str, float]:
+    pages = aws.client("service-quotas").get_paginator(operation).paginate(ServiceCode="sagemaker")
+    return {
+        quota["QuotaName"]: float(quota["Value"])
+        for page in pages
+        for quota in page["Quotas"]
+        if quota["QuotaName"] in names
+    }

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from training.errors import TrainingError
 from training.launch import roles
 from training.launch.checks import Check, Plan
-from training.launch.errors import AwsError, LaunchError
+from training.launch.errors import AwsError
 from training.launch.names import Project
 from training.launch.session import Aws
 
@@ -48,9 +49,9 @@ def of_caller(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
 
 
 def of_role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
-    """Whether the role may do what jobs and endpoints do. Raises: AwsError."""
+    """Whether the role may do what jobs and endpoints do."""
     arn = _role(aws, project, plan)
-    if arn is None:  # said under "role"
+    if arn is None:
         return
     asked = roles.role_actions(project, aws.partition, aws.region, aws.account)
     try:
@@ -74,10 +75,10 @@ def of_role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
 
 
 def _role(aws: Aws, project: Project, plan: Plan) -> str | None:
-    """The role that jobs are to run as; None where there is none. Raises: AwsError."""
+    """The role that jobs are to run as; None where there is none, which is said under "role"."""
     try:
         return roles.find_role(aws, project, plan.role)
-    except LaunchError:
+    except TrainingError:
         return None
 
 
