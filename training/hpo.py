@@ -80,6 +80,7 @@ def run_study(tuning: Mapping[str, object], training: Mapping[str, object]) -> N
     if set(SOURCES) <= set(fixed):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in SOURCES)
         raise ConfigError(f"{names} are all given, so nothing is left to tune; leave one out.")
+    settings.require_possible(fixed, start)
     try:
         start.output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:

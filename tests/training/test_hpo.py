@@ -12,8 +12,10 @@ import pytest
 
 from service.model.artifact import open_artifact
 from training.config import TrainingConfig
+from training.errors import ConfigError
 from training.hpo import main
 from training.tuning.best import read_best
+from training.tuning.config import TuningConfig
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -148,6 +150,8 @@ def test_in_a_job_ranges_without_trials_are_refused(
         (["--epochs", "3", "--epochs-range", "1:3"], "--epochs fixes what --epochs-range would tune"),
         (["--epochs", "3", "--batch-size", "8", "--learning-rate", "1"], "nothing is left to tune"),
         (["--side", "3"], "--side 3: Input should be greater than or equal to 8"),
+        (["--recipe", "best", "--epochs-range", "4:12"], "--epochs-range holds 6, which is not possible here: --wa"),
+        (["--batch-sizes", "8,2000000"], "--batch-sizes holds 2000000, which is not possible here"),
     ],
 )
 def test_wrong_flags_end_with_one_sentence_before_anything_is_written(
@@ -157,6 +161,21 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(
     (error,) = errors(caplog)
     assert sentence in error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_drawn_need_not_be_possible(tmp_path: Path) -> None:
+    given = {"epochs": 80, "unfreeze_at": 30, "warmup_epochs": 20}  # not with the default of 10 to 70 epochs
+    start = TrainingConfig.create({"data": tmp_path, "output": tmp_path, **given})
+    TuningConfig().require_possible(given, start)
+    with pytest.raises(ConfigError, match="--epochs-range holds 10, which is not possible here"):
+        TuningConfig().require_possible({}, start)
+
+
+def test_a_study_is_of_ten_trials_around_the_reference() -> None:
+    assert TuningConfig().model_dump() == {
+        "trials": 10, "learning_rate_range": (1e-4, 1e-1), "batch_sizes": (32, 64, 128, 256), "epochs_range": (10, 70),
+        "timeout_minutes": None, "metric": "validation_accuracy",
+    }  # fmt: skip
 
 
 def test_an_unknown_flag_is_answered_with_the_names_of_the_study_too(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,7 @@ fixed and not tuned.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
@@ -94,6 +94,25 @@ class TuningConfig(Settings):
             "epochs": min(max(start.epochs, first), last),
         }
         return {name: value for name, value in all_of_them.items() if name not in fixed}
+
+    def require_possible(self, fixed: Mapping[str, object], start: TrainingConfig) -> None:
+        """Each value that may be drawn goes together with the settings of `start`; those in `fixed` are not drawn.
+
+        Raises: ConfigError.
+        """
+        low, high = self.epochs_range
+        drawn: dict[str, Iterable[object]] = {
+            "learning_rate": self.learning_rate_range, "batch_size": self.batch_sizes, "epochs": range(low, high + 1),
+        }  # fmt: skip
+        given = {name: getattr(start, name) for name in start.model_fields_set}
+        for name in drawn.keys() - fixed.keys():
+            for value in drawn[name]:
+                try:
+                    TrainingConfig.create({**given, name: value})
+                except ConfigError as exc:
+                    raise ConfigError(
+                        f"{flag(SOURCES[name])} holds {value}, which is not possible here: {exc}; change one of them."
+                    ) from exc
 
 
 def split_tuning(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
