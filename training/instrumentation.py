@@ -36,7 +36,10 @@ class Instrumentation(Settings):
         "it; on: into RUN_FOLDER/tensors too",
     )
     debugger_interval: int = Field(
-        500, ge=1, description="steps between saves of --debugger on: 100 MB each for the blocks that are trained"
+        500,
+        ge=1,
+        description="steps between saves of --debugger on, but once an epoch at least, and the first step too: 100 MB "
+        "each for the blocks that are trained",
     )
     debugger_activations: str = Field(
         r".*(relu|activation)_output", description="regular expression of the activations that --debugger on saves"

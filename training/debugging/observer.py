@@ -52,9 +52,8 @@ class Observer(Callback):
     def on_run_start(self, context: RunContext) -> None:
         """See `Callback`."""
         self._context, self._last_step = context, context.first_step - 1
-        self._trained = {name: p for name, p in context.network.named_parameters() if p.requires_grad}
+        self._watch_trained()
         self._prefix = f"{type(context.network).__name__}_"  # smdebug puts the class before a parameter's name
-        self._modules = observed_modules(context.network, self._regex)
         self._loss_name = f"{type(context.criterion).__name__}_output_0"
         classes = len(context.dataset.classes)
         self._labels = torch.zeros(3, classes, dtype=torch.int64)  # seen, predicted, predicted wrong
@@ -68,6 +67,7 @@ class Observer(Callback):
 
     def on_epoch_start(self, epoch: int) -> None:
         """See `Callback`."""
+        self._watch_trained()  # blocks may have begun to be trained
         self._progressed()
 
     def on_step_start(self, number: int) -> None:
@@ -147,6 +147,11 @@ class Observer(Callback):
             self._file.close()
             if self._rules is not None:
                 self._rules.finish()
+
+    def _watch_trained(self) -> None:
+        network = self._context.network
+        self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._modules = observed_modules(network, self._regex)
 
     def _observed(self, number: int) -> bool:
         return number % self._interval == 0 or number == self._context.first_step

@@ -4,11 +4,12 @@ an account still has them.
 smdebug 1.0.34 is the last version, so what it does wrong is worked around here:
 - a scalar saved at a step whose tensors are not saved appears at a later step, or never (awslabs/sagemaker-debugger
   #22): scalars are saved at saved steps only, and written at once;
-- it counts steps from 0, of all processes since the start of this one: its count is set to ours;
+- it counts steps from 0, of all processes since the start of this one: its count is set to ours, and what it would
+  save at step 0 is saved at the first step;
 - it refuses a folder that an ended run has written to: a later run gets the folder with a number behind it;
 - it saves validation batches into the steps of their own count: of validation only an epoch's figures are saved;
 - it keeps frozen weights, which never change, at every saved step: only trained ones are kept (and gradients are
-  asked only of these; of frozen ones they would fail, #184);
+  asked only of these; of frozen ones they would fail, #184), those that begin to be trained later from then on;
 - it looks at activations after the pass, when an inplace ReLU has overwritten its input: what is saved as
   relu_input is the output. `Observer` looks before.
 """
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 Configuration = dict[str, Any]
 
+PARAMETERS = {"weights": "^(?!gradient).*weight", "biases": "^(?!gradient).*bias"}
+"""Debugger's collections of parameters, and the regular expression that each has where nothing else is configured."""
+
 
 class SmdebugHook(Callback):
     """Without smdebug: one line in the log, and training is the same."""
@@ -48,8 +52,8 @@ class SmdebugHook(Callback):
         """`config_path`: SageMaker's JSON; it decides everything, but for `out_dir` when that is given too.
 
         Without it: losses, trained weights, gradients and what `activation_regex` matches are kept in `out_dir` (None:
-        `tensors` in the run's folder) every `save_interval` steps, whole; for ResNet-34's last block that is 100 MB
-        each time.
+        `tensors` in the run's folder) at the first step and every `save_interval` steps, once an epoch at least,
+        whole; for ResNet-34's last block that is 100 MB each time.
         """
         self._config_path, self._out_dir = config_path, out_dir
         self._local = (save_interval, activation_regex)
@@ -76,24 +80,38 @@ class SmdebugHook(Callback):
             hook = _quiet(smd).create_from_json_file(str(path))
         except Exception as exc:
             raise ConfigError(f"smdebug does not accept its configuration {path}: {exc}") from exc
-        trained = [name for name, parameter in context.network.named_parameters() if parameter.requires_grad]
-        prefix = re.escape(type(context.network).__name__ + "_")
-        for collection, default in (("weights", "^(?!gradient).*weight"), ("biases", "^(?!gradient).*bias")):
-            names = "|".join(re.escape(name) for name in trained if name.endswith(default[-4:]))
-            regexes = hook.get_collection(collection).include_regex
-            regexes[:] = [f"^{prefix}({names})$" if regex == default else regex for regex in regexes]
         self._watched = (context.network, context.criterion)
-        self._others = [set(table) for table in _hooks(*self._watched)]
+        self._tables = [(table, set(table)) for table in _hooks(*self._watched)]
+        self._regexes = {name: [*hook.get_collection(name).include_regex] for name in PARAMETERS}
+        self._trained = self._select(hook)
         hook.register_module(context.network)
         hook.register_loss(context.criterion)
         hook.set_mode(smd.modes.TRAIN)
+        hook.first_step = context.first_step
+        hook._prepare_collections()
+        hook.prepared_collections = True
+        later = range(context.first_step + 1, context.total_steps + 1)
+        plans = [collection.save_config for collection in hook._get_all_collections_to_save()]
+        if not any(plan.should_save_step(smd.modes.TRAIN, number) for number in later for plan in plans):
+            log.warning(
+                "smdebug: of the run's %d steps tensors of the first are saved only; give a smaller save_interval",
+                context.total_steps,
+            )
         self._hook = hook
         log.info("smdebug: tensors go to %s", hook.out_dir)
 
     def on_epoch_start(self, epoch: int) -> None:
         """See `Callback`."""
-        if self._hook is not None:
-            self._hook.set_mode(self._smd.modes.TRAIN)
+        if self._hook is None:
+            return
+        self._hook.set_mode(self._smd.modes.TRAIN)
+        trained = self._select(self._hook)
+        for name in trained.keys() - self._trained.keys():  # the hook has asked the others for their gradients
+            self._hook.exported_collections = False  # their expressions have changed
+            table = _table(trained[name])
+            self._tables.append((table, set(table)))
+            trained[name].register_hook(self._hook.backward_hook(self._prefix + name))  # type: ignore[no-untyped-call]
+        self._trained = trained
 
     def on_step_start(self, number: int) -> None:
         """See `Callback`."""
@@ -136,7 +154,7 @@ class SmdebugHook(Callback):
         """See `Callback`. The network and the loss are left without hooks."""
         if self._hook is None:
             return
-        for table, others in zip(_hooks(*self._watched), self._others, strict=True):
+        for table, others in self._tables:
             for key in [key for key in table if key not in others]:
                 del table[key]
         for watched in self._watched:
@@ -145,6 +163,27 @@ class SmdebugHook(Callback):
         self._hook.close()
         atexit.unregister(self._hook._cleanup)  # would close it again when the process ends
         self._hook = None
+
+    @property
+    def _prefix(self) -> str:
+        """What smdebug puts before a parameter's name."""
+        return f"{type(self._watched[0]).__name__}_"
+
+    def _select(self, hook: Any) -> dict[str, nn.Parameter]:
+        """Have the hook save the parameters that are trained now, where its configuration does not name others.
+
+        Returns: these by name.
+        """
+        network = self._watched[0]
+        trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        for collection, default in PARAMETERS.items():
+            names = "|".join(re.escape(name) for name in trained if name.endswith(default[-4:]))
+            hook.get_collection(collection).include_regex[:] = [
+                f"^{re.escape(self._prefix)}({names})$" if regex == default else regex
+                for regex in self._regexes[collection]
+            ]
+        hook.tensor_to_collections.clear()  # it keeps what it has found by the expressions of before
+        return trained
 
     def _flush(self) -> None:
         self._hook._close_writers()
@@ -161,7 +200,7 @@ class SmdebugHook(Callback):
                 raise ConfigError(f"{self._config_path} cannot be read as Debugger's configuration: {exc}.") from exc
         else:
             configuration = {
-                "HookParameters": {"save_interval": interval},
+                "HookParameters": {"save_interval": min(interval, context.steps_per_epoch)},
                 "CollectionConfigurations": [{"CollectionName": name} for name in ("losses", "weights", "gradients")]
                 + [
                     {"CollectionName": "activations", "CollectionParameters": {"include_regex": activations}},
@@ -197,9 +236,20 @@ def import_smdebug() -> ModuleType | None:
 
 
 def _quiet(smd: ModuleType) -> Any:
-    """smdebug's Hook, without a warning for each tensor it writes."""
+    """smdebug's Hook, which saves the first step too, without a warning for each tensor it writes."""
 
     class QuietHook(smd.Hook):  # type: ignore[name-defined, misc]  # smdebug has no types
+        first_step = 1
+
+        def _get_collections_to_save_for_step(self) -> Any:
+            step = self.mode_steps[self.mode]
+            if self.mode == smd.modes.TRAIN and step == self.first_step and self._collections_to_save_for_step is None:
+                self._collections_to_save_for_step = {
+                    collection for collection in self._get_all_collections_to_save()
+                    if any(collection.save_config.should_save_step(self.mode, each) for each in (0, step))
+                }  # fmt: skip
+            return super()._get_collections_to_save_for_step()
+
         def forward_pre_hook(self, module: nn.Module, inputs: Any) -> None:
             if self._watches(module):
                 super().forward_pre_hook(module, inputs)
@@ -240,16 +290,20 @@ class _NoHook:
 
 
 def _hooks(network: nn.Module, criterion: nn.Module) -> list[dict[int, Any]]:
-    """The tables of hooks of all modules and trained parameters, always in the same order."""
+    """The tables of hooks of all modules and trained parameters."""
     tables: list[dict[int, Any]] = []
     for module in (*network.modules(), *criterion.modules()):
         tables += [module._forward_hooks, module._forward_pre_hooks]
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            if parameter._backward_hooks is None:
-                parameter.register_hook(lambda gradient: None).remove()  # type: ignore[no-untyped-call]  # makes the table
-            tables.append(parameter._backward_hooks)  # type: ignore[arg-type]
-    return [table if isinstance(table, dict) else {} for table in tables]
+    tables += [_table(parameter) for parameter in network.parameters() if parameter.requires_grad]
+    return tables
+
+
+def _table(parameter: nn.Parameter) -> dict[int, Any]:
+    """The table of a parameter's own hooks, which is made with the first."""
+    if parameter._backward_hooks is None:
+        parameter.register_hook(lambda gradient: None).remove()  # type: ignore[no-untyped-call]
+    table: dict[int, Any] = parameter._backward_hooks  # type: ignore[assignment]
+    return table
 
 
 def _free(folder: Path) -> Path:

@@ -50,8 +50,6 @@ class TensorBoardLog(Callback):
             log.info("tensorboard is not installed: nothing is written for it (%s).", exc)
             return
         self._context = context
-        self._trained = {name: p for name, p in context.network.named_parameters() if p.requires_grad}
-        self._modules = observed_modules(context.network)
         folder = self._log_dir or context.folder / "tensorboard"
         self._others, threading.excepthook = threading.excepthook, self._thread_ended
         # purge_step: what an earlier part of a resumed run wrote from there on is no longer shown.
@@ -60,6 +58,13 @@ class TensorBoardLog(Callback):
             self._writer = SummaryWriter(str(folder), purge_step=purge)
         except OSError as exc:
             self._give_up(exc)
+
+    def on_epoch_start(self, epoch: int) -> None:
+        """See `Callback`. What is trained from this epoch on has histograms."""
+        if self._writer is not None:
+            network = self._context.network
+            self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            self._modules = observed_modules(network)
 
     def on_step_start(self, number: int) -> None:
         """See `Callback`. Hooks sit on the network during the steps that have histograms only."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from training.callbacks import Callback, RunContext, Step
@@ -16,7 +17,11 @@ from training.debugging import statistics
 from training.debugging.configuration import create_rules
 from training.debugging.observations import Observation, read
 from training.debugging.observer import Observer, observed_modules
+from training.debugging.smdebug_files import read_trial
+from training.debugging.smdebug_hook import SmdebugHook, import_smdebug
+from training.debugging.tensorboard import TensorBoardLog
 from training.errors import DataError
+from training.run import fit, prepare
 
 
 class Weights(Callback):
@@ -91,6 +96,31 @@ def test_only_what_is_trained_and_run_is_observed(train: Any, tail: Any) -> None
     assert {"Tail_layer4.0.conv1.weight", "gradient/Tail_fc.classes.bias", "layer4.2.relu_output_1"} <= names
     assert "fc.activation_output_0" in names
     assert not [name for name in names if "layer3" in name or "Tail_conv1" in name]
+
+
+def test_blocks_that_are_unfrozen_later_are_watched_from_then_on(settings: Any, tmp_path: Path) -> None:
+    config = tmp_path / "debughookconfig.json"
+    mine = {"CollectionName": "mine", "CollectionParameters": {"include_regex": "gradient/.*bias"}}
+    config.write_text(json.dumps({
+        "LocalPath": str(tmp_path / "tensors"), "HookParameters": {"save_interval": "2"},
+        "CollectionConfigurations": [{"CollectionName": "biases"}, mine],
+    }))  # fmt: skip
+    training = settings(side=16, epochs=2, unfreeze_at=2, batch_size=16)
+    fitted = fit(training, prepare(training), [Observer(2, create_rules()), SmdebugHook(config), TensorBoardLog()])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in fitted.network.modules())
+    assert not any(parameter._backward_hooks for parameter in fitted.network.parameters())
+    seen = [*read(training.folder / "observations.jsonl")]
+    for name in ("Network_layer1.0.conv1.weight", "gradient/Network_layer1.0.conv1.weight", "layer1.0.relu_output_0"):
+        assert [each.step for each in seen if each.name == name] == [4], name  # of two epochs of two steps
+    changed = [each.stats["update_ratio"] for each in seen if each.name == "Network_layer1.0.conv1.weight"]
+    assert min(changed) > 0
+    curves = EventAccumulator(str(training.folder / "tensorboard"), {"histograms": 0}).Reload()
+    for name in ("weights/layer1.0.conv1.weight", "gradients/layer1.0.conv1.weight", "activations/layer1.0.relu"):
+        assert {each.step for each in curves.Histograms(name)} == {4}, name
+    if import_smdebug() is not None:
+        saved = [each for each in read_trial(tmp_path / "tensors") if "layer1.0.bn1.bias" in each.name]
+        assert {each.name for each in saved} == {f"{way}Network_layer1.0.bn1.bias" for way in ("", "gradient/")}
+        assert {each.step for each in saved} == {4}
 
 
 def test_a_resumed_run_goes_on_where_it_was(train: Any, small: Any, points: Any) -> None:

@@ -41,9 +41,11 @@ def test_tensors_and_scalars_can_be_read_back_at_our_steps(train: Any, tail: Any
         "gradient/Tail_layer4.2.bn2.bias", "layer4.0.relu_output_0", "layer4.0.relu_output_1",
         "fc.activation_output_0",
     ):  # fmt: skip
-        assert trial.tensor(name).steps(mode=ModeKeys.TRAIN) == [4, 8, 12], name
+        assert trial.tensor(name).steps(mode=ModeKeys.TRAIN) == [1, 4, 8, 12], name
     loss = trial.tensor("CrossEntropyLoss_output_0")
-    assert [float(loss.value(step, mode=ModeKeys.TRAIN)) for step in (4, 8, 12)] == pytest.approx(run.losses[3::4])
+    assert [float(loss.value(step, mode=ModeKeys.TRAIN)) for step in (1, 4, 8, 12)] == pytest.approx(
+        [run.losses[0], *run.losses[3::4]]
+    )
     assert trial.tensor("scalar/epoch_loss").steps(mode=ModeKeys.EVAL) == [1, 2]
     assert trial.tensor("scalar/epoch_loss").value(2, mode=ModeKeys.EVAL).item() == pytest.approx(
         sum(run.losses[6:]) / 6
@@ -76,6 +78,27 @@ def test_training_is_bitwise_the_same_and_the_network_is_left_as_it_was(train: A
     expected = networks[1].eval()(inputs)
     last, pickled = copies[-1][0], pickle.loads(copies[-1][1])
     assert torch.equal(last.eval()(inputs), expected) and torch.equal(pickled.eval()(inputs), expected)
+
+
+@needs_smdebug
+def test_a_run_shorter_than_the_interval_is_saved_at_its_first_step_and_each_epoch(
+    train: Any, small: Any, points: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from smdebug.core.modes import ModeKeys
+
+    run = train(small(), points(100), [SmdebugHook()], epochs=2)
+    for name in ("Small_hidden.weight", "gradient/Small_hidden.weight", "scalar/batch_loss"):
+        assert trial_of(run.folder / "tensors").tensor(name).steps(mode=ModeKeys.TRAIN) == [1, 5, 10], name
+    assert not caplog.messages
+    config = tmp_path / "debughookconfig.json"  # with SageMaker's default interval of 500
+    config.write_text(json.dumps({"LocalPath": str(tmp_path / "out"), "CollectionConfigurations": [
+        {"CollectionName": "weights"}, {"CollectionName": "gradients"},
+    ]}))  # fmt: skip
+    train(small(), points(100), [SmdebugHook(config_path=config)], epochs=2, folder="job")
+    assert trial_of(tmp_path / "out").tensor("Small_hidden.weight").steps(mode=ModeKeys.TRAIN) == [1]
+    assert caplog.messages == [
+        "smdebug: of the run's 10 steps tensors of the first are saved only; give a smaller save_interval"
+    ]
 
 
 @needs_smdebug
