@@ -119,8 +119,9 @@ def create(rule: type[Rule], given: Mapping[str, object]) -> Rule:
             raise ConfigError(
                 f"Rule {rule.__name__}, parameter {name}: {value!r} is not of the type of the default {known[name]!r}."
             ) from exc
-    for name in ("tensor_regex", "activation_inputs_regex"):
-        patterns(values.get(name))
+    for name in known:
+        if name.endswith("_regex"):
+            patterns(values.get(name))
     unknown = [each for each in patterns(values.get("collection_names")) if each not in COLLECTIONS]
     if unknown:
         raise ConfigError(

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.debugging.observations import Observation
-from training.debugging.rules import Firing, Pace, Rule, selected
+from training.debugging.rules import Firing, Pace, Rule, patterns, selected
 
 TRAIN_LOSS, VALIDATION_LOSS = "scalar/epoch_loss", "scalar/validation_loss"
 
@@ -94,9 +94,11 @@ class LossNotDecreasing(Rule):
 class Overfit(Rule):
     """(validation loss - training loss) / training loss is above `ratio_threshold` for more than `patience` epochs.
 
-    AWS counts saved steps; here an epoch is the step, since that is how often there is a validation loss.
+    AWS counts saved steps; here an epoch is the step, since that is how often there is a validation loss. Of these
+    there is one pair, which `tensor_regex` takes by the name of either, or of the loss that they are means of.
     """
 
+    tensor_regex: str | None = None
     start_step: int = 0
     patience: int = 1
     ratio_threshold: float = 0.1
@@ -106,6 +108,7 @@ class Overfit(Rule):
 
     def __post_init__(self) -> None:
         self._train, self._exceeded, self._compared = math.nan, 0, 0
+        self._taken = not patterns(self.tensor_regex)
 
     def judges_from(self, pace: Pace) -> int:
         """See `Rule`."""
@@ -113,9 +116,11 @@ class Overfit(Rule):
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`."""
+        if not self._taken and (seen.kind == "loss" or seen.name in (TRAIN_LOSS, VALIDATION_LOSS)):
+            self._taken = selected(seen, None, self.tensor_regex, "")
         if seen.name == TRAIN_LOSS:
             self._train = seen.value
-        elif seen.name == VALIDATION_LOSS and seen.step >= self.start_step:
+        elif seen.name == VALIDATION_LOSS and self._taken and seen.step >= self.start_step:
             ratio = (seen.value - self._train) / self._train if self._train > 0 else math.nan
             self._compared += 1
             self.judged = self._compared > self.patience
@@ -171,11 +176,17 @@ class ClassImbalance(Rule):
     100 equal ones chance alone would make some look rare. AWS also reports every class with more than
     `threshold_misprediction` predicted wrong, which at the start of a run is each; here only those count that have
     less than half as many images as the average class.
+
+    `argmax`, `labels_regex` and `predictions_regex`, which tell AWS where labels and predictions are, are accepted
+    and have no effect: the loop hands both over.
     """
 
     threshold_imbalance: float = 10.0
     threshold_misprediction: float = 0.7
     samples: int = 500
+    argmax: bool = False
+    labels_regex: str = ".*labels"
+    predictions_regex: str = ".*predictions"
 
     kinds = ("labels",)
     advice = "Collect more images of the rare classes, sample them more often, or weight the loss by class."
@@ -222,11 +233,13 @@ class ClassImbalance(Rule):
 class StalledTrainingRule(Rule):
     """No progress for `threshold` seconds: live, no step ends (a watchdog looks); afterwards, a gap in the times.
 
-    `stop_training_on_fire` is the action "stop"; a step that never ends can only be reported, not stopped.
+    `stop_training_on_fire` is the action "stop"; a step that never ends can only be reported, not stopped. It is this
+    run that is stopped: `training_job_name_prefix`, by which AWS finds it, is accepted and has no effect.
     """
 
     threshold: int = 1800
     stop_training_on_fire: bool = False
+    training_job_name_prefix: str | None = None
 
     kinds = ("loss", "scalar")
     advice = "Look at the loader's processes, the network file system, and the GPU (nvidia-smi); start again."

@@ -192,11 +192,84 @@ def test_parameters_are_taken_as_aws_passes_them() -> None:
     assert exploding.parameters == {"collection_names": "losses,weights", "tensor_regex": None, "only_nan": True}
 
 
+# The parameters of the examples of https://docs.aws.amazon.com/sagemaker/latest/dg/debugger-built-in-rules.html, and
+# some that differ from ours once they are read.
+EXAMPLES: dict[str, tuple[dict[str, str], dict[str, object]]] = {
+    "DeadRelu": (
+        {"tensor_regex": ".*relu_output|.*ReLU_output", "threshold_inactivity": "1.0", "threshold_layer": "50.0"},
+        {"tensor_regex": ".*relu_output|.*ReLU_output"},
+    ),
+    "ExplodingTensor": ({"tensor_regex": ".*gradient", "only_nan": "False"}, {"tensor_regex": ".*gradient"}),
+    "PoorWeightInitialization": (
+        {
+            "activation_inputs_regex": ".*relu_input|.*ReLU_input", "threshold": "10.0", "distribution_range": "0.001",
+            "patience": "5", "steps": "10",
+        },
+        {"activation_inputs_regex": ".*relu_input|.*ReLU_input"},
+    ),
+    "VanishingGradient": ({"threshold": "0.0000001"}, {}),
+    "WeightUpdateRatio": (
+        {
+            "num_steps": "100", "large_threshold": "10.0", "small_threshold": "0.00000001", "epsilon": "0.000000001",
+        },
+        {"num_steps": 100},
+    ),
+    "AllZero": ({"tensor_regex": ".*", "threshold": "100"}, {"tensor_regex": ".*"}),
+    "ClassImbalance": (
+        {
+            "threshold_imbalance": "10", "threshold_misprediction": "0.7", "samples": "500", "argmax": "False",
+            "labels_regex": ".*labels", "predictions_regex": ".*predictions",
+        },
+        {},
+    ),
+    "LossNotDecreasing": (
+        {
+            "tensor_regex": ".*", "use_losses_collection": "True", "num_steps": "10", "diff_percent": "0.1",
+            "increase_threshold_percent": "5", "mode": "GLOBAL",
+        },
+        {"tensor_regex": ".*"},
+    ),
+    "Overfit": (
+        {"tensor_regex": ".*", "start_step": "0", "patience": "1", "ratio_threshold": "0.1"}, {"tensor_regex": ".*"},
+    ),
+    "Overtraining": ({"patience_train": "5", "patience_validation": "10", "delta": "0.01"}, {}),
+    "StalledTrainingRule": (
+        {"threshold": "1800", "stop_training_on_fire": "True", "training_job_name_prefix": "my-job"},
+        {"stop_training_on_fire": True, "training_job_name_prefix": "my-job"},
+    ),
+    "UnchangedTensor": (
+        {
+            "collection_names": "losses", "tensor_regex": "", "num_steps": "3", "rtol": "1e-05", "atol": "1e-08",
+            "equal_nan": "False",
+        },
+        {"collection_names": "losses", "tensor_regex": ""},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_awss_own_examples_are_taken_and_their_values_are_our_defaults(name: str) -> None:
+    given, changed = EXAMPLES[name]
+    (verdict,) = create_rules([{"rule": name, "parameters": {"rule_to_invoke": name, **given}}]).verdicts
+    assert verdict.rule.parameters == {**RULES[name]().parameters, **changed}
+
+
+@pytest.mark.parametrize(
+    ("regex", "status"), [(".*", 1), ("CrossEntropyLoss_output", 1), ("validation_loss", 1), ("accuracy", 0)]
+)
+def test_overfit_looks_at_the_losses_that_its_expression_takes(regex: str, status: int) -> None:
+    seen = [Observation(1, "CrossEntropyLoss_output_0", "loss", 0.0, {"value": 1.0})]
+    seen += [scalar(each, f"scalar/{name}", value, 0.0) for each in (2, 3, 4)
+             for name, value in (("epoch_loss", 0.1), ("validation_loss", 1.0))]  # fmt: skip
+    (verdict,) = judge(create_rules([{"rule": "Overfit", "parameters": {"tensor_regex": regex}}]), seen).verdicts
+    assert (verdict.count > 0, verdict.rule.judged) == (bool(status), bool(status))
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
         ([{"rule": "Overfitting"}], "known are: VanishingGradient"),
-        ([{"rule": "Overfit", "parameters": {"ratio": 1}}], "known are: start_step, patience, ratio_threshold"),
+        ([{"rule": "Overfit", "parameters": {"ratio": 1}}], "known are: tensor_regex, start_step, patience, ratio_"),
         ([{"rule": "Overfit", "parameters": {"patience": "many"}}], "is not of the type of the default 1"),
         ([{"rule": "Overfit", "action": "email"}], 'known are "none" and "stop"'),
         ([{"rule": "AllZero", "parameters": {"tensor_regex": "("}}], "not a regular expression"),
