@@ -89,6 +89,29 @@ def test_images_spread_over_all_are_the_same_either_way(
         np.testing.assert_array_equal(pixels[position].numpy(), crop_resize(images.image(index), 16))
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_what_fits_on_a_gpu_lies_there_though_the_machine_has_no_room_for_it(
+    images: FileImages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, here: bool
+) -> None:
+    """`meta` stands for the GPU: tensors there have a place and a shape, and no values."""
+    gpu = torch.device("meta")
+    monkeypatch.setattr(loader, "MEMORY_SHARE", int(here))
+    monkeypatch.setattr(loader, "PART_BYTES", 4 * 16 * 16 * 3)
+    monkeypatch.setattr(loader, "fits_on", lambda device, size: (device, size) == (gpu, 11 * 16 * 16 * 3))
+    caplog.set_level("INFO")
+    loaded = Loader(images, 16, 0, "some", gpu)
+    for path, (pixels, labels) in zip(images.paths, loaded.in_order(3), strict=False):
+        assert (pixels.device, labels.device, pixels.shape[1:]) == (gpu, gpu, (16, 16, 3))
+        path.unlink()  # nothing is decoded again
+    assert caplog.messages == ["some: 11 images, 0.00 GB at 16 px, held in memory (meta)"]
+
+
+def test_images_that_are_decoded_in_parts_are_the_same(images: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.cat([pixels for pixels, _ in Loader(images, 16, 0, "whole").in_order(11)])
+    monkeypatch.setattr(loader, "PART_BYTES", 4 * 16 * 16 * 3)
+    assert torch.equal(whole, torch.cat([pixels for pixels, _ in Loader(images, 16, 0, "parts").in_order(11)]))
+
+
 def test_a_changed_batch_does_not_change_the_next_pass(images: FileImages) -> None:
     loaded = Loader(images, 16, 0, "some")
     before = [pixels.clone() for pixels, _ in loaded.in_order(4)]

@@ -1,13 +1,14 @@
 """Labelled images -> batches for the network: uint8 `[N, S, S, 3]` and int64 `[N]`.
 
-Images that fit into memory are decoded and resized once, at the first batch, and every epoch takes its batches from
-one tensor (on a GPU: of its own memory, if they fit there); others are decoded again each epoch by worker processes.
-All give the same batches.
+Images that fit into a GPU's memory, or else into the machine's, are decoded and resized once, at the first batch, and
+every epoch takes its batches from one tensor there; others are decoded again each epoch by worker processes. All give
+the same batches.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ MEMORY_SHARE = 0.25
 
 GPU_MEMORY_SHARE = 0.4
 """Share of a GPU's free memory that images or features may take."""
+
+PART_BYTES = 64 * 2**20
+"""Of the images that lie on a GPU, so much is decoded on the machine at a time."""
 
 Batch = tuple[Tensor, Tensor]
 """Images uint8 `[N, S, S, 3]` and labels int64 `[N]`."""
@@ -106,20 +110,16 @@ class Loader:
         return indices, torch.stack([torch.from_numpy(self._lazy[i][0].copy()) for i in indices.tolist()])
 
     def _resized(self) -> Tensor | None:
-        """All images uint8 `[N, S, S, 3]`, decoded at the first call; None if they do not fit into memory."""
-        if self._pixels is None and not self._told:
+        """All images uint8 `[N, S, S, 3]`, decoded at the first call; None if they fit nowhere."""
+        if self._pixels is not None:
+            return self._pixels
+        place = self.device if fits_on(self.device, self._size) else torch.device("cpu") if self.in_memory else None
+        if not self._told:
             self._told = True
-            log.info(
-                "%s: %d images, %.2f GB at %d px, %s",
-                self._what,
-                len(self),
-                self._size / 1e9,
-                self.side_px,
-                "held in memory" if self.in_memory else "decoded in every epoch",
-            )
-        if self._pixels is None and self.in_memory:
-            pixels = _resize_all(self.images, self.side_px, self._what)
-            self._pixels = pixels.to(self.device) if fits_on(self.device, self._size) else pixels
+            held = "decoded in every epoch" if place is None else f"held in memory ({place})"
+            log.info("%s: %d images, %.2f GB at %d px, %s", self._what, len(self), self._size / 1e9, self.side_px, held)
+        if place is not None:
+            self._pixels = _resize_all(self.images, self.side_px, self._what, place)
         return self._pixels
 
 
@@ -154,13 +154,24 @@ def _stack(samples: list[tuple[npt.NDArray[np.uint8], int]] | DataError) -> Batc
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 
 
-def _resize_all(images: LabelledImages, side_px: int, what: str) -> Tensor:
-    pixels = np.empty((len(images), side_px, side_px, 3), np.uint8)
+def _resize_all(images: LabelledImages, side_px: int, what: str, device: torch.device) -> Tensor:
+    """uint8 `[N, S, S, 3]` on `device`; on another than the CPU by way of parts that the machine has room for."""
+    pixels = torch.empty(len(images), side_px, side_px, 3, dtype=torch.uint8, device=device)
+    parts = pixels.split(max(1, PART_BYTES // (side_px * side_px * 3)))
 
-    def fill(index: int) -> None:
-        pixels[index] = images.resized(index, side_px)
+    def fill(rows: npt.NDArray[np.uint8], first: int, index: int) -> None:
+        rows[index - first] = images.resized(index, side_px)
+
+    def decoded(threads: ThreadPoolExecutor) -> Iterator[None]:
+        first = 0
+        for part in parts:
+            here = part if device.type == "cpu" else torch.empty(part.shape, dtype=torch.uint8)
+            yield from threads.map(partial(fill, here.numpy(), first), range(first, first + len(part)))
+            if here is not part:
+                part.copy_(here)
+            first += len(part)
 
     with ThreadPoolExecutor(cores()) as threads:
-        for _ in progress(threads.map(fill, range(len(images))), f"{what}: decoding", total=len(images)):
+        for _ in progress(decoded(threads), f"{what}: decoding", total=len(images)):
             pass
-    return torch.from_numpy(pixels)
+    return pixels
