@@ -42,7 +42,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             wait_for_name(job.hosts[0])
         environment = variables(processes, job)
         log_start(processes, job, environment)
-        return run_child(command(ENTRIES[entry], rest, processes, job), environment)
+        status = run_child(command(ENTRIES[entry], rest, processes, job), environment)
+        if status not in (0, 130, 143):  # where a process has said more, that stays
+            write_failure(f"The training ended with status {status}; the log says more.", root=root)
+        return status
     except ConfigError as exc:
         log.error("%s", exc)
         write_failure(str(exc), root=root)

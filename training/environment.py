@@ -174,11 +174,18 @@ def quiet_profiler_library() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-def write_failure(sentence: str, trace: str = "", root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> None:
+def write_failure(
+    sentence: str,
+    trace: str = "",
+    root: Path = ROOT,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    instead: bool = False,
+) -> None:
     """Say why the job failed where SageMaker looks for it: the sentence first, then the trace.
 
-    Outside of a job nothing is written. The first failure stays: those of other processes follow from it. Never
-    raises, since it is called where something failed already.
+    Outside of a job nothing is written. The first failure stays: those of other processes follow from it; `instead`
+    takes its place. Never raises, since it is called where something failed already.
     """
     if not _in_job(root, environ):
         return
@@ -193,6 +200,8 @@ def write_failure(sentence: str, trace: str = "", root: Path = ROOT, environ: Ma
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".failure-") as file:
             file.write(content)
             file.flush()
+            if instead:
+                (folder / "failure").unlink(missing_ok=True)
             os.link(file.name, folder / "failure")  # unlike a rename it leaves one that is there
     except FileExistsError:
         pass

@@ -1,7 +1,7 @@
 """Several processes that train together: torchrun as a child, one process a GPU, on one host or many.
 
 torchrun (https://docs.pytorch.org/docs/stable/elastic/run.html) is what gives each process its rank; this
-process waits for it, hands signals on and takes over its exit status.
+process waits for it, hands signals on and takes over its exit status. See `training.elastic`.
 """
 
 import logging
@@ -44,7 +44,7 @@ def command(
         address, _, port = (master or job.hosts[0]).partition(":")
         flags += ["--node-rank", str(job.host_rank), "--master-addr", address]
         flags += ["--master-port", port or str(MASTER_PORT)]
-    return [sys.executable, "-m", "torch.distributed.run", *flags, "-m", module, *arguments]
+    return [sys.executable, "-m", "training.elastic", *flags, "-m", module, *arguments]
 
 
 def variables(processes: int, job: SageMakerJob | None) -> dict[str, str]:

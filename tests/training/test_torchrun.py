@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from training.__main__ import main, split_entry, take_flag
+from training.elastic import killed
 from training.environment import SageMakerJob, environment_with
 from training.errors import ConfigError
 from training.torchrun import command, run_child, variables, wait_for_name
@@ -28,6 +30,17 @@ dist.all_reduce(total)
 path = pathlib.Path(sys.argv[1]) / str(dist.get_rank())
 path.write_text(json.dumps([total.item(), os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]]))
 dist.destroy_process_group()
+"""
+LOSES_ONE = """
+import os, signal, time
+from training.environment import ROOT, write_failure
+if os.environ["RANK"] == "0":
+    write_failure("RuntimeError: Connection closed by peer")
+while not (ROOT / "output" / "failure").exists():
+    time.sleep(0.01)
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
 """
 SAVES_ON_SIGTERM = """
 import os, pathlib, signal, sys, time
@@ -69,6 +82,32 @@ def test_two_hosts_meet_and_add_up(tmp_path: Path) -> None:
     assert [json.loads((tmp_path / name).read_text()) for name in "01"] == [[3.0, "2", "0"], [3.0, "2", "0"]]
 
 
+def test_a_killed_process_is_the_reason_that_the_platform_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "input" / "config"
+    config.mkdir(parents=True)
+    (config / "hyperparameters.json").write_text("{}")
+    extra = {**module(tmp_path, "loses", LOSES_ONE), "SAGEMAKER_BASE_DIR": str(tmp_path)}
+    with (tmp_path / "log").open("wb") as log:
+        line, environ = command("loses", [], 2, None), environment_with({**variables(2, None), **extra})
+        assert subprocess.run(line, env=environ, stdout=log, stderr=log, timeout=LIMIT_S).returncode == 1
+    reason, _, trace = (tmp_path / "output" / "failure").read_text().partition("\n\n")
+    assert reason == (
+        "Training process 1 was ended by SIGKILL, most likely for want of memory: a smaller --batch-size or fewer "
+        "--loader-workers need less; the others could not go on without it."
+    )
+    assert "exitcode  : -9" in trace and reason in (tmp_path / "log").read_text()
+
+
+def test_processes_that_torchrun_ends_are_not_the_reason() -> None:
+    def failure(exitcode: int, timestamp: int) -> ProcessFailure:
+        found = ProcessFailure(0, 1, exitcode, "none")
+        found.timestamp = timestamp
+        return found
+
+    assert killed({0: failure(1, 50), 1: failure(-signal.SIGTERM, 51), 2: failure(-signal.SIGKILL, 160)}) is None
+    assert "process 2 was ended by SIGSEGV; the" in (killed({0: failure(1, 50), 2: failure(-signal.SIGSEGV, 50)}) or "")
+
+
 def test_sigterm_reaches_every_process_which_saves(tmp_path: Path) -> None:
     extra = module(tmp_path, "saves", SAVES_ON_SIGTERM)
     line = command("saves", [str(tmp_path)], 2, None)
@@ -107,7 +146,7 @@ def test_signals_go_to_the_child_and_later_to_this_process_again() -> None:
 
 def test_one_host_needs_no_address() -> None:
     line = command("training.train_model", ["--epochs", "1"], 8, None)
-    assert line[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert line[:3] == [sys.executable, "-m", "training.elastic"]
     assert "--standalone" in line
     assert line[-4:] == ["-m", "training.train_model", "--epochs", "1"]
 

@@ -1,0 +1,60 @@
+"""`python -m training.elastic`: torchrun, flags and all, and a reason for the job where a process of it was killed.
+
+A killed process (out of memory, say) says nothing, and its peers fail of a connection that is closed, which is what
+SageMaker would show. Of several hosts, the one on which it was killed says so.
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from training.command_line import configure_logging
+from training.environment import write_failure
+from training.torchrun import SHUTDOWN_S
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+log = logging.getLogger("training")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run torchrun. Raises: its ChildFailedError, after the reason is written."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(list(sys.argv[1:] if arguments is None else arguments))
+    except ChildFailedError as exc:
+        reason = killed(exc.failures)
+        if reason is not None:
+            configure_logging()
+            log.error("%s", reason)
+            write_failure(reason, str(exc), instead=True)
+        raise
+
+
+def killed(failures: "Mapping[int, ProcessFailure]") -> str | None:
+    """A sentence about the first process that a signal ended, by rank; None where none was.
+
+    SIGTERM is torchrun's own to the others, and so is SIGKILL to what has not ended SHUTDOWN_S later.
+    """
+    first_s = min(failure.timestamp for failure in failures.values())
+    found = [
+        (rank, failure.exitcode) for rank, failure in failures.items()
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp - first_s < SHUTDOWN_S
+    ]  # fmt: skip
+    if not found:
+        return None
+    rank, code = found[0]
+    advice = ", most likely for want of memory: a smaller --batch-size or fewer --loader-workers need less"
+    return (
+        f"Training process {rank} was ended by {signal.Signals(-code).name}"
+        f"{advice if -code == signal.SIGKILL else ''}; the others could not go on without it."
+    )
+
+
+if __name__ == "__main__":
+    main()
