@@ -3,7 +3,7 @@
 Weights are pretrained here on 5 classes of CIFAR-10, from torchvision's initial values, as ImageNet's were; the runs
 fine-tune on the other 5, 400 training images of each, blocks 1 to 3 frozen, with the rules' default parameters unless
 the table says otherwise. Each sick run differs from the healthy one by the disease that is named (settings, data, or a
-network changed before the first step) and by having no augmentation.
+network changed before the first step), by having no augmentation, and in epochs.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def sink_biases(network: Network) -> None:
 
 
 CASES = (
-    Case("healthy"),
+    Case("healthy", settings={"epochs": 8}),  # Overtraining judges from the seventh on
     Case("a saturated tanh in the head", ("VanishingGradient",), {"epochs": 2}, saturate),
     Case("learning rate 1e6", ("ExplodingTensor",), {"epochs": 1, "learning_rate": 1e6}),
     Case("a head of zeros", ("PoorWeightInitialization", "AllZero"), {"epochs": 2}, zero),
@@ -168,7 +168,7 @@ def measure(train: Path, scratch: Path, images: int, weights: Path | None, only:
         started_s = time.monotonic()
         verdicts, state = run_case(case, data, validation, weights, scratch / f"run{number}")
         fired = {verdict["rule"]: verdict["firings"][0] for verdict in verdicts if verdict["count"]}
-        unjudged = [verdict["rule"] for verdict in verdicts if not verdict["observed"] or verdict["message"]]
+        unjudged = [verdict["rule"] for verdict in verdicts if not verdict["judged"] or verdict["message"]]
         as_wanted = fired.keys() >= set(case.wanted) if case.wanted else not fired and not unjudged
         right = right and as_wanted
         seen = "; ".join(
@@ -225,7 +225,8 @@ def write(rows: list[list[object]], images: int) -> None:
             f"otherwise, {images} others of each to validate on (n = {5 * images}); one run each, seed 0.",
             "Stem and blocks 1 to 3 frozen, all pretrained here on the other 5 classes, from torchvision's initial "
             "values; settings of the healthy run: "
-            + ", ".join(f"{name} {value}" for name, value in HEALTHY.items()) + "; the sick ones have no augmentation.",
+            + ", ".join(f"{name} {value}" for name, value in {**HEALTHY, **CASES[0].settings}.items())
+            + "; the sick ones have no augmentation, and epochs as their state tells.",
             f"All twelve rules watch every run with their defaults, which are AWS's; observed every {OBSERVE_EVERY} "
             "steps. The healthy run must be judged by every rule and found ill by none.",
             f"torch threads {torch.get_num_threads()}, load {os.getloadavg()[0]:.1f} at the end.",

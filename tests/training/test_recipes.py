@@ -48,6 +48,13 @@ def test_every_recipe_begins_with_command_hardware_duration_and_accuracy(name: s
         assert re.search(rf"^# {fact} +\S", text, re.MULTILINE), fact
 
 
+def test_the_readme_states_what_the_samples_recipe_does() -> None:
+    (row,) = [line for line in (RECIPES.parents[1] / "README.md").read_text().splitlines() if "| Starter:" in line]
+    for fact, figure in (("duration", r"\d+ s"), ("accuracy", r"[\d.]+ %")):
+        (stated,) = re.findall(rf"^# {fact} +({figure})", header("sample"), re.MULTILINE)
+        assert stated in row, fact
+
+
 def test_the_reference_states_the_published_numbers_and_is_the_default() -> None:
     text = header("reference")
     for number in ("40.71 %", "58.19 %", "1.5454"):
