@@ -157,7 +157,7 @@ def _stack(samples: list[tuple[npt.NDArray[np.uint8], int]] | DataError) -> Batc
 def _resize_all(images: LabelledImages, side_px: int, what: str, device: torch.device) -> Tensor:
     """uint8 `[N, S, S, 3]` on `device`; on another than the CPU by way of parts that the machine has room for."""
     pixels = torch.empty(len(images), side_px, side_px, 3, dtype=torch.uint8, device=device)
-    parts = pixels.split(max(1, PART_BYTES // (side_px * side_px * 3)))
+    parts = torch.split(pixels, max(1, PART_BYTES // (side_px * side_px * 3)))
 
     def fill(rows: npt.NDArray[np.uint8], first: int, index: int) -> None:
         rows[index - first] = images.resized(index, side_px)

@@ -240,6 +240,7 @@ def _quiet(smd: ModuleType) -> Any:
 
     class QuietHook(smd.Hook):  # type: ignore[name-defined, misc]  # smdebug has no types
         first_step = 1
+        _collections_to_save_for_step: Any
 
         def _get_collections_to_save_for_step(self) -> Any:
             step = self.mode_steps[self.mode]
