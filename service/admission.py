@@ -15,7 +15,7 @@ LEAST_PLACES = 32
 """However slow the answers: batches are to be full."""
 
 SMALL_BODY_BYTES = 2**20
-"""For bodies up to here a part of the memory is kept, which uploads of larger ones, however slow, leave alone."""
+"""For bodies that say they have no more, a part of the memory is kept, which others, however slow, leave alone."""
 
 WEIGHT = 0.1
 """Of the newest answer in the moving average of the rate."""
@@ -39,6 +39,8 @@ class Admission:
         self.under_way = 0
         """Predictions that hold a place, the further images of a request included."""
         self.bytes_held = 0
+        self.bytes_peak = 0
+        """The most that were held since somebody set it last."""
         self._max_images = max_images
         self._max_bytes = max_bytes
         self._kept_bytes = kept_bytes
@@ -160,18 +162,23 @@ class Memory:
     def __init__(self, admission: Admission) -> None:
         self.held = 0
         self._admission = admission
+        self._small = False
+
+    def declare(self, size: int) -> None:
+        """The body is to have `size` bytes, which nothing is held for yet. Raises: Overloaded."""
+        self._small = size <= SMALL_BODY_BYTES
+        self._require(size)
 
     def take(self, count: int) -> None:
         """Hold `count` bytes more. Raises: Overloaded."""
-        self.require(count)
+        self._require(count)
         self._admission.bytes_held += count
+        self._admission.bytes_peak = max(self._admission.bytes_peak, self._admission.bytes_held)
         self.held += count
 
-    def require(self, count: int) -> None:
-        """Raises: Overloaded, when there is no room for `count` bytes more."""
+    def _require(self, count: int) -> None:
         admission = self._admission
-        small = self.held + count <= SMALL_BODY_BYTES
-        allowed = admission._max_bytes - (0 if small else admission._kept_bytes)
+        allowed = admission._max_bytes - (0 if self._small else admission._kept_bytes)
         if admission.bytes_held + count > allowed:
             raise Overloaded(
                 f"The requests under way hold {admission.bytes_held:,} bytes, {allowed:,} are allowed; "

@@ -7,8 +7,9 @@
 A plain JPEG (`service.model.jpeg.plain_size`) takes time in proportion to its bytes and pixels, whatever is in it.
 Other files can be made that take minutes, gigabytes, or the process along: a decoder process has `limit_s` of processor
 time for an image, 1.5 times that by the clock, and as much memory as its pixels may need. Past the time it is killed
-and replaced; past either limit the client is told that the image costs too much. The images of one request have that
-time together (`Allowance`), and those of all such requests leave a process to images that come alone.
+and replaced; the client is told that the image costs too much, or, where it had but a part of its processor time, that
+others were busy. The images of one request have the processor time of one together and four times that by the clock
+(`Allowance`); those of all such requests leave a process to images that come alone.
 
 Memory. For an image of at most ORDINARY_PIXELS a process may take 16 bytes a pixel (`images.BYTES_PER_PIXEL`), four
 times the payload and 96 MiB (`decoder_process.memory_limit`): 452 MiB with the largest payload, 25 MiB. Larger images,
@@ -26,10 +27,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -58,11 +61,21 @@ ORDINARY_PIXELS = 2**24
 RECYCLE_AFTER = 10_000
 """Images after which a process is replaced by a new one, so that no leak or fragmentation of a decoder adds up."""
 
-START_LIMIT_S = 60.0
-"""How long a process may take to start; it takes 0.3 s where it need not wait for a core."""
+START_LIMIT_S, SLOW_START_S = 30.0, 1.0
+"""How long a process may take to start, which takes 0.3 s where it need not wait for a core; and how long before
+another is started beside it."""
 
 SLOWER_BY_THE_CLOCK = 1.5
 """An image may take so many times its processor time by the clock, on a machine that has other things to do."""
+
+SEVERAL_SLOWER = 4.0
+"""And the images of one request so many times theirs, which they have together."""
+
+HARDLY_ANY = 0.2
+"""Of its processor time: what had no more when its time by the clock was over is not to blame for that."""
+
+LEAST_S = 0.02
+"""Less is nothing: /proc counts processor time in steps of 0.01 s."""
 
 ENDS_BY_ITSELF_S = 1.0
 """So long a process that closed its socket has to end, before it is killed: its exit status tells why."""
@@ -71,6 +84,8 @@ MAX_SENTENCE_BYTES = 4096
 
 SEND_BUFFER_BYTES = 4 * 2**20
 """Asked for; what Linux gives by default, 416 KiB, takes most payloads at once, without a turn of the event loop."""
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 NO_PROCESS = "No process can be started to decode the image; try again in a moment."
 
@@ -86,32 +101,52 @@ REFUSALS: dict[Outcome, type[ImageError]] = {
 class Allowance:
     """What one image, or all of one request, may take of decoder processes."""
 
-    def __init__(self, seconds: float, several: bool) -> None:
-        """`seconds` by the clock, of images that are decoded side by side each counted."""
-        self._seconds = self.left_s = seconds
+    def __init__(self, limit_s: float, several: bool) -> None:
+        """`limit_s` of processor time; by the clock more, for other things run beside it."""
         self.several = several
+        self._limit_s = limit_s
+        self._processor_s = limit_s
+        self._clock_s = (SEVERAL_SLOWER if several else SLOWER_BY_THE_CLOCK) * limit_s
 
-    def require_some(self) -> None:
-        """Raises: ImageTooCostly where it is spent."""
-        if self.left_s <= 0:
-            raise self.exhausted()
+    @property
+    def processor_s(self) -> float:
+        """Processor time that is left; 0 where the clock's is spent."""
+        return self._processor_s if self._clock_s > 0 else 0.0
 
-    def exhausted(self) -> ImageTooCostly:
-        """What the client is told of an image for which nothing is left."""
-        return ImageTooCostly(
-            f"The images of this request take more than {self._seconds:g} s to decode; send fewer at once, smaller "
-            "ones, or baseline JPEGs."
-        )
+    @property
+    def clock_s(self) -> float:
+        """What is left by the clock."""
+        return self._clock_s
 
     @contextmanager
-    def spent(self) -> Iterator[None]:
-        """Count the time that passes inside."""
+    def spent(self, process: "_Process") -> Iterator[None]:
+        """Count what passes inside, of images that are decoded side by side each."""
         loop = asyncio.get_running_loop()
-        started_s = loop.time()
+        started_s, processor_s = loop.time(), process.processor_s()
         try:
             yield
         finally:
-            self.left_s -= loop.time() - started_s
+            took_s = loop.time() - started_s
+            self._clock_s -= took_s
+            self._processor_s -= took_s if processor_s is None else (process.processor_s() or took_s) - processor_s
+
+    def require_some(self) -> None:
+        """Raises: ImageTooCostly where it is spent; Overloaded where others had the processor meanwhile."""
+        if self.processor_s <= LEAST_S:
+            raise self.exhausted()
+
+    def exhausted(self) -> ImageTooCostly | Overloaded:
+        """Why an image is not decoded to its end."""
+        if self._processor_s > (1 - HARDLY_ANY) * self._limit_s:
+            return Overloaded(NO_PLACE)
+        if self.several:
+            return ImageTooCostly(
+                f"The images of this request take more than {self._limit_s:g} s to decode; send fewer at once, smaller "
+                "ones, or baseline JPEGs."
+            )
+        return ImageTooCostly(
+            f"The image takes more than {self._limit_s:g} s to decode; save it anew, smaller or as a baseline JPEG."
+        )
 
 
 class Decoders:
@@ -148,7 +183,7 @@ class Decoders:
 
     def allowance(self, several: bool) -> Allowance:
         """What one image, or the `several` of a request, may take of decoder processes."""
-        return Allowance(SLOWER_BY_THE_CLOCK * self._limit_s, several)
+        return Allowance(self._limit_s, several)
 
     async def decode(
         self, payload: bytes, side_px: int, patience_s: float | None = None, allowance: Allowance | None = None
@@ -216,14 +251,13 @@ class Decoders:
         One that was killed from outside may have been so before it saw the image, which is tried once more then.
         """
         process = await self._taken(until_s)
-        if allowance.left_s <= 0:
+        if allowance.processor_s <= LEAST_S:
             self._idle.append(process)
-            allowance.require_some()
-        limit_s = min(self._limit_s, allowance.left_s)
-        request = REQUEST.pack(side_px, max_pixels, limit_s, len(payload))
+            raise allowance.exhausted()
+        request = REQUEST.pack(side_px, max_pixels, allowance.processor_s, len(payload))
         try:
-            with allowance.spent():
-                async with asyncio.timeout(allowance.left_s):
+            with allowance.spent(process):
+                async with asyncio.timeout(allowance.clock_s):
                     outcome, content = await process.ask(request, payload, side_px)
         except (OSError, EOFError, ValueError) as exc:  # TimeoutError is an OSError
             slow, odd = isinstance(exc, TimeoutError), isinstance(exc, ValueError)
@@ -246,13 +280,7 @@ class Decoders:
 
     async def _taken(self, until_s: float | None) -> "_Process":
         """A process that can decode. Raises: Overloaded where there is none by the loop's time `until_s`."""
-        while self._idle:
-            process = self._idle.pop()
-            if process.poll() is None:
-                break
-            log.warning("decoder process %d had ended while it was idle (%s)", process.pid, _how(await process.end()))
-        else:
-            process = self._start()
+        process = await self._idle_one() or self._start()
         try:
             async with asyncio.timeout_at(until_s) as patience:
                 await process.ready()
@@ -260,26 +288,42 @@ class Decoders:
             if patience.expired():
                 self._idle.insert(0, process)  # for who comes later
                 raise Overloaded(NO_PLACE) from exc
-            log.error("A decoder process did not start (%s); its lines above say why.", _how(await process.end()))
+            log.error("decoder process %d did not start (%s)", process.pid, _how(await process.end()))
             raise Overloaded(NO_PROCESS) from exc
         except BaseException:
             await process.end()
             raise
         return process
 
+    async def _idle_one(self) -> "_Process | None":
+        """An idle process that is ready, else one that may soon be; None where another is to be started."""
+        for process in self._idle.copy():
+            if process.poll() is not None:
+                said = f"had ended while it was idle ({_how(process.poll() or 0)})"
+            elif process.starting_s() > START_LIMIT_S:
+                said = f"did not start within {START_LIMIT_S:g} s and is killed"
+            else:
+                continue
+            self._idle.remove(process)
+            log.warning("decoder process %d %s", process.pid, said)
+            await process.end()
+        if not self._idle:
+            return None
+        best = min(reversed(self._idle), key=_Process.starting_s)
+        if best.starting_s() > SLOW_START_S and len(self._idle) == 1:
+            return None  # it may never be
+        self._idle.remove(best)
+        return best
+
     async def _lost(
         self, process: "_Process", payload_bytes: int, slow: bool, odd: bool, allowance: Allowance
-    ) -> ImageError:
+    ) -> ImageError | Overloaded:
         """Tell what became of the process, and what the client is to know. `odd`: its answer was none."""
         status = await process.end(0.0 if slow or odd else ENDS_BY_ITSELF_S)
         self._replace()
         if slow or status == -signal.SIGPROF:
             log.warning("decoder process %d: an image of %d bytes took too long", process.pid, payload_bytes)
-            if allowance.several and allowance.left_s <= 0:
-                return allowance.exhausted()
-            return ImageTooCostly(
-                f"The image takes more than {self._limit_s:g} s to decode; save it anew, smaller or as a baseline JPEG."
-            )
+            return allowance.exhausted()
         if odd:
             log.error(
                 "decoder process %d said what is no answer, over an image of %d bytes", process.pid, payload_bytes
@@ -324,6 +368,7 @@ class _Process:
         ours.setblocking(False)
         self._socket = ours
         self._ready = False
+        self._born_s = time.monotonic()
         self.answered = 0
 
     @property
@@ -334,10 +379,25 @@ class _Process:
         """The exit status, negative for a signal; None while it runs."""
         return self._process.poll()
 
+    def processor_s(self) -> float | None:
+        """Processor time it has taken, in steps of 0.01 s (proc(5), stat); None where the system does not tell."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+        except (OSError, IndexError, ValueError):
+            return None
+
+    def starting_s(self) -> float:
+        """How long it has been starting; 0 once it can decode."""
+        if not self._ready:
+            with contextlib.suppress(OSError):
+                self._ready = self._socket.recv(len(READY)) == READY
+        return 0.0 if self._ready else time.monotonic() - self._born_s
+
     async def ready(self) -> None:
         """Wait until it can decode. Raises: TimeoutError too."""
-        if not self._ready:
-            async with asyncio.timeout(START_LIMIT_S):
+        if self.starting_s() > 0:
+            async with asyncio.timeout(max(0.0, START_LIMIT_S - self.starting_s())):
                 await self._receive(len(READY))
             self._ready = True
 

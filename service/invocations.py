@@ -144,7 +144,7 @@ async def _read_body(receive: Receive, declared: str | None, runtime: Runtime, m
     if declared is not None and declared.isdecimal():
         if len(declared) > 18 or int(declared) > limit:
             raise PayloadTooLarge(too_large.format(limit, f"{int(declared[:18]):,}"))
-        memory.require(int(declared))
+        memory.declare(int(declared))
     chunks: list[bytes] = []
     more = True
     try:

@@ -84,6 +84,8 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _Flow(self)
         self._slot: int | None = None
+        self._running: Any = None
+        """Of the requests that wait behind one another, the one that is being answered."""
         self._reading: Reading = "nothing"
         self._due = 0
         """Requests whose head has been read and whose answer has not been written."""
@@ -103,6 +105,10 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         super().connection_lost(exc)
+        for cycle in (self._running, *[cycle for cycle, _ in self.pipeline]):  # uvicorn tells the last one alone
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         if self._slot is not None and self.lifeline is not None:
             self.lifeline.closed(self._slot)
             self._slot = None
@@ -183,6 +189,10 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         elif self._refusal is not None:
             self._write_refusal(self._refusal)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _tell_lifeline(self) -> None:
         """What would become of this connection if the process died now."""

@@ -27,7 +27,7 @@ from service.metrics import Gauges
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError
 from service.model.images import RgbImage
-from service.model.machine import gpus
+from service.model.machine import give_back_memory, gpus
 from service.model.resize import decode_resized
 from service.payloads import Payloads, is_image, payloads_of
 from service.predictor import Predictor
@@ -43,6 +43,8 @@ SMALL_FORM_BYTES = 64 * 2**10
 """Forms and JSON up to this size are taken apart on the event loop."""
 
 WATCH_S = 1.0
+GIVE_BACK_BYTES = 64 * 2**20
+"""Once the bodies under way are so much fewer than they were, what they took is given back to the system."""
 """How often it is looked whether the engine has come back."""
 
 FAILING_AFTER, ENDS_AFTER = 3, 10
@@ -245,6 +247,9 @@ class Runtime:
         stuck = False
         while True:
             await asyncio.sleep(WATCH_S)
+            if self.admission.bytes_peak - self.admission.bytes_held > GIVE_BACK_BYTES:
+                self.admission.bytes_peak = self.admission.bytes_held
+                await asyncio.to_thread(give_back_memory)
             busy_s = batcher.busy_s()
             if stuck != (busy_s > self.settings.deadline_s):
                 stuck = not stuck

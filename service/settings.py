@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     cores this process may use."""
     decode_limit_s: float = Field(5.0, gt=0, le=3600)
     """An image that takes a decoder process more processor time gets 413; no honest one of 25 MB needs as much. The
-    images of one request have 1.5 times that by the clock, together."""
+    images of one request have that together."""
     page: bool = True
     """Serve a page for people at / (and the model's example image at /example); false: 404 there."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

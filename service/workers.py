@@ -13,6 +13,7 @@ import os
 import selectors
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -54,6 +55,9 @@ Seen at 32 px, int8, 2 cores of an EPYC, 32 clients, two rounds: two processes a
 second, one 1,253 and 750.
 """
 
+LARGEST_MANIFEST_BYTES = 64 * 2**20
+"""`artifact.MAX_MANIFEST_BYTES`, whose module would take time to import."""
+
 WORKER_BYTES = 768 * 2**20
 """Memory for each of several: a worker takes 250 to 450 MiB (tests/bench/RESULTS.md), and a large image as much."""
 
@@ -92,6 +96,9 @@ def _side_px(model: Path) -> int:
     """
     try:
         (path,) = [*model.glob("manifest.json"), *model.glob("*/manifest.json")][:1]
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_MANIFEST_BYTES:
+            return SMALL_SIDE_PX + 1
         side_px = json.loads(path.read_bytes())["preprocessing"]["side_px"]
         return side_px if isinstance(side_px, int) else SMALL_SIDE_PX + 1
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

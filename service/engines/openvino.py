@@ -1,6 +1,5 @@
 """The engine for CPUs: OpenVINO, in float32, bfloat16 or int8. Needs no torch."""
 
-import ctypes
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,6 +9,7 @@ import numpy as np
 from service.engines.base import EngineUnavailable, Logits
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
+from service.model.machine import give_back_memory
 from service.model.openvino_graph import build, core, has_bf16, no_telemetry, read_int8
 from service.model.resize import PixelBatch
 from service.model.small_maps import flatten_small_maps
@@ -87,7 +87,7 @@ class OpenVinoEngine:
             detail = ascii(" ".join(str(exc).split())[:300])
             raise EngineUnavailable(f"OpenVINO cannot compile the network for this processor: {detail}.") from exc
         del model
-        _give_back()
+        give_back_memory()  # 50 to 80 MiB after an artifact was read and its network built
         self._own = threading.local()
         self._under_way = 0
         self._lock = threading.Lock()
@@ -123,13 +123,3 @@ def _padded(batch: PixelBatch, sizes: Sequence[int]) -> PixelBatch:
     padded = np.zeros((size, *batch.shape[1:]), np.uint8)
     padded[: len(batch)] = batch
     return padded
-
-
-def _give_back() -> None:
-    """Return to the system what was freed: glibc keeps blocks below 32 MB once it has freed one (mallopt(3)).
-
-    That is 50 to 80 MiB after an artifact was read and its network built.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # not every C library has it
-        trim(0)

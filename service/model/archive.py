@@ -15,8 +15,8 @@ from service.model.errors import ArtifactError
 MAX_UNPACKED_BYTES = 4 * 2**30
 """What an archive may hold unpacked; a ResNet-34 in float32 takes 0.09 GiB."""
 
-MAX_HEADER_BYTES = 2**20
-"""Of a header that extends another (long names, pax records): `tarfile` reads it into memory."""
+MAX_HEADER_BYTES, MAX_HEADERS_BYTES = 8 * 2**10, 2**17
+"""Of a header that extends another (long names, pax records), and of all in an archive. Paths have at most 4,096."""
 
 MAX_MEMBERS = 1000
 """Files and folders in an archive; an artifact has four, besides what the user packs along (code/)."""
@@ -37,7 +37,10 @@ def model_folder(source: Path) -> Iterator[Path]:
         raise ArtifactError(f"{source} cannot be unpacked: {exc}; free space or set TMPDIR.") from exc
     with scratch as name:
         unpack(source, Path(name))
-        yield Path(name)
+        try:
+            yield Path(name)
+        except ArtifactError as exc:  # where it was unpacked tells nobody anything
+            raise ArtifactError(str(exc).replace(name, str(source))) from exc
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -49,7 +52,7 @@ def unpack(archive: Path, target: Path) -> None:
     Raises: ArtifactError; what was unpacked until then stays.
     """
     try:
-        with tarfile.open(archive, "r:*", tarinfo=_Member) as tar:
+        with tarfile.open(archive, "r:*", tarinfo=_member_class()) as tar:
             size = 0
             for count, member in enumerate(tar, 1):
                 size += max(0, member.size)
@@ -66,16 +69,33 @@ def unpack(archive: Path, target: Path) -> None:
         raise ArtifactError(f"{archive} cannot be unpacked into {target}: {exc.strerror or exc}.") from exc
 
 
-class _Member(tarfile.TarInfo):
-    """Refuses what `tarfile` would read into memory before it hands the member out."""
+def _member_class() -> type[tarfile.TarInfo]:
+    """For one archive: what refuses what `tarfile` would read into memory, or for hours, before it hands a member out.
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """See `tarfile.TarInfo.frombuf`. Raises: ValueError too."""
-        member = super().frombuf(buf, encoding, errors)
-        if member.type in _EXTENDING and member.size > MAX_HEADER_BYTES:
-            raise ValueError(f"one of its headers claims {member.size:,} bytes")
-        return member
+    Sparse files have maps without end, and its expressions for pax records take time in the square of their bytes.
+    """
+    extended = 0
+
+    class Member(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+            nonlocal extended
+            member = super().frombuf(buf, encoding, errors)
+            if member.type == tarfile.GNUTYPE_SPARSE:
+                refuse_sparse()
+            if member.type in _EXTENDING:
+                extended += member.size
+                if member.size > MAX_HEADER_BYTES or extended > MAX_HEADERS_BYTES:
+                    raise ValueError(f"one of its headers claims {member.size:,} bytes")
+            return member
+
+    def refuse_sparse(*_: object) -> None:
+        raise ValueError("it holds a sparse file")
+
+    for name in ("_proc_sparse", "_proc_gnusparse_00", "_proc_gnusparse_01", "_proc_gnusparse_10"):
+        assert hasattr(Member, name), name  # tarfile's own: pax records that make a file sparse are read in there
+        setattr(Member, name, refuse_sparse)
+    return Member
 
 
 _EXTENDING = {

@@ -249,10 +249,10 @@ def _home(folder: Path) -> Path:
     homes = [folder / name for name in inside if (folder / name / MANIFEST).is_file()]
     for home in homes:
         if home.is_symlink():  # the folder that was given may be one, what it holds may not
-            raise ArtifactError(f"{home} is a link; copy the folder itself.")
+            raise ArtifactError(f"{str(home)!r} is a link; copy the folder itself.")
     if len(homes) == 1:
         return homes[0]
-    found = ", ".join(inside[:10]) or "nothing"
+    found = ", ".join(name if name.isprintable() else ascii(name) for name in inside[:10]) or "nothing"
     raise ArtifactError(f"There is no {MANIFEST} in {folder}, found {found}; name the folder that training wrote.")
 
 

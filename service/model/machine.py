@@ -43,6 +43,13 @@ def gpus() -> int:
     return count.value
 
 
+def give_back_memory() -> None:
+    """Return to the system what was freed: glibc keeps blocks below 32 MB once it has freed one (mallopt(3))."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # not every C library has it
+        trim(0)
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()

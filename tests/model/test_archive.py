@@ -11,6 +11,7 @@ import pytest
 
 from service.model import archive
 from service.model.archive import model_folder, unpack
+from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 
 Member = tuple[tarfile.TarInfo, bytes]
@@ -233,3 +234,47 @@ def test_a_header_that_claims_gigabytes_is_refused_unread(
         file.write(before + extending.tobuf(tarfile.GNU_FORMAT))
         file.truncate(3 * 2**30 + 10_240)  # sparse
     refused(tmp_path / "m.tar", temporary, "one of its headers claims 3,221,225,472 bytes")
+
+
+def pax(records: dict[str, str]) -> tarfile.TarInfo:
+    info = tarfile.TarInfo("file")
+    info.pax_headers = records
+    return info
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        pax({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}).tobuf(tarfile.PAX_FORMAT),
+        pax({"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}).tobuf(tarfile.PAX_FORMAT),
+        pax({"GNU.sparse.size": "9", "GNU.sparse.numblocks": "1"}).tobuf(tarfile.PAX_FORMAT),
+    ],
+    ids=["1.0", "0.1", "0.0"],
+)
+def test_sparse_files_of_pax_are_refused(tmp_path: Path, temporary: Path, blocks: bytes) -> None:
+    (tmp_path / "m.tar").write_bytes(blocks + bytes(10_240))
+    refused(tmp_path / "m.tar", temporary, "it holds a sparse file")
+
+
+def test_sparse_files_of_gnu_are_refused(tmp_path: Path, temporary: Path) -> None:
+    info = tarfile.TarInfo("sparse")
+    info.type = tarfile.GNUTYPE_SPARSE
+    (tmp_path / "m.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
+    refused(tmp_path / "m.tar", temporary, "it holds a sparse file")
+
+
+@pytest.mark.timeout(30)
+def test_many_long_headers_are_refused(tmp_path: Path, temporary: Path) -> None:
+    digits = tarfile.TarInfo("digits")
+    digits.type, digits.size = tarfile.XGLTYPE, archive.MAX_HEADER_BYTES
+    chain = (digits.tobuf(tarfile.GNU_FORMAT) + b"9" * digits.size) * 100
+    (tmp_path / "m.tar").write_bytes(chain + bytes(10_240))
+    refused(tmp_path / "m.tar", temporary, r"m\.tar is no readable tar archive")
+
+
+def test_what_is_wrong_inside_an_archive_is_told_with_the_archives_name(tmp_path: Path, temporary: Path) -> None:
+    packed = pack(tmp_path / "m.tar.gz", member("line\nbreak", b""), member("\x1b[31m", b""))
+    with pytest.raises(ArtifactError) as caught, model_folder(packed) as folder:
+        open_artifact(folder)
+    assert str(caught.value).startswith(f"There is no manifest.json in {packed}, found ")
+    assert str(caught.value).isprintable()

@@ -1,8 +1,11 @@
 """What clients do to a connection: slow, silent, malformed, too much, half way through an upgrade."""
 
+import gc
 import json
+import logging
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +143,21 @@ def test_pipelined_requests_are_answered_in_order(service: Served) -> None:
         answers = until_closed(client)
     labels = [part.split(b'"')[0].decode() for part in answers.split(b'"predictions": [{"label": "')[1:]]
     assert labels == [f"grey {grey}" for grey in range(10)]
+
+
+@pytest.mark.parametrize("expect", ["Expect: 100-continue", "X-Nothing: x"])
+def test_pipelined_requests_of_a_client_that_resets_leave_no_error(
+    service: Served, expect: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(10):
+        with connect(service) as client:
+            client.sendall(request(png(), expect) + request(png()))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    service.until(lambda: service.app.state.runtime.admission.requests == 0)
+    assert service.ask("GET", "/ping").status == 200
+    time.sleep(protocol.SWEEP_S / 2)  # what a task raises that nobody awaits is told when it is collected
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
 
 
 def test_a_client_that_sends_nothing_or_half_a_head_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

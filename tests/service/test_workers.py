@@ -212,6 +212,20 @@ def written(folder: Path, side_px: int) -> None:
     write_artifact(folder, facts, {"w": logits}, SelfCheck(pixels, logits), (".png", b""))
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "endless", "huge"])
+def test_a_manifest_that_is_no_small_file_does_not_hold_up_the_supervisor(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "manifest.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 60 * 2**30)  # sparse
+    assert workers._side_px(tmp_path) > workers.SMALL_SIDE_PX
+
+
 def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Path, start_server: Any) -> None:
     """In 3 s instead of 28: the process runs our code with another constant."""
     program = "from service import workers, __main__ as m; workers.STOP_S = 3; raise SystemExit(m.main())"
