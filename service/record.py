@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-_SHOWN_PATH = 200
+SHOWN_PATH = 200
 """So much of a path is logged, in characters: uvicorn lets 64 KiB through."""
 
 
@@ -43,7 +43,7 @@ class RequestRecord:
         known = {
             name: round(value, 3) if value.__class__ is float else value for name, value in pairs if value is not None
         }
-        known["path"] = self.path[:_SHOWN_PATH]
+        known["path"] = self.path[:SHOWN_PATH]
         return {"message": "request", **known}
 
     def __str__(self) -> str:
@@ -77,5 +77,5 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.1f}"
-    text = str(value)[:_SHOWN_PATH]
+    text = str(value)[:SHOWN_PATH]
     return text if text.isprintable() and " " not in text else json.dumps(text)

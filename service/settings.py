@@ -85,7 +85,8 @@ class Settings(BaseSettings):
     page: bool = True
     """Serve a page for people at / (and the model's example image at /example); false: 404 there."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Lines below this level are not written; "warning" silences the line per request."""
+    """Lines below this level are not written; "warning" silences the line per request, "debug" adds one when it arrives
+    and shows successful probes."""
     log_format: Format = "text"
     """Lines for people ("text"), or one JSON object each for CloudWatch and the like ("json"); times are UTC."""
     exit_with_parent: bool = True

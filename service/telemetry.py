@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import error_body
 from service.metrics import INVOCATIONS, Metrics
-from service.record import RequestRecord, request_id_of
+from service.record import SHOWN_PATH, RequestRecord, request_id_of
 from service.tracing import Tracing
 
 log = logging.getLogger("service.requests")
@@ -49,6 +49,9 @@ class Telemetry:
             return
         record = RequestRecord(request_id_of(scope["headers"]), scope["method"], scope["path"])
         _record.set(record)
+        if log.isEnabledFor(logging.DEBUG):  # of what a process had that was killed outright, there is no other line
+            path = ascii(record.path[:SHOWN_PATH])[1:-1]
+            log.debug("request_id=%s arrived: %s %s", record.request_id, record.method, path)
 
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":

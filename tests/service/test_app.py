@@ -214,6 +214,15 @@ def test_each_request_is_one_line_with_its_stage_times_and_probes_are_silent(
     assert "status=400 code=unreadable_image" in bad
 
 
+def test_at_debug_level_a_request_is_told_when_it_arrives(service: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "service.requests")
+    service.ask("GET", "/no%0Apage", X_Request_Id="mine")
+    service.until(lambda: "status=404" in caplog.text)
+    arrival, answer = [each.getMessage() for each in caplog.records if "request_id=mine" in each.getMessage()]
+    assert arrival == r"request_id=mine arrived: GET /no\npage"
+    assert "status=404" in answer
+
+
 def test_a_client_that_hangs_up_while_sending_leaves_a_line_and_no_trace(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "service.requests")
     with serve(FakeEngine(2)) as served:
