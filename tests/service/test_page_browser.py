@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
@@ -106,6 +107,26 @@ def test_a_chosen_file_gets_five_bars_the_times_the_model_and_a_command(server: 
         )
         expect(page.locator("#live")).to_contain_text(expected.json["predictions"][0]["label"])
         assert page.evaluate("document.getAnimations().length") == 0  # less motion was asked for
+
+
+def test_the_page_with_an_answer_is_drawn(server: Any, artifact: Path, visit: Open, tmp_path: Path) -> None:
+    example = open_artifact(artifact).read("example")
+    with visit(server, viewport={"width": 900, "height": 620}) as page:
+        page.set_input_files("#files", [file("example.png", example)])
+        card = page.get_by_role("article", name="example.png")
+        expect(card.get_by_role("listitem")).to_have_count(5)
+        drawn = Image.open(io.BytesIO(page.screenshot(path=tmp_path / "page.png"))).convert("RGB")
+        box = card.locator("canvas").bounding_box()
+        bar = card.locator(".fill").first.bounding_box()
+        colour = card.locator(".fill").first.evaluate("e => getComputedStyle(e).backgroundColor")
+    assert drawn.size == (900, 620)
+    assert len(drawn.getcolors(900 * 620) or []) > 100  # a blank one has a single one
+    assert box is not None and bar is not None
+    shown = drawn.crop((box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]))
+    sent = Image.open(io.BytesIO(example)).convert("RGB").resize(shown.size, Image.Resampling.BILINEAR)
+    assert np.abs(np.asarray(shown, float) - np.asarray(sent, float)).mean() < 20  # the image that was chosen
+    middle = (bar["x"] + bar["width"] / 2, bar["y"] + bar["height"] / 2)
+    assert drawn.getpixel((round(middle[0]), round(middle[1]))) == tuple(map(int, re.findall(r"\d+", colour)[:3]))
 
 
 def open_model(answer: Any) -> str:
