@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from service.model.machine import cores
 from service.model.manifest import Quantization
 from tests.training.reports import manifest_of, some_figures, some_images, write_hundred, write_run
 from training.data import sample
@@ -120,6 +122,15 @@ def test_the_run_is_told_of(hundred: Path) -> None:
         "of the mistakes stay within the superclass",
     ):  # fmt: skip
         assert said in text, said
+
+
+def test_the_machine_it_was_evaluated_on_is_stated(hundred: Path) -> None:
+    text = Page((hundred / "report.html").read_text()).text
+    stated = json.loads((hundred / "evaluation.json").read_text())["hardware"]
+    assert stated.keys() >= {"processor", "memory", "system", "python", "torch"}
+    assert stated["torch"] == torch.__version__
+    assert stated["processor"].endswith(f", {cores()} cores")
+    assert all(f"{name} {value}" in text for name, value in stated.items())
 
 
 def test_parameters_of_a_rule_have_a_column_of_their_own_and_those_without_a_value_are_left_out(hundred: Path) -> None:

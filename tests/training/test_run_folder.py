@@ -9,18 +9,25 @@ import pytest
 from service.model.artifact import open_artifact
 from training.debugging.configuration import RULES
 from training.debugging.smdebug_hook import import_smdebug
-from training.train_model import main
+from training.hpo import train_once
+from training.train_model import main, parse_arguments
 
 
 @pytest.fixture(scope="module")
 def model(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of the small sample, trained from cached features with every instrument."""
     home = tmp_path_factory.mktemp("run")
-    flags = ["--weights", "none", "--freeze", "stem,layer1,layer2,layer3", "--epochs", "2", "--batch-size", "50"]
-    flags += ["--cache-folder", str(home / "features"), "--feature-cache", "on", "--observe-every", "2"]
-    flags += ["--debugger", "on" if import_smdebug() else "off", "--debugger-interval", "4", "--quantize", "off"]
-    assert main(["--data", str(sample_root), "--output", str(home / "model"), *flags]) == 0
+    instruments = ["--observe-every", "2", "--debugger", "on" if import_smdebug() else "off"]
+    instruments += ["--debugger-interval", "4"]
+    assert main([*training(sample_root, home), "--output", str(home / "model"), *instruments]) == 0
     return home / "model"
+
+
+def training(data: Path, home: Path) -> list[str]:
+    """The settings of the training itself."""
+    flags = ["--weights", "none", "--freeze", "stem,layer1,layer2,layer3", "--epochs", "2", "--batch-size", "50"]
+    flags += ["--cache-folder", str(home / "features"), "--feature-cache", "on", "--quantize", "off"]
+    return ["--data", str(data), *flags]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +37,16 @@ def folder(model: Path) -> Path:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def test_the_weights_are_those_of_the_tuners_training_without_instruments(
+    model: Path, sample_root: Path, tmp_path: Path
+) -> None:
+    given = parse_arguments([*training(sample_root, model.parent), "--output", str(tmp_path / "model")])
+    train_once({}, {**given, "report": False})
+    plain, watched = open_artifact(tmp_path / "model").manifest, open_artifact(model).manifest
+    assert plain.files["weights"].sha256 == watched.files["weights"].sha256
+    assert not list(tmp_path.rglob("rules.json"))
 
 
 def test_the_evaluation_states_the_manifests_figures(model: Path, folder: Path) -> None:
