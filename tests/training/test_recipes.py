@@ -4,11 +4,14 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from service.model.artifact import open_artifact
 from training.config import RECIPES, TrainingConfig, read_recipe
 from training.errors import ConfigError
-from training.train_model import parse_arguments
+from training.train_model import main, parse_arguments
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 PLACES = {"data": "in", "output": "out"}
@@ -62,6 +65,30 @@ def test_the_reference_states_the_published_numbers_and_is_the_default() -> None
     held = read_recipe("reference")
     assert (held["learning_rate"], held["batch_size"], held["epochs"]) == (0.017483127170473314, 128, 70)
     assert resolve("--recipe", "reference") == resolve("--freeze", "stem,layer1,layer2,layer3", "--precision", "auto")
+
+
+@pytest.mark.slow
+def test_the_best_recipe_trains_every_block_in_the_end(
+    shades: Path, backbone: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    small = ["--side", "32", "--epochs", "4", "--unfreeze-at", "3", "--batch-size", "9", "--weights", str(backbone)]
+    places = ["--data", str(shades), "--output", str(tmp_path / "model"), "--device", "cpu", "--quantize", "off"]
+    assert main(["--recipe", "best", *small, *places]) == 0
+    artifact = open_artifact(tmp_path / "model")
+    metrics, recipe = artifact.manifest.metrics, read_recipe("best")
+    assert [epoch["epoch"] for epoch in metrics["history"]] == [1, 2, 3, 4]
+    rates = [epoch["learning_rate"] for epoch in metrics["history"]]
+    assert (
+        max(rates[:2]) <= recipe["learning_rate"]
+        and max(rates[2:]) <= recipe["learning_rate"] * recipe["unfreeze_rate"]
+    )
+    assert "epoch 3: every block is trained from here on" in caplog.messages
+    kept, before = artifact.weights(), torch.load(backbone, weights_only=True)
+    for block in ("conv1", "layer1", "layer2", "layer3", "layer4"):
+        names = [name for name in kept if name.startswith(block) and name.endswith("weight")]
+        assert names and all(np.abs(kept[name] - before[name].numpy()).max() > 0 for name in names), block
+    assert (tmp_path / "model-run" / "report.html").exists()
 
 
 def test_flags_and_hyperparameters_win_over_the_recipe_and_the_recipe_over_defaults() -> None:
