@@ -24,7 +24,7 @@ from training.torchrun import command
 Settings = Callable[..., TrainingConfig]
 Launch = Callable[..., subprocess.Popen[bytes]]
 ROOT = Path(__file__).parents[2]
-TWO = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+TWO = ("training.elastic", "--standalone", "--nproc-per-node", "2", "-m")
 LIMIT_S = 200
 SAME = 1e-3
 """Relative: sums in another order, enlarged by batch norm over a few near-equal images."""
