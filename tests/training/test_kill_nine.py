@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Settings = Callable[..., TrainingConfig]
 Launch = Callable[..., subprocess.Popen[bytes]]
-LIMIT_S = 300
+LIMIT_S = 900
 EPOCHS = 6
 PHASES = {
     "images and cache": "images to train on",
