@@ -312,14 +312,15 @@ def test_a_role_is_looked_at_for_whom_it_trusts_and_what_it_may(here: Account) -
 def test_without_credentials_or_with_old_ones_the_table_is_one_row_that_says_so(
     here: Account, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def only_row() -> str:
-        said = told(caplog, "preflight", "--image", IMAGE, "--role", ROLE, status=1)
+    def only_row(*more: str) -> str:
+        said = told(caplog, "preflight", "--image", IMAGE, "--role", ROLE, *more, status=1)
         table, error = said.split(":\n", 1)[1].splitlines()
         assert error == "Not ready: credentials. What to do stands above."
         return table
 
-    here.order(operation="GetCallerIdentity", **{**EXPIRED, "status": 403})
-    assert re.match(r"  FAIL  credentials  The AWS credentials have expired .*log in again", only_row())
+    for bucket in ((), ("--bucket", "mine")):  # with one, it is not needed to name the bucket
+        here.order(operation="GetCallerIdentity", **{**EXPIRED, "status": 403})
+        assert re.match(r"  FAIL  credentials  The AWS credentials have expired .*log in again", only_row(*bucket))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
