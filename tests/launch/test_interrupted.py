@@ -158,8 +158,7 @@ def test_a_role_that_was_just_made_is_waited_for(
     here: Account, packed: Path, asked: Path, data: Path, artifact: Path, tmp_path: Path,
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, times: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(roles, "ASK_EVERY_S", 0.05)
-    monkeypatch.setattr(roles, "KNOWN_WITHIN_S", 0.2 if times > 2 else 60)
+    monkeypatch.setattr(roles, "ASK_EVERY_S", 0.01)
     unknown = {
         "code": "ValidationException", "times": times,
         "message": f"Could not assume role {ROLE}. Please ensure that the role exists and allows principal "
@@ -175,6 +174,8 @@ def test_a_role_that_was_just_made_is_waited_for(
         said = told(caplog, *command, status=0 if times == 2 else 1)
         assert said.count("SageMaker cannot take the role yet") == 1
         assert ("Could not assume role" in said.splitlines()[-1]) is (times > 2)
+        (ordered,) = here.cloud._faults
+        assert times - ordered["times"] == (2 if times == 2 else 1 + roles.ASKS)
         here.cloud._faults.clear()
 
 

@@ -27,8 +27,8 @@ _MLFLOW = "sagemaker-mlflow:*"
 ARN = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
 """What SageMaker takes for a role."""
 
-KNOWN_WITHIN_S, ASK_EVERY_S = 60.0, 5.0
-"""How long IAM may take to tell SageMaker of a new role."""
+ASKS, ASK_EVERY_S = 12, 5.0
+"""How often a new role is offered to SageMaker again, to which IAM may take a minute to tell of it."""
 
 _CALLER: dict[str, tuple[str, ...]] = {
     "*": (
@@ -275,17 +275,15 @@ def hand_over(call: Callable[[], object]) -> None:
 
     Raises: AwsError.
     """
-    deadline_s, told = time.monotonic() + KNOWN_WITHIN_S, False
-    while True:
+    for again in range(ASKS + 1):
         try:
             call()
             return
         except AwsError as exc:
-            if not exc.is_role_unknown or time.monotonic() >= deadline_s:
+            if not exc.is_role_unknown or again == ASKS:
                 raise
-        if not told:
+        if again == 0:
             log.info("SageMaker cannot take the role yet, as when it was just made: tried again for a minute")
-            told = True
         time.sleep(ASK_EVERY_S)
 
 
