@@ -18,6 +18,7 @@ from tests.conftest import Server
 from tests.launch.telling import told
 from training import progress
 from training.errors import ConfigError
+from training.launch import results
 from training.launch.__main__ import main
 from training.launch.client import Outcome, Reply, UrlTarget, classify, classify_one, images_in, retry_after_s
 from training.launch.errors import LaunchError
@@ -266,6 +267,28 @@ def test_who_reads_no_further_ends_it_with_a_sentence(picture: Path) -> None:
             _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Nobody reads the results any more" in stderr and "Traceback" not in stderr and "Exception" not in stderr
+
+
+def test_results_stay_until_others_are_there_and_what_came_before_an_interruption_stays_too(
+    picture: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output, part = tmp_path / "a.csv", tmp_path / "a.csv.part"
+    output.write_text("of before")
+    assert main(["invoke", "--url", "http://127.0.0.1:9", str(picture), "--output", str(output)]) == 1
+    assert output.read_text() == "of before" and not part.exists()
+
+    def outcomes() -> Iterator[Outcome]:
+        yield Outcome(picture, problem="a sentence")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        results.write(outcomes(), output, "csv")
+    assert output.read_text() == "of before" and "a sentence" in part.read_text()
+    assert f"the results until then are in {part}" in caplog.text
+    link = tmp_path / "link.csv"
+    link.symlink_to(output)
+    results.write([Outcome(picture, problem="another")], link, "csv")
+    assert "another" in output.read_text() and link.is_symlink() and not part.exists()
 
 
 def test_a_disk_that_is_full_is_a_sentence(picture: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
 
@@ -42,7 +42,10 @@ def require_writable(path: Path | None) -> None:
 
 
 def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple[int, int]:
-    """Write outcomes as they come to `path`, None: stdout. Returns: how many there were, how many had a problem."""
+    """Write outcomes as they come to `path`, None: stdout. Returns: how many there were, how many had a problem.
+
+    A file that lies at `path` is replaced at the end; what came before an interruption stays beside it.
+    """
     count = bad = 0
     with _opened(path) as file:
         table = csv.writer(file, lineterminator="\n") if kind == "csv" else None
@@ -101,15 +104,33 @@ def _opened(path: Path | None) -> Iterator[IO[str]]:
             raise ConfigError("stdout is closed, so there is no place for the results; give --output FILE.")
         yield sys.stdout
         return
+    target = Path(os.path.realpath(path))  # a link stays one
+    special = target.exists() and not target.is_file()  # /dev/null, a pipe: nothing to be kept
+    part = target if special else target.with_name(f"{target.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w", newline="", encoding="utf-8")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = part.open("w", newline="", encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"--output {path} cannot be written: {exc.strerror}.") from exc
     try:
         with file:
             yield file
-    except OSError as exc:
-        raise LaunchError(
-            f"{path} cannot be written further: {exc.strerror or exc}; what stands in it is not all."
-        ) from exc
+        if part != target:
+            part.replace(target)
+    except BaseException as exc:
+        if part != target:
+            _keep(part, path)
+        if isinstance(exc, OSError):
+            raise LaunchError(
+                f"{part} cannot be written further: {exc.strerror or exc}; what stands in it is not all."
+            ) from exc
+        raise
+
+
+def _keep(part: Path, path: Path) -> None:
+    """Say where the results are that came before it ended early."""
+    with suppress(OSError):
+        if part.stat().st_size:
+            log.warning("ended early: the results until then are in %s; %s is as it was", part, path)
+        else:
+            part.unlink()
