@@ -29,7 +29,7 @@ from training.interruption import watched
 from training.logits import logits_of
 from training.loop import Trainer
 from training.preparation import Prepared, new_network, prepare
-from training.report.write import write_report
+from training.report.write import remove_report, write_report
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ def _run(
         100 * found.accuracy, 100 * found.top5_accuracy, found.loss, found.n,
         artifact.manifest.name, artifact.manifest.version, artifact.folder,
     )  # fmt: skip
+    remove_report(config.folder)  # of the model that this one replaced
     failure = None
     if int8:
         artifact, failure = _quantized(config, prepared, artifact, fitted)

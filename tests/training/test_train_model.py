@@ -318,8 +318,16 @@ def test_a_one_cycle_schedule_of_any_length_can_be_run(
 
 def test_a_new_artifact_replaces_the_old_one(pictures: Path, artifact: Path, tmp_path: Path) -> None:
     output = links(artifact, tmp_path / "model")
+    folder = tmp_path / "model-run"
+    folder.mkdir()
+    reported = [folder / name for name in ("report.html", "evaluation.json", "curves.png")]
+    for path in reported:
+        path.write_text("of the old model")
+    assert train(tmp_path / "nowhere", output, *HEAD_ONLY) == 1
+    assert all(path.exists() for path in reported)
     assert train(pictures, output, *HEAD_ONLY, "--model-name", "second") == 0
     assert_whole(output)
+    assert not any(path.exists() for path in reported)  # SMALL writes no report
     assert open_artifact(output).manifest.name == "second"
     assert len(list(output.iterdir())) == 4
     assert_whole(artifact)
@@ -458,8 +466,8 @@ def test_an_unknown_flag_ends_the_process_with_status_2_and_the_known_flags(runs
     each = runs["unknown flag"]
     assert each.process.wait(PROCESS_LIMIT_S) == 2
     text = each.log.read_text()
-    assert "Unknown hyperparameter --epoch. Did you mean epochs?" in text
-    assert all(name in text for name in TrainingConfig.model_fields)
+    assert "Unknown flag --epoch. Did you mean --epochs?" in text
+    assert all(f"--{name.replace('_', '-')}" in text for name in TrainingConfig.model_fields)
     assert "Traceback" not in text
     assert stamps(each.output) == each.before
 

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
+PICTURES = ("confusion.png", "classes.png", "calibration.png", "curves.png")
 HERE = Path(__file__).parent
 
 PAIRS, PICTURES_PER_PAIR = 12, 4
@@ -87,6 +88,15 @@ def write_report(
         ) from exc
     log.info("report: %s (%.1f MB)", folder / REPORT, len(page) / 1e6)
     return folder / REPORT
+
+
+def remove_report(folder: Path) -> None:
+    """Remove what `write_report` wrote into `folder`: it is of a model that was there before."""
+    for name in (REPORT, EVALUATION, *PICTURES):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as exc:
+            log.warning("%s is of the model before this one, and cannot be removed: %s", folder / name, exc.strerror)
 
 
 def _evaluation(
