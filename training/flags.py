@@ -46,7 +46,7 @@ class Settings(BaseModel):
         if error["type"] == "missing" and name not in values:
             return f"{flag(name)} is missing: {description}"
         what = "" if error["type"] == "value_error" else f" ({description})"
-        return f"{flag(name)} {values[name]}: {error['msg']}{what}"
+        return f"{flag(name)} {values[name]}: {_plain(error)}{what}"
 
 
 def split(values: Mapping[str, object], model: type[Settings]) -> tuple[dict[str, object], dict[str, object]]:
@@ -55,12 +55,12 @@ def split(values: Mapping[str, object], model: type[Settings]) -> tuple[dict[str
     return mine, {name: value for name, value in values.items() if name not in mine}
 
 
-def unknown_name(name: str, known: Sequence[str]) -> str:
-    """A sentence that refuses a name and lists the known ones."""
+def unknown_name(name: str, known: Sequence[str], what: str = "hyperparameter") -> str:
+    """A sentence that refuses a name and lists the known ones; `what` it would be."""
     plain = {text.lstrip("-").replace("-", "_"): text for text in known}
     close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), plain, 1)
     hint = f" Did you mean {plain[close[0]]}?" if close else ""
-    return f"Unknown hyperparameter {name}.{hint} Known are: {', '.join(known)}."
+    return f"Unknown {what} {name}.{hint} Known are: {', '.join(known)}."
 
 
 def parse_flags(
@@ -72,8 +72,8 @@ def parse_flags(
     epilog: str | None = None,
     besides: Sequence[str] = (),
 ) -> dict[str, object]:
-    """The values given on the command line, by field name; `others`: further flags and their descriptions; `besides`:
-    flags that the command has read before, as they are typed.
+    """The values given on the command line, by field name; `others`: further flags and their descriptions, or other
+    descriptions of fields; `besides`: flags that the command has read before, as they are typed.
 
     Raises: ConfigError.
     """
@@ -87,14 +87,23 @@ def parse_flags(
             default = (
                 "" if field.is_required() or field.default is None else f" (default: {_shown(name, field.default)})"
             )
-            described[name] = f"{field.description}{default}"
+            described.setdefault(name, f"{field.description}{default}")
     for name, text in described.items():
         flags = [flag(name)] + ([f"--{name}"] if "_" in name else [])
         parser.add_argument(*flags, dest=name, metavar="X", help=text.replace("%", "%%"))
     known, rest = parser.parse_known_args(list(arguments))
     if rest:
-        raise ConfigError(unknown_name(rest[0].split("=")[0], [*described, *besides]))
+        word = rest[0].split("=")[0]
+        if word in besides:
+            raise ConfigError(misplaced(word, program))
+        what = "flag" if word.startswith("-") else "argument"
+        raise ConfigError(unknown_name(word, [*map(flag, described), *besides], what))
     return vars(known)
+
+
+def misplaced(word: str, program: str) -> str:
+    """A sentence about a flag that stands before the command it belongs to."""
+    return f"{word} stands before the command; it goes after it: python -m {program} ... {word}"
 
 
 def parse_hyperparameters(values: Mapping[str, str]) -> dict[str, object]:
@@ -108,6 +117,26 @@ def parse_hyperparameters(values: Mapping[str, str]) -> dict[str, object]:
 def flag(name: str) -> str:
     """`learning_rate` -> `--learning-rate`."""
     return f"--{name.replace('_', '-')}"
+
+
+def _plain(error: Any) -> str:
+    """What pydantic says of a value, in plain words."""
+    words = _WORDS.get(error["type"])
+    return words.format(**error.get("ctx", {})) if words else str(error["msg"])
+
+
+_WORDS = {
+    **dict.fromkeys(("int_parsing", "int_from_float", "int_type"), "give a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "give a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "give true or false"),
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "give {expected}",
+    "string_pattern_mismatch": "must match {pattern}",
+}
+"""By pydantic's type of error; its own sentences are those of a program."""
 
 
 def _unquoted(value: str) -> object:

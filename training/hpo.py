@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,8 @@ def tune_or_train(arguments: Sequence[str]) -> int:
         arguments, "training.hpo",
         "Find the learning rate, batch size and number of epochs that validate best; `python -m training.train_model "
         "--from-tuning OUTPUT/best.json` then trains with them.",
-        (TuningConfig, TrainingConfig), FILES,
+        (TuningConfig, TrainingConfig),
+        {**FILES, "output": "folder of the study: best.json, plots, and what continues it"},
         "Needed: --data DIR and --output DIR, the study's folder; a study that lies there is continued, by several "
         "processes at once if you like. Settings of a training are the same in every trial.",
     )  # fmt: skip
@@ -85,9 +87,22 @@ def run_study(tuning: Mapping[str, object], training: Mapping[str, object]) -> N
         start.output.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"--output {start.output}: the folder cannot be made ({exc.strerror}).") from exc
+    require_study(start.output)
     from training.tuning.trials import Tuner  # torch takes seconds to import: not before the settings are right
 
     Tuner(settings, fixed, start, prepared).run()
+
+
+def require_study(output: Path) -> None:
+    """A study is not written among other files, a model's least of all. Raises: ConfigError."""
+    names = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith("."))
+    if "manifest.json" in names:
+        raise ConfigError(f"--output {output} is the folder of a model; a study needs a folder of its own.")
+    if names and not any(name.startswith("study.") for name in names):
+        raise ConfigError(
+            f"--output {output} holds other things ({', '.join(names[:3])}); name a folder of the study's own, which "
+            "may be new, empty, or that of a study to continue."
+        )
 
 
 def train_once(tuning: Mapping[str, object], training: Mapping[str, object]) -> None:

@@ -174,7 +174,7 @@ def test_a_failed_job_tells_its_reason_and_its_last_lines(cloud: Rehearsal, data
 
 def test_settings_that_the_job_would_refuse_are_refused_here(cloud: Rehearsal, data: Path, tmp_path: Path) -> None:
     assert "batch-size" in said(cloud, *train(data, "wrong", "--batch-size", "1"), status=2)
-    assert "Unknown hyperparameter --epoch" in said(cloud, *train(data, "wrong", "--epoch", "1"), status=2)
+    assert "Unknown flag --epoch" in said(cloud, *train(data, "wrong", "--epoch", "1"), status=2)
     assert "the container has its own" in said(cloud, *train(data, "wrong", "--device", "cpu"), status=2)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

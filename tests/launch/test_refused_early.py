@@ -72,7 +72,9 @@ def test_what_is_mistyped_is_told_with_what_is_meant(
         caplog, *train(data), "--instance", "ml.g5.xlarg", "--dry-run"
     )
     assert "Did you mean --image?" in refused(here, caplog, *train(data), "--imge", "x")
-    assert "Did you mean epochs?" in refused(here, caplog, *train(data), "--epohcs", "3")
+    assert "Did you mean --epochs?" in refused(here, caplog, *train(data), "--epohcs", "3")
+    assert "--dry-run stands before the command" in refused(here, caplog, "--dry-run", *train(data))
+    assert "delete ... --data" in refused(here, caplog, "--data", "delete")
     assert "Unknown --with-data. Did you mean --data? delete knows" in refused(here, caplog, "delete", "--with-data")
     assert "Unknown --xyzzy. status knows" in refused(here, caplog, "status", "--xyzzy")
 

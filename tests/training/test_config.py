@@ -101,9 +101,29 @@ def test_help_names_every_flag_and_its_default(
 def test_an_unknown_flag_is_refused_and_the_known_are_listed(arguments: list[str], given: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_arguments(arguments)
-    assert str(refused.value).startswith(f"Unknown hyperparameter {given}.")
+    what = "flag" if given.startswith("-") else "argument"
+    assert str(refused.value).startswith(f"Unknown {what} {given}.")
     for name in TrainingConfig.model_fields:
-        assert name in str(refused.value)
+        assert f"--{name.replace('_', '-')}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "sentence"),
+    [
+        ("epochs", "zero", "--epochs zero: give a whole number (passes"),
+        ("epochs", "1.5", "--epochs 1.5: give a whole number"),
+        ("epochs", "0", "--epochs 0: must be at least 1"),
+        ("learning_rate", "-1", "--learning-rate -1: must be above 0"),
+        ("momentum", "1", "--momentum 1: must be below 1"),
+        ("mixup", "11", "--mixup 11: must be at most 10"),
+        ("compile", "perhaps", "--compile perhaps: give true or false"),
+        ("optimizer", "adam", "--optimizer adam: give 'sgd' or 'adamw'"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_refused_in_plain_words(name: str, given: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        create(**{name: given})
+    assert str(refused.value).startswith(sentence)
 
 
 def test_an_unknown_hyperparameter_is_refused_and_the_known_are_listed() -> None:

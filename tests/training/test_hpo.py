@@ -13,7 +13,7 @@ import pytest
 from service.model.artifact import open_artifact
 from training.config import TrainingConfig
 from training.errors import ConfigError
-from training.hpo import main
+from training.hpo import main, require_study
 from training.tuning.best import read_best
 from training.tuning.config import TuningConfig
 
@@ -135,21 +135,21 @@ def test_in_a_job_ranges_without_trials_are_refused(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--trials", "0"], "--trials 0: Input should be greater than or equal to 1"),
-        (["--trials", "many"], "--trials many: Input should be a valid integer"),
+        (["--trials", "0"], "--trials 0: must be at least 1"),
+        (["--trials", "many"], "--trials many: give a whole number"),
         (["--learning-rate-range", "1"], "--learning-rate-range 1: Field required (LOW:HIGH"),
         (["--learning-rate-range", "0.1:0.01"], "LOW not above HIGH"),
         (["--learning-rate-range", "0:1"], "must be numbers above 0"),
         (["--learning-rate-range", "1e-3:inf"], "must be numbers above 0"),
-        (["--epochs-range", "1.5:3"], "--epochs-range 1.5:3: Input should be a valid integer"),
-        (["--batch-sizes", "32,x"], "--batch-sizes 32,x: Input should be a valid integer"),
+        (["--epochs-range", "1.5:3"], "--epochs-range 1.5:3: give a whole number"),
+        (["--batch-sizes", "32,x"], "--batch-sizes 32,x: give a whole number"),
         (["--batch-sizes", "1"], "at least 2, which batch norm needs"),
-        (["--timeout-minutes", "0"], "--timeout-minutes 0: Input should be greater than 0"),
-        (["--metric", "loss"], "--metric loss: Input should be 'validation_accuracy' or 'validation_loss'"),
-        (["--trial", "3"], "Unknown hyperparameter --trial."),
+        (["--timeout-minutes", "0"], "--timeout-minutes 0: must be above 0"),
+        (["--metric", "loss"], "--metric loss: give 'validation_accuracy' or 'validation_loss'"),
+        (["--trial", "3"], "Unknown flag --trial."),
         (["--epochs", "3", "--epochs-range", "1:3"], "--epochs fixes what --epochs-range would tune"),
         (["--epochs", "3", "--batch-size", "8", "--learning-rate", "1"], "nothing is left to tune"),
-        (["--side", "3"], "--side 3: Input should be greater than or equal to 8"),
+        (["--side", "3"], "--side 3: must be at least 8"),
         (["--recipe", "best", "--epochs-range", "4:12"], "--epochs-range holds 6, which is not possible here: --wa"),
         (["--batch-sizes", "8,2000000"], "--batch-sizes holds 2000000, which is not possible here"),
     ],
@@ -161,6 +161,27 @@ def test_wrong_flags_end_with_one_sentence_before_anything_is_written(
     (error,) = errors(caplog)
     assert sentence in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_is_not_begun_in_the_folder_of_a_model_or_among_other_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["--data", "x", "--output", str(tmp_path)]
+    (tmp_path / "notes.txt").touch()
+    assert main(command) == 2
+    assert "holds other things (notes.txt)" in errors(caplog)[-1]
+    (tmp_path / "study.sqlite3").touch()
+    require_study(tmp_path)
+    (tmp_path / "manifest.json").touch()
+    assert main(command) == 2
+    assert "is the folder of a model" in errors(caplog)[-1]
+
+
+def test_the_help_tells_what_the_output_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("--output") > text.count("folder of the study") == 1 and "write the artifact into" not in text
 
 
 def test_what_is_not_drawn_need_not_be_possible(tmp_path: Path) -> None:
@@ -180,7 +201,7 @@ def test_a_study_is_of_ten_trials_around_the_reference() -> None:
 
 def test_an_unknown_flag_is_answered_with_the_names_of_the_study_too(caplog: pytest.LogCaptureFixture) -> None:
     assert main(["--trial", "3"]) == 2
-    assert "Did you mean trials? Known are: recipe, from_tuning, trials, learning_rate_range" in errors(caplog)[0]
+    assert "Did you mean --trials? Known are: --recipe, --from-tuning, --output, --trials" in errors(caplog)[0]
 
 
 def test_missing_data_ends_the_study_and_leaves_it_to_be_continued(

@@ -183,7 +183,7 @@ def test_an_unknown_entry_is_refused_and_the_known_are_listed(
 def test_without_gpus_the_training_runs_in_this_process(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert main(["--device", "cpu", "--epoch", "3"]) == 2
-    assert "Did you mean epochs?" in caplog.text
+    assert "Did you mean --epochs?" in caplog.text
     assert "torchrun" not in caplog.text
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from training.errors import ConfigError
+from training.flags import misplaced
 from training.launch import (
     checks,
     inventory,
@@ -145,6 +146,8 @@ def run(options: Options, rest: Sequence[str]) -> None:
     """What the command line says. Raises: TrainingError, StoppedWaiting."""
     if rest and options.command not in TAKES_HYPERPARAMETERS:
         known = options_of(options.command)
+        if rest[0].split("=")[0] in known:
+            raise ConfigError(misplaced(rest[0].split("=")[0], f"training.launch {options.command}"))
         close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
         meant = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"Unknown {rest[0]}.{meant} {options.command} knows {', '.join(known)}.")
