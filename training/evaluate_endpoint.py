@@ -33,11 +33,14 @@ TIMEOUT_S = 70
 """Above the service's own deadline, so that its sentence arrives."""
 
 
-def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str) -> float:
-    """Share of `images` whose first label from `POST url/invocations` is theirs. Raises: TrainingError."""
+def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str) -> tuple[float, set[str]]:
+    """Share of `images` whose first label from `POST url/invocations` is theirs, and the models that answered, as
+    `name version X`. Raises: TrainingError.
+    """
     host, port, path = _address(url)
     local = threading.local()
     connections: list[http.client.HTTPConnection] = []
+    models: set[str] = set()
 
     def is_right(index: int) -> bool:
         if not hasattr(local, "connection"):
@@ -54,7 +57,10 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
             ) from exc
         if response.status != 200:
             raise TrainingError(f"{url} answered {response.status} to {images.file_name(index)}: {body.decode()}")
-        return bool(json.loads(body)["predictions"][0]["label"] == classes[images.labels[index]])
+        answer = json.loads(body)
+        if isinstance(model := answer.get("model"), dict):
+            models.add(_named(str(model.get("name")), str(model.get("version"))))
+        return bool(answer["predictions"][0]["label"] == classes[images.labels[index]])
 
     try:
         with ThreadPoolExecutor(CONNECTIONS) as threads:
@@ -62,7 +68,11 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
     finally:
         for connection in connections:
             connection.close()
-    return right / len(images)
+    return right / len(images), models
+
+
+def _named(name: str, version: str) -> str:
+    return f"{name} version {version}"
 
 
 def _address(url: str) -> tuple[str, int, str]:
@@ -115,9 +125,17 @@ def compare(options: argparse.Namespace) -> None:
     except ArtifactError as exc:
         raise DataError(str(exc)) from exc
     dataset = open_validation(manifest, options.data, options.validation)
-    measured = 100 * accuracy_over_http(dataset.validation, dataset.classes, options.url)
+    share, models = accuracy_over_http(dataset.validation, dataset.classes, options.url)
+    measured = 100 * share
     claimed = 100 * manifest.metrics["validation"]["accuracy"]
     figures = f"accuracy over HTTP {measured:.2f} %, manifest {claimed:.2f} %, n={len(dataset.validation)}"
+    known = _named(manifest.name, manifest.version)
+    if models - {known}:
+        raise TrainingError(
+            f"{figures}: not comparable, as the service answers with {', '.join(sorted(models))}, and {options.model} "
+            f"is {known}; restart the service with it (it does not take up a folder that is replaced), or name the "
+            "model that it serves."
+        )
     if abs(measured - claimed) > options.tolerance:
         raise TrainingError(f"{figures}: THEY DIFFER, by more than --tolerance {options.tolerance:g} points.")
     log.info("%s: they agree", figures)

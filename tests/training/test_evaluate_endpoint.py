@@ -36,6 +36,11 @@ def test_a_service_whose_model_is_another_is_told_apart(
     (boast / "manifest.json").write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest()))
     assert compare(sample_root, boast, server.port) == 1
     assert "manifest 90.00 %, n=100: THEY DIFFER" in caplog.text
+    text = json.dumps({**fields, "version": "ofthenextone", "manifest_sha256": "0" * 64}, indent=2)
+    (boast / "manifest.json").write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest()))
+    assert compare(sample_root, boast, server.port) == 1
+    answered = f"the service answers with {fields['name']} version {fields['version']}, and {boast} is "
+    assert f"{answered}{fields['name']} version ofthenextone; restart the service" in caplog.text
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "https://127.0.0.1", "127.0.0.1:8080", "http://"])
