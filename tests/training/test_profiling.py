@@ -335,6 +335,12 @@ def test_the_sentence_names_the_bottleneck(recorded: Recorded, bottleneck: str, 
     assert sentence.endswith(".")
 
 
+def test_threads_that_are_one_already_are_not_advised() -> None:
+    assert "OMP_NUM_THREADS=1" in conclude(Recorded(shares(), "cpu", 2, CROWDED, threads=2))[1]
+    sentence = conclude(Recorded(shares(), "cpu", 2, CROWDED, threads=1))[1]
+    assert "OMP" not in sentence and sentence.endswith("end them, or train on a machine of its own.")
+
+
 NVML = """
 #include <string.h>
 typedef struct { unsigned gpu, memory; } utilization;

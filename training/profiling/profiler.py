@@ -157,7 +157,11 @@ class Profiler(Callback):
         samples = self._sampler.samples if self._sampler is not None else []
         cores = self._sampler.cores if self._sampler is not None else os.cpu_count() or 1
         device = self._context.device.type
-        bottleneck, summary = conclude(Recorded(shares, device, cores, samples, self._top_operators))
+        import torch  # is there: a training is watched
+
+        bottleneck, summary = conclude(
+            Recorded(shares, device, cores, samples, self._top_operators, torch.get_num_threads())
+        )
         step_ms, images_per_s = self._clock.step_ms(), self._clock.images_per_s()
         return {
             "summary": summary,

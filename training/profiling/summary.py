@@ -26,6 +26,8 @@ class Recorded:
     """See `SystemSampler`."""
     top_operators: Sequence[Mapping[str, object]] = field(default=())
     """See `top_operators` in trace.py."""
+    threads: int | None = None
+    """Of torch, in this process; None where that is not known."""
 
     def mean(self, name: str) -> float | None:
         """The mean of a figure of the samples; None where no sample has it."""
@@ -40,8 +42,13 @@ def conclude(recorded: Recorded) -> tuple[str, str]:
     if others is not None and (recorded.device == "cpu" or waits >= DATA_WAIT_SHARE):
         whole = 100 * recorded.machine_cores
         return "contention", (
-            f"Other processes use the CPU: {others:.0f} % of {whole} % are taken by others; end them, train on a "
-            "machine of its own, or set OMP_NUM_THREADS=1: threads that wait for one another lose the most."
+            f"Other processes use the CPU: {others:.0f} % of {whole} % are taken by others; end them, "
+            + (
+                "or train on a machine of its own."
+                if recorded.threads == 1
+                else "train on a machine of its own, or set OMP_NUM_THREADS=1: threads that wait for one another lose "
+                "the most."
+            )
         )
     thresholds = {"data_wait": DATA_WAIT_SHARE, "validation": VALIDATION_SHARE, "other": OTHER_SHARE}
     worst = max(thresholds, key=lambda name: recorded.shares[name] / thresholds[name])

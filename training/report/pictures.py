@@ -57,15 +57,19 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _curves(sources: Sources) -> "Figure":
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     figure = _figure(11, 3.4)
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         for part, colour in (("train", TRAIN), ("validation", VALIDATION)):
             _plot(axes, series(sources.epochs, "epoch", f"{part}_{name}"), part, colour)
         axes.legend(frameon=False)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     _plot(rate, series(sources.epochs, "epoch", "learning_rate"), "learning rate", VALIDATION)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy"), (rate, "learning rate")):
         axes.set(title=name, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

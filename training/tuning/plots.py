@@ -40,7 +40,8 @@ def _history(made: "list[FrozenTrial]", tuning: TuningConfig, path: Path) -> Pat
     best = max if tuning.direction == "maximize" else min
     for state, colour, what in (("PRUNED", PALE, "pruned (where it stood)"), ("COMPLETE", INK, "complete")):
         shown = [trial for trial in made if trial.state.name == state and trial.value is not None]
-        axes.scatter([t.number for t in shown], [t.value or 0.0 for t in shown], color=colour, label=what, zorder=3)
+        if shown:
+            axes.scatter([t.number for t in shown], [t.value or 0.0 for t in shown], color=colour, label=what, zorder=3)
     for trial in made:
         if trial.state.name == "COMPLETE" and trial.value is not None:
             reached = best([value for _, value in best_so_far[-1:]] + [trial.value])
@@ -55,6 +56,7 @@ def _history(made: "list[FrozenTrial]", tuning: TuningConfig, path: Path) -> Pat
     axes.set_xlabel("trial")
     axes.set_ylabel(_name(tuning.metric))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle("The result of each trial", fontsize=11, color=INK)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=4, fontsize=9)
     return _save(figure, path)
 
