@@ -3,6 +3,7 @@
 import argparse
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from service.errors import CONNECTION_ERRORS, HTTP_ERRORS
@@ -122,3 +123,17 @@ def test_no_advice_makes_uv_remove_what_is_installed() -> None:
         if re.search(r"uv sync (?!--frozen|--inexact)--", line) and path != Path(__file__)
     }
     assert advice == set()
+
+
+def test_the_readme_names_the_launch_commands_that_have_a_dry_run() -> None:
+    (named,) = re.findall(r"`--dry-run`, after ([^.]*?), changes nothing", README, re.DOTALL)
+    having = {name for name, sub in launch_commands().items() if "--dry-run" in sub._option_string_actions}
+    assert set(re.findall(r"`([a-z-]+)`", named)) == having
+
+
+def test_outside_the_environment_a_sentence_says_what_to_do() -> None:
+    for module in ("training.train_model", "training.hpo", "training.data.cifar100", "training.launch"):
+        command = [sys.executable, "-S", "-m", module]  # -S: without the environment's packages
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
+        assert "make setup" in ended.stderr and ".venv/bin/python" in ended.stderr

@@ -76,6 +76,8 @@ def test_stop_without_a_name_lists_and_asks(
     assert "no job of project asks runs in eu-central-1, account 123456789012" in told(caplog, *stop)
     told(caplog, *train(here, "asks", data, tmp_path / "model", artifact), "--no-wait")
     name = only(TRAINING_JOBS.states(here.aws, Project("asks", "")))
+    for chosen in ((), (name,)):
+        assert f"job {name}  InProgress, started" in told(caplog, *stop, *chosen, "--dry-run")
     assert "--yes goes on without asking" in problem(caplog, *stop, status=2)
     for answer in ("n\n", ""):
         monkeypatch.setattr(sys, "stdin", Terminal(answer))

@@ -151,6 +151,7 @@ def parser() -> argparse.ArgumentParser:
     one = add("stop", "end jobs (training, tuning, batch) and wait until they have; what they wrote stays")
     one.add_argument("jobs", nargs="*", metavar="JOB", help="without one, those that run are listed, and you are asked")
     one.add_argument("--yes", action="store_true", help="do not ask: all that run")
+    _dry_run(one)
     one = add("delete", "list what the project has at AWS, ask, and remove it")
     one.add_argument("--data", action="store_true", dest="with_data", help="what these commands wrote to S3 too")
     one.add_argument("--role", action="store_true", dest="with_role", help="the role that iam-role made too")

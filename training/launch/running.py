@@ -60,12 +60,13 @@ def run_stop(options: Options, _: Sequence[str]) -> None:
         if not chosen:
             log.info("no job of project %s runs in %s, account %s", project.name, aws.region, aws.account)
             return
-        shown = "\n".join(
-            f"  {job.kind.what} {job.name}  {job.state}, started {age(job.created)}, {job.machines}" for job in chosen
-        )
-        log.info("to be stopped, of project %s in %s:\n%s", project.name, aws.region, shown)
-        if not options.yes and not agreed("Stop all of these?", "Nothing was stopped."):
+        _tell_chosen(aws, project, chosen)
+        if not options.dry_run and not options.yes and not agreed("Stop all of these?", "Nothing was stopped."):
             raise LaunchError("Nothing was stopped.")
+    if options.dry_run:
+        if options.jobs:
+            _tell_chosen(aws, project, chosen)
+        return
     for job in chosen:
         if job.state == "InProgress":
             job.kind.stop(aws, job.name)
@@ -77,6 +78,13 @@ def run_stop(options: Options, _: Sequence[str]) -> None:
         raise StoppedWaiting("Stopped waiting. What was told to stop stops; `status` shows it.") from (
             exc.__cause__ or exc
         )
+
+
+def _tell_chosen(aws: Aws, project: Project, chosen: Sequence[Job]) -> None:
+    shown = "\n".join(
+        f"  {job.kind.what} {job.name}  {job.state}, started {age(job.created)}, {job.machines}" for job in chosen
+    )
+    log.info("to be stopped, of project %s in %s:\n%s", project.name, aws.region, shown)
 
 
 def _named(aws: Aws, project: Project, name: str) -> Job:
