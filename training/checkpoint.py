@@ -149,6 +149,14 @@ def remove(folder: Path) -> None:
         log.warning("%s cannot be removed (%s); remove it before another run.", folder / FILE, exc.strerror)
 
 
+def remove_if_unused(folder: Path) -> None:
+    """Remove a folder in which nothing lies but the lock that this process has let go of."""
+    with contextlib.suppress(OSError):
+        if [entry.name for entry in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+        folder.rmdir()
+
+
 def _settings(config: TrainingConfig) -> dict[str, Any]:
     values = json.loads(json.dumps(config.model_dump(mode="json", exclude=set(LOCAL))))
     assert isinstance(values, dict)

@@ -160,9 +160,8 @@ def evaluate(options: argparse.Namespace) -> None:
     logits, labels = logits_of(run, loader, device, "evaluating", options.batch_size)
     measured = figures(logits, labels)
     log.info(
-        "%s, %s: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, ece %.4f, macro_f1 %.4f, n=%d",
-        options.split, options.engine, 100 * measured.accuracy, 100 * measured.top5_accuracy, measured.loss,
-        measured.ece, measured.macro_f1, measured.n,
+        "%s, %s: %s, loss %.4f, ece %.4f, macro_f1 %.4f, n=%d",
+        options.split, options.engine, measured.told(), measured.loss, measured.ece, measured.macro_f1, measured.n,
     )  # fmt: skip
     if manifest.quantization is not None and options.engine != "openvino-int8":
         log.info("int8, as the manifest states: %s", described(manifest.quantization))

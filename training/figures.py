@@ -96,6 +96,11 @@ class Figures:
         """The four figures that the manifest states."""
         return Evaluation(self.loss, self.accuracy, self.top5_accuracy, self.n)
 
+    def told(self) -> str:
+        """The accuracy for the log, and top-5 where that says something."""
+        top5 = f", top-5 {100 * self.top5_accuracy:.2f} %" if len(self.classes) > 5 else ""
+        return f"accuracy {100 * self.accuracy:.2f} %{top5}"
+
     def most_confused(self, count: int) -> list[Confused]:
         """The pairs with the most mistakes; of as many, those with the larger share, then in the order of classes."""
         mistakes = self.confusion.copy()

@@ -10,7 +10,7 @@ from service.model.network import Network
 from service.model.preprocess import Preprocessing
 from training.config import TrainingConfig
 from training.data.dataset import Dataset
-from training.data.layouts import open_dataset
+from training.data.layouts import open_dataset, require_layout
 from training.data.loader import Loader
 from training.data.sides import hint
 from training.devices import computes_in_bf16, pick_device, set_up_torch
@@ -40,9 +40,9 @@ class Prepared:
 def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device | None = None) -> Prepared:
     """Open the data and, where the settings allow it, compute or find the cached features. Raises: TrainingError."""
     device = device or pick_device(config.device, group)
-    for flag, folder in (("--data", config.data), ("--validation", config.validation)):
-        if folder is not None and not folder.exists():
-            raise DataError(f"{flag} {folder}: there is no such folder.")
+    if config.validation is not None and not config.validation.exists():
+        raise DataError(f"--validation {config.validation}: there is no such folder.")
+    require_layout(config.data, config.validation)  # before the weights, whose download may take long, or fail
     require_available(config.weights)  # before the images, whose decoding may take long
     set_up_torch(config)
     dataset = open_dataset(

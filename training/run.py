@@ -57,6 +57,16 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
 
     Returns: the artifact; None in processes other than the first. Raises: TrainingError, Interrupted.
     """
+    new = [folder for folder in (config.folder, config.checkpoint_folder) if group.is_first and not folder.exists()]
+    try:
+        return _checked_run(config, callbacks, group)
+    except BaseException:
+        for folder in reversed(new):  # a refused run leaves no empty folders
+            checkpoint.remove_if_unused(folder)
+        raise
+
+
+def _checked_run(config: TrainingConfig, callbacks: Sequence[Callback], group: Group) -> Artifact | None:
     if group.is_first:
         log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
         new = not config.output.exists()
@@ -98,8 +108,7 @@ def _run(
     )  # fmt: skip
     found = fitted.figures
     log.info(
-        "validation: accuracy %.2f %%, top-5 %.2f %%, loss %.4f, n=%d; artifact %s version %s in %s",
-        100 * found.accuracy, 100 * found.top5_accuracy, found.loss, found.n,
+        "validation: %s, loss %.4f, n=%d; artifact %s version %s in %s", found.told(), found.loss, found.n,
         artifact.manifest.name, artifact.manifest.version, artifact.folder,
     )  # fmt: skip
     remove_report(config.folder)  # of the model that this one replaced

@@ -98,6 +98,19 @@ def test_data_that_is_not_in_s3_is_told_before_a_job_is_started(
     assert "whether something is there cannot be told" in said
 
 
+def test_data_that_is_not_here_is_told_before_aws_is_asked(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "empty").mkdir()
+    nowhere = tmp_path / "nowhere"
+    before = here.calls
+    for command in (train(nowhere, "--dry-run"), ("tune", *train(nowhere)[1:]), ("upload", "--data", nowhere)):
+        assert f"--data {nowhere}: there is no such folder." in problem(caplog, *command, status=2)
+    assert "is empty" in problem(caplog, *train(tmp_path / "empty"), status=1)
+    assert "there is no such file" in problem(caplog, *train(data, "--weights", nowhere), status=2)
+    assert here.calls == before
+
+
 def test_a_best_json_that_is_missing_names_what_writes_one(
     here: Account, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -140,6 +140,7 @@ def test_broken_files_are_refused_and_listed_with_their_faults(tmp_path: Path) -
     assert "--broken-files skip" in message
     for name in BROKEN:
         assert f"{root / 'bee' / name}: The " in message
+    assert "cut.png: The image is damaged or incomplete (" in message and "send" not in message
 
 
 def test_broken_files_are_skipped_by_option_and_listed_in_the_log(

@@ -62,15 +62,22 @@ def test_the_folder_above_the_generated_sample_is_refused_naming_the_sample(samp
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "file"])
-def test_what_is_no_folder_is_refused_naming_it(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "said"), [("nowhere", ": there is no such folder"), ("file", " is a file")])
+def test_what_is_no_folder_is_refused_naming_it(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=rf"--data {tmp_path / name}: there is no such folder"):
+    with pytest.raises(DataError, match=rf"--data {tmp_path / name}{said}"):
         load(tmp_path / name)
 
 
 def test_an_empty_folder_is_refused_with_what_to_put_there(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         load(tmp_path)
-    for part in ("cifar-100-python/", "one folder of images per class", "https://www.cs.toronto.edu", str(tmp_path)):
+    for part in (
+        f"--data {tmp_path} is empty",
+        str(tmp_path / "cat" / "001.jpg"),
+        "cifar-100-python/",
+        "one folder of images per class",
+        "https://www.cs.toronto.edu",
+        str(tmp_path),
+    ):
         assert part in str(refused.value)

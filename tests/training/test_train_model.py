@@ -268,7 +268,7 @@ def test_a_run_reports_each_epoch_and_warns_of_frozen_random_blocks(
     assert all(f" {name}=" in settings for name in TrainingConfig.model_fields)
     last = next(line for line in lines(caplog, logging.INFO) if line.startswith("validation: accuracy"))
     version = open_artifact(tmp_path / "model").manifest.version
-    assert re.search(rf"accuracy \d+\.\d\d %, top-5 100\.00 %, loss {number}, n=2; .*version {version} in ", last)
+    assert re.search(rf"accuracy \d+\.\d\d %, loss {number}, n=2; .*version {version} in ", last)
     assert len(open_artifact(tmp_path / "model").manifest.metrics["history"]) == 2
 
 
@@ -376,6 +376,17 @@ def test_an_empty_data_folder_ends_with_a_sentence_that_says_what_to_put_there(
     sentence = ends(caplog, train(tmp_path / "data", tmp_path / "model"), 1)
     assert "holds neither cifar-100-python/ nor one folder of images per class" in sentence
     assert "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz" in sentence
+
+
+@pytest.mark.parametrize(("place", "said"), [("", "001.jpg"), ("dark", "images directly"), ("dark/0.png", "a file")])
+def test_data_that_cannot_be_is_told_before_weights_are_looked_for_and_leaves_no_folder(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str, said: str
+) -> None:
+    data = pictures / place if place else tmp_path / "empty"
+    (tmp_path / "empty").mkdir()
+    sentence = ends(caplog, train(data, tmp_path / "model", "--weights", "nowhere.pth"), 1)
+    assert f"--data {data}" in sentence and said in sentence
+    assert [entry.name for entry in tmp_path.iterdir()] == ["empty"]
 
 
 def test_settings_that_are_missing_end_with_status_2(caplog: pytest.LogCaptureFixture) -> None:

@@ -160,7 +160,7 @@ def _problem(path: Path) -> str | None:
     try:
         decode(path.read_bytes())
     except ImageError as exc:
-        return str(exc)
+        return str(exc).partition("; send ")[0]  # which is said to clients of the service
     except OSError as exc:
         return f"cannot be read: {exc.strerror}"
     return None

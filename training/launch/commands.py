@@ -21,7 +21,7 @@ from training.launch import (
 from training.launch.client import Target, UrlTarget, classify, images_in
 from training.launch.deployment import run_batch, run_deploy, target_of
 from training.launch.errors import AwsError, LaunchError
-from training.launch.experiments import channels, require_addresses, run_train, run_tune
+from training.launch.experiments import channels, require_addresses, require_here, run_train, run_tune
 from training.launch.flags import options_of
 from training.launch.names import Project
 from training.launch.opening import Options, as_json, opened
@@ -70,6 +70,7 @@ def run_iam_role(options: Options, _: Sequence[str]) -> None:
 
 def run_upload(options: Options, _: Sequence[str]) -> None:
     """Check the data and send what is not in S3 yet."""
+    require_here(options)
     aws, project = opened(options)
     require_addresses(aws, options)
     channels(aws, project, options, options.broken_files)

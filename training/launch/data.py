@@ -19,7 +19,7 @@ from botocore.exceptions import BotoCoreError
 
 from training.data.dataset import Dataset, FileImages
 from training.data.folder import BrokenFiles, images_below
-from training.data.layouts import CIFAR100, open_dataset
+from training.data.layouts import CIFAR100, open_dataset, require_layout
 from training.errors import ConfigError, DataError
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project, digest, split_uri
@@ -53,13 +53,21 @@ def channel_of(name: str, place: Path) -> Channel:
     """The channel that a place here is: a folder, or of weights a file. Raises: ConfigError where there is none;
     DataError.
     """
+    require_place(name, place)
     if name != "weights":
-        if kind_at(place) != "folder":
-            raise ConfigError(f"--{'data' if name == 'train' else name} {place}: there is no such folder.")
         return Channel(name, tuple(_files(place)))
-    if kind_at(place) != "file":
-        raise ConfigError(f"--weights {place}: there is no such file; allowed are a file, imagenet and none.")
     return Channel(name, ((_key(place, Path(place.name)), place),))
+
+
+def require_place(name: str, place: Path) -> None:
+    """Something lies here that could be the channel; no image is read. Raises: ConfigError, DataError."""
+    if name == "weights":
+        if kind_at(place) != "file":
+            raise ConfigError(f"--weights {place}: there is no such file; allowed are a file, imagenet and none.")
+    elif kind_at(place) != "folder":
+        raise ConfigError(f"--{'data' if name == 'train' else name} {place}: there is no such folder.")
+    elif name == "train":
+        require_layout(place)
 
 
 def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refuse") -> Dataset:

@@ -34,10 +34,7 @@ def channels(
 
     `side_px`: what the training looks at, where nobody has said so: pictures that are far larger are told.
     """
-    weights = None if options.weights in ("imagenet", "none") else options.weights
-    given = {"train": options.data, "validation": options.validation, "weights": weights}
-    there = {name: place for name, place in given.items() if place and place.startswith("s3://")}
-    here = {name: Path(place) for name, place in given.items() if place and name not in there}
+    here, there = places_of(options)
     if options.validation and ("train" in there) != ("validation" in there):
         raise ConfigError(
             f"--data {options.data} --validation {options.validation}: one is in S3 and the other here, so they cannot "
@@ -62,6 +59,20 @@ def channels(
         else:
             found[channel.name] = data.upload(aws, project, channel)
     return found
+
+
+def places_of(options: Options) -> tuple[dict[str, Path], dict[str, str]]:
+    """The channels that the flags give: those on this machine, and those in S3."""
+    weights = None if options.weights in ("imagenet", "none") else options.weights
+    given = {"train": options.data, "validation": options.validation, "weights": weights}
+    there = {name: place for name, place in given.items() if place and place.startswith("s3://")}
+    return {name: Path(place) for name, place in given.items() if place and name not in there}, there
+
+
+def require_here(options: Options) -> None:
+    """What the flags name on this machine is there: told before AWS is asked. Raises: ConfigError, DataError."""
+    for name, place in places_of(options)[0].items():
+        data.require_place(name, place)
 
 
 def require_addresses(aws: Aws, options: Options) -> None:
@@ -158,6 +169,7 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
     """Start the training job, or find it again; follow it, and bring its model home."""
     values, config, _ = hyperparameters(options, rest, "train", tune=False)
     places.require_output(options.output)
+    require_here(options)
     if options.mlflow:
         values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
     aws, project = opened(options)
@@ -193,6 +205,7 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     """Start the tuning job, or find it again; follow its trials, and bring the best one home."""
     values, config, settings = hyperparameters(options, rest, "tune", tune=True)
     places.require_output(options.output / "model")
+    require_here(options)
     aws, project = opened(options)
     search = tuning.Search(settings, options.parallel, options.strategy, not options.no_early_stopping)
     tuning.ranges(settings, values)  # what cannot be tuned is said before anything is uploaded
