@@ -52,7 +52,7 @@ square. Of the types of answers, the `Accept` header chooses."""
 ERRORS: dict[int, str] = {
     400: "The body is not what its content type says, an image in it cannot be read, an option is not allowed, or what "
     "came is not HTTP.",
-    405: "The method is POST.",
+    405: "The method is not POST.",
     406: "The Accept header excludes every type that answers have.",
     408: "The headers or the body came too slowly.",
     413: "More bytes, more pixels or a costlier image than the service takes.",
