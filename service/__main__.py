@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from service.lifeline import FILES_BESIDES, allow_files
 from service.listeners import open_port
-from service.logs import configure_logging, shown
+from service.logs import configure_logging, counted, shown
 from service.model.machine import cores
 from service.settings import Settings
 from service.workers import Supervisor, Worker, choose_count
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.info("settings: %s", shown(settings.model_dump()))
     workers = settings.workers or choose_count(settings.model, settings.engine)
     log.info(
-        "layout: %d worker%s, %d engine threads and %d decoding threads%s, on %d cores",
-        workers, "s" * (workers > 1), settings.engine_threads, settings.decode_threads,
-        " among them" * (workers > 1), cores(),
+        "layout: %s, %s and %s%s, on %s",
+        counted(workers, "worker"), counted(settings.engine_threads, "engine thread"),
+        counted(settings.decode_threads, "decoding thread"), " among them" * (workers > 1), counted(cores(), "core"),
     )  # fmt: skip
 
     if (files := allow_files()) < LEAST_FILES * workers:

@@ -59,6 +59,11 @@ def shown(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={_USERINFO.sub(MASK, str(value))}" for name, value in pairs)
 
 
+def counted(count: int, noun: str) -> str:
+    """The number with the noun, in the plural where it is not one."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 class UnblockedHandler(logging.StreamHandler[TextIO]):
     """Drops lines where nobody reads them any more, and tells how many once somebody does.
 

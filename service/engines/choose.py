@@ -9,6 +9,7 @@ from typing import Literal
 from service.classifier import Classifier
 from service.engines.base import Engine, EngineUnavailable
 from service.engines.names import NAMES, EngineName, Wanted
+from service.logs import counted
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
 from service.model.machine import SAGEMAKER_MODEL, cores, gpus
@@ -78,8 +79,8 @@ def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
             why = "the artifact has no int8 network"
         else:
             why = (
-                f"int8 agrees with float32 on {int8.top1_agreement:.2%} of {int8.n:,} validation images and loses "
-                f"{int8.loss_points:.2f} points of accuracy"
+                f"int8 agrees with float32 on {int8.top1_agreement:.2%} of {int8.n:,} validation images and "
+                f"{'gains' if int8.loss_points < 0 else 'loses'} {abs(int8.loss_points):.2f} points of accuracy"
             )
             if int8.doubt is None:
                 yield "openvino-int8", why
@@ -114,5 +115,5 @@ def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
 
 
 def _log_choice(name: EngineName, layout: Layout, reason: str, difference: float) -> None:
-    where = f"GPU {layout.device}" if name == "torch-cuda" else f"{layout.threads} threads"
+    where = f"GPU {layout.device}" if name == "torch-cuda" else counted(layout.threads, "thread")
     log.info("engine %s on %s: %s; self-check within %.2g of the largest logit", name, where, reason, difference)

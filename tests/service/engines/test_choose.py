@@ -59,6 +59,8 @@ def test_the_order_follows_from_the_measured_loss(
 def test_the_reason_tells_how_good_int8_is(model: Artifact) -> None:
     reasons = [reason for _, reason in candidates(quantized(model.manifest, 0.7))]
     assert "99.00% of 5,000 validation images and loses 0.70 points of accuracy; more than 0.5 " in reasons[0]
+    (_, gain), *_ = candidates(quantized(model.manifest, -2.22))
+    assert gain.endswith("validation images and gains 2.22 points of accuracy")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_an_engine_that_fails_its_self_check_is_passed_over_with_a_line(
     with caplog.at_level(logging.INFO):
         assert load(model, layout=Layout(1)).engine.name == "openvino-fp32"
     assert "engine openvino-bf16 is passed over: The self-check failed" in caplog.text
-    assert "engine openvino-fp32 on 1 threads: " in caplog.text
+    assert "engine openvino-fp32 on 1 thread: " in caplog.text
     with pytest.raises(ArtifactError, match="The self-check failed: openvino-bf16 differs"):
         load(model, "openvino-bf16", Layout(1))
 
