@@ -15,6 +15,7 @@ from typing import TypeVar
 from service.errors import MalformedRequest, UnsupportedMediaType
 from service.media import JSON, media_type_of
 from service.model.errors import UnreadableImage
+from service.model.images import allowed_formats
 from service.multipart import boundary_of, files_of
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ class Payloads:
 
 
 def payloads_of(body: bytes, content_type: str | None) -> Payloads:
-    """Take the images out of a body. Raises: UnsupportedMediaType, MalformedRequest."""
+    """Take the images out of a body. Raises: UnsupportedMediaType, MalformedRequest, UnreadableImage."""
     media_type = media_type_of(content_type or "")
     looks_like_json = body[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
     if body and media_type == URL_ENCODED and not looks_like_json and not any(byte in body for byte in LOST_BY_CURL_D):
@@ -71,6 +72,11 @@ def payloads_of(body: bytes, content_type: str | None) -> Payloads:
     if media_type == JSON or looks_like_json:
         return _from_json(body)
     if media_type.startswith("image/") or media_type in RAW_MEDIA_TYPES:
+        if not body:
+            raise UnreadableImage(
+                f"The body is empty (0 bytes); send the bytes of a {allowed_formats()} file. Does the file exist? "
+                "Where it does not, curl sends nothing."
+            )
         return Payloads((body,), several=False)  # the decoder tells what it is not
     raise UnsupportedMediaType(
         f"The content type must be image/*, application/octet-stream, {FORM} or {JSON}, given: {content_type}."
@@ -126,6 +132,8 @@ def _decoded(value: object, name: str) -> bytes:
     """Base64 (RFC 4648, 4), also with line breaks or as a data URL (RFC 2397). Raises: UnreadableImage."""
     if not isinstance(value, str):
         raise UnreadableImage(f"{name} must be a string with an image in base64, given: {_kind(value)}.")
+    if "://" in value[:12]:  # no base64 has a colon
+        raise UnreadableImage(f"{name} is a URL, which is not fetched; send the image's bytes in base64.")
     text = value.partition(",")[2] if value[:5].lower() == "data:" else value
     try:
         return base64.b64decode(text.encode("ascii").translate(None, b" \t\r\n"), validate=True)

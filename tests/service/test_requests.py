@@ -19,6 +19,7 @@ from service.engines.base import Logits
 from service.engines.fake import FakeEngine
 from service.errors import HTTP_ERRORS, MalformedRequest, NotAcceptable, RequestError
 from service.media import ANSWERS, CSV, JSON, JSON_LINES, negotiate
+from service.model.errors import UnreadableImage
 from service.model.resize import PixelBatch
 from service.options import top_k_of
 from service.payloads import MAX_IMAGES, payloads_of
@@ -137,6 +138,7 @@ def test_base64_may_have_line_breaks(service: Served) -> None:
         (b'{"image": 5}', "image must be a string with an image in base64, given: a number"),
         (b'{"image": null}', "given: null"),
         (b'{"image": "!!"}', "image is not valid base64"),
+        (b'{"image": "https://example.com/cat.png"}', "image is a URL, which is not fetched; send the image's bytes"),
         (b'{"images": "AA=="}', "must be a list of 1 to 100 images, given: a string"),
         (b'{"images": []}', "given: 0"),
         (b'{"image": true}', "given: true or false"),
@@ -150,6 +152,15 @@ def test_base64_may_have_line_breaks(service: Served) -> None:
 def test_other_json_is_refused_by_a_sentence(service: Served, document: bytes, said: str) -> None:
     reply = service.ask("POST", "/invocations", document, Content_Type="application/json")
     assert said in assert_error(reply, 400, "malformed_request")
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "application/x-www-form-urlencoded"])
+def test_no_body_at_all_is_refused_with_why_curl_may_have_sent_none(service: Served, content_type: str) -> None:
+    reply = service.ask("POST", "/invocations", b"", Content_Type=content_type)
+    message = assert_error(reply, 400, "unreadable_image")
+    assert message.startswith(
+        "The body is empty (0 bytes); send the bytes of a JPEG, PNG, WEBP, BMP or GIF file. Does "
+    )
 
 
 def test_a_compressed_body_is_refused(service: Served) -> None:
@@ -368,7 +379,7 @@ def test_no_body_breaks_the_reading(body: bytes, content_type: str) -> None:
     try:
         read = payloads_of(body, content_type)
         assert read.images or read.unreadable
-    except RequestError as exc:
+    except (RequestError, UnreadableImage) as exc:
         assert type(exc) in HTTP_ERRORS
 
 
