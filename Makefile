@@ -19,6 +19,9 @@ PYTEST_ARGS =
 BENCH_ARGS =
 REHEARSE_ARGS =
 
+# Also where `MODEL=` says nothing.
+override MODEL := $(or $(MODEL),artifacts/model)
+
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 DEVELOP := --group training --group dev --group debugger --group mlflow

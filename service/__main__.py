@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from service.lifeline import FILES_BESIDES, allow_files
 from service.listeners import open_port
 from service.logs import configure_logging, counted, shown
+from service.model.errors import ArtifactError
+from service.model.files import find_home
 from service.model.machine import cores
 from service.settings import Settings
 from service.workers import Supervisor, Worker, choose_count
@@ -52,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "This process may open %d files, the service needs %d; raise the limit (ulimit -n %d).",
             files, LEAST_FILES * workers, 4096 * workers,
         )  # fmt: skip
+        return 1
+    try:
+        if not settings.model.is_file():  # an archive is a worker's to open
+            find_home(settings.model)
+    except ArtifactError as exc:
+        log.error("The model cannot be served. %s", exc)
         return 1
     try:
         listeners = open_port(settings.host, settings.port, workers)

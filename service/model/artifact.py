@@ -29,11 +29,10 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from service.model.errors import ArtifactError
-from service.model.files import replace
+from service.model.files import MANIFEST, find_home, replace
 from service.model.manifest import FORMAT_VERSION, FileEntry, Manifest, Quantization, Role, parse_manifest, sealed
 from service.model.resize import PixelBatch
 
-MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_FILE_BYTES = 2 * 2**30
 """Of the other files, which are read into memory; a ResNet-34 in float32 takes 0.09 GiB."""
@@ -142,7 +141,7 @@ def open_artifact(folder: Path) -> Artifact:
 
     Raises: ArtifactError.
     """
-    home = _find_home(folder)
+    home = find_home(folder)
     path = home / MANIFEST
     try:
         if path.is_symlink():
@@ -228,32 +227,6 @@ def add_int8(artifact: Artifact, int8: Int8Network, packages: Mapping[str, str])
         replace(folder / MANIFEST, sealed(manifest))
         _remove_leftovers(folder, manifest)
     return open_artifact(folder)
-
-
-def _find_home(folder: Path) -> Path:
-    try:
-        return _home(folder)
-    except OSError as exc:
-        raise ArtifactError(f"{str(folder)[:200]} cannot be read: {exc.strerror}.") from exc
-
-
-def _home(folder: Path) -> Path:
-    if (folder / MANIFEST).is_file():
-        return folder
-    if not folder.is_dir():
-        raise ArtifactError(
-            f"There is no model at {folder}: name another folder, or train one as the README tells "
-            f"(python -m training.train_model --output {folder} ...)."
-        )
-    inside = sorted(entry.name for entry in folder.iterdir())
-    homes = [folder / name for name in inside if (folder / name / MANIFEST).is_file()]
-    for home in homes:
-        if home.is_symlink():  # the folder that was given may be one, what it holds may not
-            raise ArtifactError(f"{str(home)!r} is a link; copy the folder itself.")
-    if len(homes) == 1:
-        return homes[0]
-    found = ", ".join(name if name.isprintable() else ascii(name) for name in inside[:10]) or "nothing"
-    raise ArtifactError(f"There is no {MANIFEST} in {folder}, found {found}; name the folder that training wrote.")
 
 
 def _tensors(content: bytes, path: Path) -> Weights:

@@ -88,6 +88,7 @@ def test_make_builds_on_the_base_image_of_the_environment_and_anew_when_asked() 
             'container.push --target "train" --image "resnet34-sagemaker:train" --repository pets --region eu-west-1\n',
         ),
         (["push", "IMAGE=mine"], 'container.push --target "serve" --image "mine" \n'),
+        (["serve", "MODEL="], 'service --model "artifacts/model" --host "127.0.0.1" --port "8080"\n'),
         (["contract"], 'container.contract "resnet34-sagemaker:serve" --model "artifacts/model" \n'),
         (
             ["contract", "IMAGE=theirs:1", "MODEL=pets", "CONTRACT_ARGS=--docker-options='--gpus all'"],

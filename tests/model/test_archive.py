@@ -276,5 +276,5 @@ def test_what_is_wrong_inside_an_archive_is_told_with_the_archives_name(tmp_path
     packed = pack(tmp_path / "m.tar.gz", member("line\nbreak", b""), member("\x1b[31m", b""))
     with pytest.raises(ArtifactError) as caught, model_folder(packed) as folder:
         open_artifact(folder)
-    assert str(caught.value).startswith(f"There is no manifest.json in {packed}, found ")
+    assert str(caught.value).startswith(f"There is no manifest.json among what {packed} holds (")
     assert str(caught.value).isprintable()

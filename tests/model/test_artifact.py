@@ -16,8 +16,9 @@ import safetensors.numpy
 from pydantic import ValidationError
 
 from service.model.architecture import Architecture
-from service.model.artifact import MANIFEST, Artifact, Int8Network, SelfCheck, add_int8, open_artifact, write_artifact
+from service.model.artifact import Artifact, Int8Network, SelfCheck, add_int8, open_artifact, write_artifact
 from service.model.errors import ArtifactError
+from service.model.files import MANIFEST
 from service.model.manifest import Quantization, Role
 from service.model.preprocess import Preprocessing
 
@@ -204,7 +205,7 @@ def test_a_folder_in_place_of_a_file_is_refused_naming_it(folder: Path) -> None:
 
 def test_a_missing_manifest_is_refused_saying_what_was_found(folder: Path) -> None:
     (folder / MANIFEST).unlink()
-    with pytest.raises(ArtifactError, match=r"no manifest\.json .* found .*weights\.[0-9a-f]{12}\.safetensors"):
+    with pytest.raises(ArtifactError, match=r"no manifest\.json among .*weights\.[0-9a-f]{12}\.safetensors"):
         open_artifact(folder)
 
 

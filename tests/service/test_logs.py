@@ -98,7 +98,7 @@ def test_a_model_that_cannot_be_served_is_one_object(artifact: Path, tmp_path: P
     with start_server(tmp_path, ready=False, CLASSIFIER_LOG_FORMAT="json") as server:
         assert server.process.wait(60) == 1
     (error,) = [line for line in objects(server.log.read_text()) if line["level"] == "ERROR"]
-    assert "There is no manifest.json" in error["message"]
+    assert "is empty; name the folder" in error["message"]
 
 
 def test_traces_warnings_and_what_nobody_caught_are_one_object_each() -> None:

@@ -76,11 +76,15 @@ def test_an_archive_is_served_and_leaves_nothing_behind(artifact: Path, tmp_path
 
 
 def test_a_missing_model_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
-    assert f"There is no model at {tmp_path / 'none'}" in refusal(tmp_path / "none")
+    """At once: before the port is taken and a worker started."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = run_service(tmp_path / "none", "--port", str(taken.getsockname()[1]))
+    assert result.returncode == 1
+    assert f"ERROR service The model cannot be served. There is no model at {tmp_path / 'none'}" in result.stdout
 
 
 def test_an_empty_folder_ends_the_start_with_a_sentence(tmp_path: Path) -> None:
-    assert f"There is no manifest.json in {tmp_path}, found nothing" in refusal(tmp_path)
+    assert f"The folder {tmp_path} is empty; name the folder" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("role", ["weights", "self_check", "example", "manifest"])
