@@ -12,7 +12,7 @@ from service.engines.names import NAMES, EngineName, Wanted
 from service.logs import counted
 from service.model.artifact import Artifact
 from service.model.errors import ArtifactError
-from service.model.machine import SAGEMAKER_MODEL, cores, gpus
+from service.model.machine import SAGEMAKER_MODEL, cores, gpus, has_gpu
 from service.model.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,11 @@ def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
 
 def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
     """The engine of that name. Raises: ArtifactError, EngineUnavailable."""
+    if name == "torch-cuda" and not has_gpu():  # before torch is imported
+        raise EngineUnavailable(
+            "There is no NVIDIA GPU here: CLASSIFIER_ENGINE=auto takes the processor; a container is given a GPU by "
+            "'docker run --gpus all'."
+        )
     try:
         if name == "torch":
             from service.engines.eager import EagerEngine  # torch takes seconds to import: only where it runs

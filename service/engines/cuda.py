@@ -85,8 +85,8 @@ def require_gpu(device: int) -> None:
     if not torch.cuda.is_available():
         raise EngineUnavailable(
             f"This machine's GPU cannot be used by torch {torch.__version__}, made for CUDA {torch.version.cuda}: its "
-            "driver is too old, or the container was started without it. Choose a newer driver (on SageMaker: "
-            "InferenceAmiVersion), or CLASSIFIER_ENGINE=openvino-fp32 to run on the processor."
+            "driver is too old or does not answer. Choose a newer driver (on SageMaker: InferenceAmiVersion), or "
+            "CLASSIFIER_ENGINE=openvino-fp32 to run on the processor."
         )
     if device >= torch.cuda.device_count():
         raise EngineUnavailable(f"There is no GPU number {device}: this process sees {torch.cuda.device_count()}.")

@@ -50,6 +50,11 @@ def give_back_memory() -> None:
         trim(0)
 
 
+def has_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether there is an NVIDIA GPU, be its driver as it may: its device is there (WSL has another), or it is seen."""
+    return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists() or gpus() > 0
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()

@@ -245,7 +245,7 @@ def test_an_endpoint_that_does_not_come_up_is_removed_with_reason_and_log(cloud:
     # A real failure: the container is told to compute on a GPU that is not there.
     stderr = said(cloud, *deploy(artifact, "sick", "--env", "CLASSIFIER_ENGINE=torch-cuda"), status=1)
     assert "Endpoint sick failed: The primary container" in stderr and "ping health check" in stderr
-    assert re.search(r"The last lines of its log:\n(    .*\n)*    .*GPU cannot be used", stderr), stderr
+    assert re.search(r"The last lines of its log:\n(    .*\n)*    .*no NVIDIA GPU here", stderr), stderr
     assert "The endpoint is removed" in stderr
     kept = left(cloud, "sick")
     assert set(kept) <= {"model packages", "model package groups"}, kept  # the model itself is sound

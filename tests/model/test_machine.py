@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from service.model import machine
 from service.model.machine import cores, memory_bytes
 
 
@@ -49,3 +50,12 @@ def test_the_files_of_cgroup_v1_count_too(tmp_path: Path, quota: int, period: in
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{2**28}\n")
     assert cores(tmp_path) == (expected or cores(tmp_path / "no limits"))
     assert memory_bytes(tmp_path) == 2**28
+
+
+@pytest.mark.parametrize(("device", "expected"), [("nvidia0", True), ("dxg", True), ("nvidiactl", False)])
+def test_a_gpu_is_there_where_its_device_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, expected: bool
+) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: 0)  # as with a driver that does not answer
+    (tmp_path / device).touch()
+    assert machine.has_gpu(tmp_path) is expected

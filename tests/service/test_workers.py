@@ -195,6 +195,7 @@ def test_each_worker_runs_on_a_gpu_of_its_own(
 
     asked: list[int] = []
     monkeypatch.setattr("service.runtime.gpus", lambda: gpus)
+    monkeypatch.setattr("service.engines.choose.has_gpu", lambda: True)
     monkeypatch.setattr("service.engines.cuda.require_gpu", require)  # where the engine first names its GPU
     for index in range(workers):
         asyncio.run(start(index))

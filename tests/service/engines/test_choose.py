@@ -100,6 +100,7 @@ def test_a_gpu_goes_before_all_and_is_not_replaced_where_sagemaker_started_us(
 def test_elsewhere_a_gpu_that_cannot_be_used_is_a_warning(
     model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(choose, "has_gpu", lambda: True)
     monkeypatch.setattr(choose, "gpus", lambda: 1)  # as an old driver shows it, which PyTorch cannot use
     monkeypatch.setattr(choose, "SAGEMAKER_MODEL", tmp_path / "none")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -107,6 +108,15 @@ def test_elsewhere_a_gpu_that_cannot_be_used_is_a_warning(
         assert load(model, layout=Layout(1)).engine.name.startswith("openvino-")
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("engine torch-cuda is passed over: ")
+
+
+def test_without_a_gpu_the_engine_for_gpus_says_so_before_torch_is_imported(
+    model: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "has_gpu", lambda: False)
+    monkeypatch.setitem(sys.modules, "service.engines.cuda", None)  # importing it would fail
+    with pytest.raises(EngineUnavailable, match="There is no NVIDIA GPU here: CLASSIFIER_ENGINE=auto takes"):
+        load(model, "torch-cuda", Layout(1))
 
 
 def test_an_engine_that_fails_its_self_check_is_passed_over_with_a_line(

@@ -12,6 +12,7 @@ import torch
 from service.classifier import Classifier
 from service.engines.base import Engine, EngineUnavailable
 from service.engines.choose import Layout, create
+from service.engines.cuda import require_gpu
 from service.engines.names import EngineName
 from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
@@ -119,4 +120,4 @@ def test_a_gpu_that_is_not_there_is_told_in_a_sentence(model: Artifact) -> None:
     else:
         assert gpus() == 0
         with pytest.raises(EngineUnavailable, match=r"GPU cannot be used by torch .* CLASSIFIER_ENGINE=openvino-fp32"):
-            create(model, "torch-cuda", Layout(threads=1))
+            require_gpu(0)
