@@ -21,6 +21,8 @@ class ModelCard:
     name: str
     version: str
     classes: tuple[str, ...]
+    caution: str | None = None
+    """What people are told of it besides (`Manifest.caution`)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Classifier:
     def of(cls, artifact: Artifact, engine: Engine) -> "Classifier":
         """A classifier with what the artifact's manifest says."""
         manifest = artifact.manifest
-        card = ModelCard(manifest.name, manifest.version, manifest.classes)
+        card = ModelCard(manifest.name, manifest.version, manifest.classes, manifest.caution)
         example = ExampleFile(artifact.path("example"), manifest.example.label, manifest.example.media_type)
         return cls(card, manifest.preprocessing.side_px, engine, example)
 

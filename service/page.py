@@ -1,4 +1,4 @@
-"""GET / and GET /example: a page on which people try the model, for local use; CLASSIFIER_PAGE switches both off.
+"""GET /, with /model and /example that it asks for: people try the model there; CLASSIFIER_PAGE switches all off.
 
 The page is one response that loads nothing more: `static/` holds its parts, readable, and they are put together once. A
 Content-Security-Policy with the hashes of its one style and its one script lets the browser run nothing else, whatever
@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 
 from service import telemetry
 from service.errors import HTTP_ERRORS, RETRY_AFTER_S, NotReady, error_body
@@ -58,6 +59,18 @@ async def page() -> Response:
     return _page().response()
 
 
+@router.api_route("/model", methods=["GET", "HEAD"])
+async def model(request: Request) -> Response:
+    """What answers: name, version, number of classes, and a sentence of caution where one is due, else null."""
+    runtime: Runtime = request.app.state.runtime
+    try:
+        card = runtime.require_ready().classifier.card
+    except NotReady as exc:
+        return _not_ready(exc)
+    facts = {"name": card.name, "version": card.version, "classes": len(card.classes), "caution": card.caution}
+    return JSONResponse(facts, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"})
+
+
 @router.api_route("/example", methods=["GET", "HEAD"])
 def example(request: Request) -> Response:
     """The artifact's own image to try; X-Example-Label has its class, percent-encoded. In a thread: it reads a file."""
@@ -65,10 +78,7 @@ def example(request: Request) -> Response:
     try:
         given = runtime.example
     except NotReady as exc:
-        record = telemetry.current()
-        status, record.code = HTTP_ERRORS[NotReady]
-        body = error_body(status, record.code, str(exc), record.request_id)
-        return Response(body, status, {"Retry-After": str(RETRY_AFTER_S)}, media_type="application/json")
+        return _not_ready(exc)
     if given is None:
         raise HTTPException(404, "The model came without an example image")
     try:
@@ -86,6 +96,13 @@ def example(request: Request) -> Response:
         "Cache-Control": "no-store",
     }
     return Response(content, headers=headers, media_type=media_type)
+
+
+def _not_ready(exc: NotReady) -> Response:
+    record = telemetry.current()
+    status, record.code = HTTP_ERRORS[NotReady]
+    body = error_body(status, record.code, str(exc), record.request_id)
+    return Response(body, status, {"Retry-After": str(RETRY_AFTER_S)}, media_type="application/json")
 
 
 @cache

@@ -295,6 +295,8 @@ class Runtime:
         log.info("ready: %s", url)
         if self._worker is not None and self._worker.index:
             return  # the first worker says the rest
+        if classifier.card.caution is not None:
+            log.warning("%s `make serve MODEL=...` serves another.", classifier.card.caution)
         if self.settings.page:
             log.info("a page to try images on: %s", url.removesuffix("invocations"))
         if classifier.example is not None:

@@ -31,6 +31,9 @@ INT8_MIN_IMAGES = 200
 ONE_SIDED_95 = 1.645
 """Standard errors above the mean, below which 95 % of a normal distribution lie."""
 
+GENERATED_SAMPLE = "generated-sample"
+"""The data set's name where a model was trained on drawn shapes (`training.data.sample`)."""
+
 Role = Literal["weights", "self_check", "example", "int8_graph", "int8_weights"]
 REQUIRED: tuple[Role, ...] = ("weights", "self_check", "example")
 INT8: tuple[Role, ...] = ("int8_graph", "int8_weights")
@@ -125,6 +128,16 @@ class Manifest(_FrozenModel):
     packages: dict[str, str]
     quantization: Quantization | None = None
     files: dict[Role, FileEntry]
+
+    @property
+    def caution(self) -> str | None:
+        """What is to be known before the model is believed; None where it was trained on pictures."""
+        if self.dataset.get("name") != GENERATED_SAMPLE:
+            return None
+        return (
+            "This model was trained on a generated sample (drawn shapes): it is there to try the service with, and "
+            "useless for real pictures."
+        )
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> "Manifest":

@@ -39,11 +39,27 @@ async function poll() {
     byId("state-text").textContent =
       state === "lost" ? "The service does not answer; trying again" : (STATES[state] ?? `Not ready (${state})`);
     for (const card of waiting) card.wait();
-    if (state === "ready") askLimit();
+    if (state === "ready") {
+      askModel();
+      askLimit();
+    }
   }
   if (state === "ready") work();
   clearTimeout(pollTimer); // another poll may have ended meanwhile
   if (!document.hidden) pollTimer = setTimeout(poll, state === "ready" ? POLL_MS.ready : POLL_MS.other);
+}
+
+/** Of what answers: another model may be there each time that the service comes back. */
+async function askModel() {
+  try {
+    const response = await fetch("model", { cache: "no-store" });
+    if (!response.ok) return;
+    const { name, version, classes, caution } = await response.json();
+    const facts = el("p", {}, "Model ", el("bdi", {}, name), ` · version ${version} · ${classes} classes`);
+    byId("model").replaceChildren(facts, ...(caution ? [el("p", { class: "caution" }, caution)] : []));
+  } catch {
+    // each answer names its model too
+  }
 }
 
 async function askLimit() {

@@ -41,7 +41,7 @@ def test_no_script_makes_markup_of_strings() -> None:
 
 def test_without_the_page_its_addresses_are_404_and_the_reference_stays(artifact: Path, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_PAGE="false") as server:
-        for path in ("/", "/example"):
+        for path in ("/", "/model", "/example"):
             answer = server.ask("GET", path)
             assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
         assert server.ask("GET", "/docs").status == 200
@@ -54,6 +54,19 @@ def test_the_example_is_the_artifacts_with_its_type_and_class(server: Any, artif
     assert answer.body == example.read("example")
     assert answer.headers["content-type"] == example.manifest.example.media_type
     assert answer.headers["x-example-label"] == example.manifest.example.label.replace(" ", "%20")
+
+
+def test_the_model_is_named_with_a_caution_where_no_picture_taught_it(server: Any, artifact: Path) -> None:
+    """In the log of each start too. A model of pictures has none."""
+    manifest = open_artifact(artifact).manifest
+    answer = server.ask("GET", "/model")
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+    facts = answer.json
+    caution = facts.pop("caution")
+    assert facts == {"name": "tiny", "version": manifest.version, "classes": 100}
+    assert "a generated sample (drawn shapes)" in caution
+    assert f"WARNING service.runtime {caution}" in server.log.read_text()
+    assert manifest.model_copy(update={"dataset": {"name": "pictures"}}).caution is None
 
 
 def test_an_example_that_is_gone_is_a_404_and_one_that_says_it_could_run_script_does_not(

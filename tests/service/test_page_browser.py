@@ -78,6 +78,8 @@ def test_the_page_loads_and_finds_the_service_ready(server: Any, visit: Open) ->
         ready(page)
         expect(page.get_by_role("status")).to_have_text("Ready")
         expect(page.get_by_role("heading", name="Image classifier")).to_be_visible()
+        expect(page.get_by_role("note")).to_contain_text("Model tiny · version")
+        expect(page.get_by_role("note")).to_contain_text("100 classesThis model was trained on a generated sample")
         page.get_by_role("link", name="API reference").click()
         expect(page.get_by_role("heading", name="API reference")).to_be_visible()
 

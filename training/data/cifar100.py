@@ -21,6 +21,7 @@ import numpy.typing as npt
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 
+from service.model.manifest import GENERATED_SAMPLE
 from training.command_line import run_command
 from training.data.dataset import ArrayImages, Dataset
 from training.download import downloading
@@ -109,7 +110,7 @@ def _verified(folder: Path, contents: dict[str, bytes]) -> str:
         for name, content in contents.items():
             if hashlib.sha256(content).hexdigest() != stated.get(name):
                 raise DataError(f"{folder / name} is damaged; delete {folder} and generate the sample again.")
-        return "generated-sample"
+        return GENERATED_SAMPLE
     wrong = [str(folder / name) for name in FILES if md5[name] != OFFICIAL_MD5[name]]
     raise DataError(
         f"{', '.join(wrong)}: the md5 is not that of CIFAR-100, so the file is not read. {by_hand(folder.parent)}"
