@@ -39,6 +39,7 @@ setup: $(UV) ## set up for training and serving: .venv/
 serve: $(UV) ## set up and serve MODEL on PORT; without MODEL a starter, fine-tuned first if it is not there
 	$(UV) sync --frozen --inexact --group training
 	@if [ "$(MODEL)" = artifacts/model ] && [ ! -e "$(MODEL)/manifest.json" ]; then \
+	  $(PYTHON) -m service.listeners "$(HOST)" "$(PORT)" && \
 	  $(PYTHON) -m training.starter --data data --output "$(MODEL)"; fi
 	@exec $(PYTHON) -m service --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
 

@@ -4,7 +4,6 @@ Exit status: 0 after SIGTERM or Ctrl-C (143 and 130 while nothing is begun yet),
 served, 2 for wrong settings.
 """
 
-import errno
 import logging
 import os
 import signal
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from service.lifeline import FILES_BESIDES, allow_files
-from service.listeners import open_port
+from service.listeners import open_port, refusal
 from service.logs import configure_logging, counted, shown
 from service.model.errors import ArtifactError
 from service.model.files import find_home
@@ -64,13 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         listeners = open_port(settings.host, settings.port, workers)
     except OSError as exc:
-        in_use = exc.errno == errno.EADDRINUSE
-        remedy = (
-            "stop what uses it or choose another port"
-            if in_use
-            else "choose an address of this machine, or another port"
-        )
-        log.error("Cannot listen on %s port %d: %s; %s.", settings.host, settings.port, exc.strerror or exc, remedy)
+        log.error("%s", refusal(settings.host, settings.port, exc))
         return 1
     supervisor = Supervisor(listeners, arguments, settings.start_timeout_s)
     _stop_with(supervisor.stop, os.getppid() if settings.exit_with_parent and os.getppid() > 1 else None)

@@ -8,7 +8,7 @@ from itertools import chain
 
 import pytest
 
-from service.listeners import open_port
+from service.listeners import main, open_port
 from tests.conftest import free_port
 
 
@@ -34,6 +34,17 @@ def test_a_port_in_use_is_not_shared(count: int) -> None:
     finally:
         for listener in listeners:
             listener.close()
+
+
+def test_whether_a_port_can_be_had_is_asked_before_a_starter_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    assert main(["127.0.0.1", str(port)]) == 0
+    with socket.create_server(("127.0.0.1", port)):
+        assert main(["127.0.0.1", str(port)]) == 1
+    said = capsys.readouterr().err
+    assert f"in use; stop what uses it or choose another port (make serve PORT={port + 1}; " in said
+    with pytest.raises(SystemExit):
+        main(["127.0.0.1", "99999"])
 
 
 def test_of_services_started_in_the_same_moment_one_gets_the_port() -> None:

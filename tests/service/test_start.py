@@ -245,4 +245,4 @@ def test_a_port_in_use(model: Path) -> None:
         command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
         result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
     assert result.returncode == 1
-    assert "in use; stop what uses it or choose another port" in result.stdout
+    assert "in use; stop what uses it or choose another port (make serve PORT=" in result.stdout
