@@ -60,9 +60,10 @@ push: $(UV) ## push the image TARGET to ECR and note its URI in artifacts/image.
 
 contract: $(UV) ## check IMAGE, anybody's, against SageMaker's rules for hosting, with MODEL
 	$(UV) sync --frozen --inexact
+	@$(if $(filter file,$(origin IMAGE)),echo "checking $(IMAGE); for another: make contract IMAGE=NAME:TAG")
 	@exec $(PYTHON) -m container.contract "$(IMAGE)" --model "$(MODEL)" $(CONTRACT_ARGS)
 
-test: $(UV) ## set up and run the tests (minutes)
+test: $(UV) ## set up and run the tests (20 to 35 minutes on 2 cores)
 	$(UV) sync --frozen --inexact $(DEVELOP)
 	@UV="$(abspath $(UV))" $(PYTHON) -m pytest -m "not slow and not container and not aws" $(PYTEST_ARGS)
 
@@ -82,7 +83,7 @@ setup-sagemaker: $(UV) ## set up for the journey to Amazon SageMaker: training.l
 	$(UV) sync --frozen --inexact --group training --group sagemaker --group notebook
 
 notebook: setup-sagemaker ## open training/train_and_deploy.ipynb, the journey to SageMaker as a notebook
-	@exec .venv/bin/jupyter lab training/train_and_deploy.ipynb
+	@exec .venv/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) training/train_and_deploy.ipynb
 
 iam-role: $(UV) ## make the role in your AWS account that SageMaker's jobs and endpoints run as
 	$(UV) sync --frozen --inexact --group training --group sagemaker
