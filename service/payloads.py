@@ -129,9 +129,9 @@ def _from_json(body: bytes) -> Payloads:
 
 
 def _decoded(value: object, name: str) -> bytes:
-    """Base64 (RFC 4648, 4), also with line breaks or as a data URL (RFC 2397). Raises: UnreadableImage."""
+    """Base64 (RFC 4648, 4), also with line breaks or as a data URL (RFC 2397). Raises: UnreadableImage, MalformedRequest."""
     if not isinstance(value, str):
-        raise UnreadableImage(f"{name} must be a string with an image in base64, given: {_kind(value)}.")
+        raise MalformedRequest(f"{name} must be a string with an image in base64, given: {_kind(value)}.")
     if "://" in value[:12]:  # no base64 has a colon
         raise UnreadableImage(f"{name} is a URL, which is not fetched; send the image's bytes in base64.")
     text = value.partition(",")[2] if value[:5].lower() == "data:" else value

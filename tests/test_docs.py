@@ -113,6 +113,15 @@ def test_top_level_holds_the_agreed_names_and_nothing_else() -> None:
     assert {name for name in tops if not name.startswith(".")} <= agreed | usual
 
 
+def test_nothing_that_git_ignores_is_committed_and_no_link() -> None:
+    """A committed `.venv` or link to one stands in the way of `make serve` in every clone."""
+    ignored = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(ignored, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
+    staged = ["git", "ls-files", "--stage"]
+    listed = subprocess.run(staged, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line for line in listed.splitlines() if line.startswith("120000")] == []
+
+
 def test_no_advice_makes_uv_remove_what_is_installed() -> None:
     """`uv sync` alone removes every group that it does not name."""
     advice = {

@@ -24,7 +24,10 @@ from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
 from training.launch.session import Aws
 
-pytestmark = pytest.mark.timeout(900)  # a service really starts, beside whatever else the machine does
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # a service really starts, beside whatever else the machine does
 
 SMALL = ("--weights", "none", "--quantize", "off")
 SEARCH = ("--trials", 2, "--parallel", 2, "--epochs-range", "1:2", "--batch-sizes", 8, *SMALL)

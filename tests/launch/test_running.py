@@ -18,6 +18,8 @@ from training.launch.logs import LogTail
 from training.launch.names import Project
 from training.launch.session import Aws
 
+pytestmark = pytest.mark.slow  # minutes together: a service and jobs really start
+
 SMALL = ("--weights", "none", "--quantize", "off", "--batch-size", "8", "--report", "false")
 
 

@@ -154,6 +154,7 @@ def test_of_cifar_100_only_its_own_files_are_sent(
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_job_is_given_its_validation_and_weights_and_uses_both(
     cloud: Rehearsal, aws: Aws, data: Path, artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

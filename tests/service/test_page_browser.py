@@ -240,6 +240,7 @@ def test_a_large_photo_is_shown_small_upright_and_whole(server: Any, visit: Open
         expect(page.get_by_role("listitem")).to_have_count(5)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_too_large_is_said_to_be_also_where_the_service_hangs_up_on_it(
     artifact: Path, start_server: Any, visit: Open
 ) -> None:

@@ -142,6 +142,8 @@ def test_base64_may_have_line_breaks(service: Served) -> None:
         (b'{"images": "AA=="}', "must be a list of 1 to 100 images, given: a string"),
         (b'{"images": []}', "given: 0"),
         (b'{"image": true}', "given: true or false"),
+        (b'{"images": [true]}', r"images[0] must be a string"),
+        (b'{"images": ["AA==", null]}', r"images[1] must be a string"),
         (json.dumps({"images": ["AA=="] * 101}).encode(), "given: 101"),
         (b'{"image": "\xff"}', "not valid JSON"),
         (b'{"image": ' + b"[" * 100_000, "more parts than 100 images can need"),
@@ -278,16 +280,14 @@ def test_a_bad_image_among_several_is_marked_and_the_others_are_answered(service
 
 
 def test_base64_that_is_none_is_marked_among_several_and_the_others_are_answered(service: Served) -> None:
-    images = [b64(png(1)), "!!", None, {"image": b64(png(2))}, b64(png(4)), b64(b"no image")]
+    images = [b64(png(1)), "!!", b64(png(4)), b64(b"no image")]
     reply = service.ask("POST", "/invocations", json.dumps({"images": images}), Content_Type=JSON)
     assert reply.status == 200
     results = SeveralPredictionsResponse.model_validate_json(reply.body) and reply.json["results"]
-    assert [results[k]["predictions"][0]["label"] for k in (0, 4)] == ["grey 1", "grey 4"]
-    assert [results[k]["error"]["code"] for k in (1, 2, 3, 5)] == ["unreadable_image"] * 4
+    assert [results[k]["predictions"][0]["label"] for k in (0, 2)] == ["grey 1", "grey 4"]
+    assert [results[k]["error"]["code"] for k in (1, 3)] == ["unreadable_image"] * 2
     assert results[1]["error"]["message"].startswith("images[1] is not valid base64")
-    assert results[2]["error"]["message"] == "images[2] must be a string with an image in base64, given: null."
-    assert "images[3]" in results[3]["error"]["message"]
-    lines = service.ask("POST", "/invocations", b'{"images": ["!!", null]}', Content_Type=JSON, Accept=JSON_LINES)
+    lines = service.ask("POST", "/invocations", b'{"images": ["!!", "?"]}', Content_Type=JSON, Accept=JSON_LINES)
     assert [json.loads(line)["error"]["code"] for line in lines.body.splitlines()] == ["unreadable_image"] * 2
 
 

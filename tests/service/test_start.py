@@ -175,7 +175,7 @@ def test_a_link_in_place_of_the_folder_inside(model: Path, tmp_path: Path) -> No
     (tmp_path / "given").mkdir()
     link = tmp_path / "given/model"
     link.symlink_to(model)
-    assert f"{link} is a link; copy the folder itself." in refusal(tmp_path / "given")
+    assert f"{str(link)!r} is a link; copy the folder itself." in refusal(tmp_path / "given")
 
 
 def test_a_link_to_nowhere_in_place_of_a_file(model: Path) -> None:

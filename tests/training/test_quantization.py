@@ -292,6 +292,7 @@ def test_int8_is_added_to_an_artifact_and_the_rest_stays(artifact: Path, int8_ar
     assert set(after.packages) - set(before.packages) == {"nncf", "openvino"}
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_bytes_says_nothing_of_nncf_and_reports_to_nobody(
     model: Path, pictures: Path, tmp_path: Path
 ) -> None:

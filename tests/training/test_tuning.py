@@ -176,6 +176,7 @@ def wait_until_dead(pid: int) -> None:
     raise AssertionError
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_trials(folders: tuple[Path, Path]) -> None:
     texts = [wait_for("status", folders[0] / f"{name}.log") for name in ("first", "second")]
     assert all("status 0" in text and "best hyperparameters" in text for text in texts), texts
