@@ -129,7 +129,10 @@ def _from_json(body: bytes) -> Payloads:
 
 
 def _decoded(value: object, name: str) -> bytes:
-    """Base64 (RFC 4648, 4), also with line breaks or as a data URL (RFC 2397). Raises: UnreadableImage, MalformedRequest."""
+    """Base64 (RFC 4648, 4), also with line breaks or as a data URL (RFC 2397).
+
+    Raises: UnreadableImage, and MalformedRequest of what is no text.
+    """
     if not isinstance(value, str):
         raise MalformedRequest(f"{name} must be a string with an image in base64, given: {_kind(value)}.")
     if "://" in value[:12]:  # no base64 has a colon
