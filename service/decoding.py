@@ -28,15 +28,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from service import decoder_process
+from service.allowance import NO_PLACE, Allowance
 from service.deaths import signal_name
 from service.decoder_process import ANSWER, READY, REQUEST, Outcome
 from service.errors import Overloaded
@@ -65,18 +64,6 @@ START_LIMIT_S, SLOW_START_S = 30.0, 1.0
 """How long a process may take to start, which takes 0.3 s where it need not wait for a core; and how long before
 another is started beside it."""
 
-SLOWER_BY_THE_CLOCK = 1.5
-"""An image may take so many times its processor time by the clock, on a machine that has other things to do."""
-
-SEVERAL_SLOWER = 4.0
-"""And the images of one request so many times theirs, which they have together."""
-
-HARDLY_ANY = 0.2
-"""Of its processor time: what had no more when its time by the clock was over is not to blame for that."""
-
-LEAST_S = 0.02
-"""Less is nothing: /proc counts processor time in steps of 0.01 s."""
-
 ENDS_BY_ITSELF_S = 1.0
 """So long a process that closed its socket has to end, before it is killed: its exit status tells why."""
 
@@ -89,64 +76,11 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 NO_PROCESS = "No process can be started to decode the image; try again in a moment."
 
-NO_PLACE = "What decodes such images is busy with others; try again in a moment."
-
 REFUSALS: dict[Outcome, type[ImageError]] = {
     Outcome.UNREADABLE: UnreadableImage,
     Outcome.TOO_LARGE: ImageTooLarge,
     Outcome.TOO_COSTLY: ImageTooCostly,
 }
-
-
-class Allowance:
-    """What one image, or all of one request, may take of decoder processes."""
-
-    def __init__(self, limit_s: float, several: bool) -> None:
-        """`limit_s` of processor time; by the clock more, for other things run beside it."""
-        self.several = several
-        self._limit_s = limit_s
-        self._processor_s = limit_s
-        self._clock_s = (SEVERAL_SLOWER if several else SLOWER_BY_THE_CLOCK) * limit_s
-
-    @property
-    def processor_s(self) -> float:
-        """Processor time that is left; 0 where the clock's is spent."""
-        return self._processor_s if self._clock_s > 0 else 0.0
-
-    @property
-    def clock_s(self) -> float:
-        """What is left by the clock."""
-        return self._clock_s
-
-    @contextmanager
-    def spent(self, process: "_Process") -> Iterator[None]:
-        """Count what passes inside, of images that are decoded side by side each."""
-        loop = asyncio.get_running_loop()
-        started_s, processor_s = loop.time(), process.processor_s()
-        try:
-            yield
-        finally:
-            took_s = loop.time() - started_s
-            self._clock_s -= took_s
-            self._processor_s -= took_s if processor_s is None else (process.processor_s() or took_s) - processor_s
-
-    def require_some(self) -> None:
-        """Raises: ImageTooCostly where it is spent; Overloaded where others had the processor meanwhile."""
-        if self.processor_s <= LEAST_S:
-            raise self.exhausted()
-
-    def exhausted(self) -> ImageTooCostly | Overloaded:
-        """Why an image is not decoded to its end."""
-        if self._processor_s > (1 - HARDLY_ANY) * self._limit_s:
-            return Overloaded(NO_PLACE)
-        if self.several:
-            return ImageTooCostly(
-                f"The images of this request take more than {self._limit_s:g} s to decode; send fewer at once, smaller "
-                "ones, or baseline JPEGs."
-            )
-        return ImageTooCostly(
-            f"The image takes more than {self._limit_s:g} s to decode; save it anew, smaller or as a baseline JPEG."
-        )
 
 
 class Decoders:
@@ -251,12 +185,12 @@ class Decoders:
         One that was killed from outside may have been so before it saw the image, which is tried once more then.
         """
         process = await self._taken(until_s)
-        if allowance.processor_s <= LEAST_S:
+        if allowance.is_spent():
             self._idle.append(process)
             raise allowance.exhausted()
         request = REQUEST.pack(side_px, max_pixels, allowance.processor_s, len(payload))
         try:
-            with allowance.spent(process):
+            with allowance.spent(process.processor_s):
                 async with asyncio.timeout(allowance.clock_s):
                     outcome, content = await process.ask(request, payload, side_px)
         except (OSError, EOFError, ValueError) as exc:  # TimeoutError is an OSError

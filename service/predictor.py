@@ -17,7 +17,7 @@ from service.payloads import Payloads
 DECODER_WAIT_S = 2.0
 """A request of one image that finds no decoder process free for so long is refused: hostile files hold them for seconds
 each. With the 7.5 s by the clock that decoding may take (`CLASSIFIER_DECODE_LIMIT_S` 5), it is answered within 10 s.
-The images of a request of several wait as long as the deadline allows, and share the 7.5 s."""
+The images of a request of several wait as long as the deadline allows, and share 5 s of processor time."""
 
 
 @dataclass

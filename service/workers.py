@@ -38,6 +38,8 @@ from service.lifeline import (
     slots,
 )
 from service.metrics import Page
+from service.model.errors import ArtifactError
+from service.model.files import MANIFEST, MAX_MANIFEST_BYTES, find_home
 from service.model.machine import cores, gpus, memory_bytes
 from service.record import RequestRecord
 from service.settings import environment_of_workers
@@ -54,9 +56,6 @@ SMALL_SIDE_PX = 64
 Seen at 32 px, int8, 2 cores of an EPYC, 32 clients, two rounds: two processes answered 1,642 and 1,338 requests a
 second, one 1,253 and 750.
 """
-
-LARGEST_MANIFEST_BYTES = 64 * 2**20
-"""`artifact.MAX_MANIFEST_BYTES`, whose module would take time to import."""
 
 WORKER_BYTES = 768 * 2**20
 """Memory for each of several: a worker takes 250 to 450 MiB (tests/bench/RESULTS.md), and a large image as much."""
@@ -95,13 +94,13 @@ def _side_px(model: Path) -> int:
     for imports, and decides nothing but how many they are.
     """
     try:
-        (path,) = [*model.glob("manifest.json"), *model.glob("*/manifest.json")][:1]
+        path = find_home(model) / MANIFEST
         status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_MANIFEST_BYTES:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
             return SMALL_SIDE_PX + 1
         side_px = json.loads(path.read_bytes())["preprocessing"]["side_px"]
         return side_px if isinstance(side_px, int) else SMALL_SIDE_PX + 1
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return SMALL_SIDE_PX + 1
 
 

@@ -29,13 +29,12 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from service.model.errors import ArtifactError
-from service.model.files import MANIFEST, find_home, replace
+from service.model.files import MANIFEST, MAX_MANIFEST_BYTES, find_home, replace
 from service.model.manifest import FORMAT_VERSION, FileEntry, Manifest, Quantization, Role, parse_manifest, sealed
 from service.model.resize import PixelBatch
 
-MAX_MANIFEST_BYTES = 64 * 2**20
 MAX_FILE_BYTES = 2 * 2**30
-"""Of the other files, which are read into memory; a ResNet-34 in float32 takes 0.09 GiB."""
+"""Of files beside the manifest, which are read into memory; a ResNet-34 in float32 takes 0.09 GiB."""
 
 Weights = dict[str, npt.NDArray[Any]]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from service.model.errors import ArtifactError
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 * 2**20
 
 
 def find_home(folder: Path) -> Path:

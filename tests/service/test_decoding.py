@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import decoder_process, decoding
+from service import allowance, decoder_process, decoding
 from service.decoding import Decoders
 from service.errors import Overloaded
 from service.model.errors import ImageTooCostly, ImageTooLarge, UnreadableImage
@@ -173,7 +173,7 @@ def test_an_image_above_the_ordinary_size_is_decoded_too() -> None:
 def test_an_image_that_takes_too_long_is_refused_and_the_next_one_is_decoded(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "SLOWER_BY_THE_CLOCK", 1000)  # processor time alone counts
+    monkeypatch.setattr(allowance, "SLOWER_BY_THE_CLOCK", 1000)  # processor time alone counts
 
     async def main() -> None:
         async with opened(limit_s=0.1) as decoders:
