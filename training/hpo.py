@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from service.model.files import MANIFEST
 from training.command_line import configure_logging, exit_status
 from training.config import FILES, TrainingConfig
 from training.environment import ranks, sagemaker_values
@@ -96,7 +97,7 @@ def run_study(tuning: Mapping[str, object], training: Mapping[str, object]) -> N
 def require_study(output: Path) -> None:
     """A study is not written among other files, a model's least of all. Raises: ConfigError."""
     names = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith("."))
-    if "manifest.json" in names:
+    if MANIFEST in names:
         raise ConfigError(f"--output {output} is the folder of a model; a study needs a folder of its own.")
     if names and not any(name.startswith("study.") for name in names):
         raise ConfigError(

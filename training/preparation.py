@@ -15,7 +15,7 @@ from training.data.loader import Loader
 from training.data.sides import hint
 from training.devices import computes_in_bf16, pick_device, set_up_torch
 from training.distributed import ALONE, Group
-from training.errors import ConfigError, DataError
+from training.errors import ConfigError
 from training.features import Views, open_cache
 from training.prefix_engines import choose_engine
 from training.pretrained import load_pretrained, require_available
@@ -40,8 +40,6 @@ class Prepared:
 def prepare(config: TrainingConfig, group: Group = ALONE, device: torch.device | None = None) -> Prepared:
     """Open the data and, where the settings allow it, compute or find the cached features. Raises: TrainingError."""
     device = device or pick_device(config.device, group)
-    if config.validation is not None and not config.validation.exists():
-        raise DataError(f"--validation {config.validation}: there is no such folder.")
     require_layout(config.data, config.validation)  # before the weights, whose download may take long, or fail
     require_available(config.weights)  # before the images, whose decoding may take long
     set_up_torch(config)

@@ -22,7 +22,7 @@ from training.devices import pick_device
 from training.distributed import ALONE, Group
 from training.epoch_metrics import EpochMetrics, Evaluation
 from training.epochs import Epochs
-from training.errors import ConfigError, DivergedError, QuantizationError, TrainingError
+from training.errors import CheckpointError, ConfigError, DivergedError, QuantizationError, TrainingError
 from training.export import export
 from training.figures import Figures, figures
 from training.interruption import watched
@@ -60,6 +60,8 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
     new = [folder for folder in (config.folder, config.checkpoint_folder) if group.is_first and not folder.exists()]
     try:
         return _checked_run(config, callbacks, group)
+    except CheckpointError:  # what is there may be another run's
+        raise
     except BaseException:
         for folder in reversed(new):  # a refused run leaves no empty folders
             checkpoint.remove_if_unused(folder)

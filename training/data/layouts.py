@@ -43,6 +43,8 @@ def require_layout(root: Path, validation_root: Path | None = None) -> None:
         raise DataError(f"--data {root} is a file; give a folder that holds one folder of images per class.")
     if not root.is_dir():
         raise DataError(f"--data {root}: there is no such folder.")
+    if validation_root is not None and not validation_root.exists():
+        raise DataError(f"--validation {validation_root}: there is no such folder.")
     if root.name == CIFAR100:
         root = root.parent
     if (root / CIFAR100).is_dir():
@@ -66,5 +68,5 @@ def require_layout(root: Path, validation_root: Path | None = None) -> None:
     raise DataError(
         f"--data {root} {empty}holds neither {CIFAR100}/ nor one folder of images per class "
         f"({root / 'cat' / '001.jpg'}, ...). For CIFAR-100: "
-        f".venv/bin/python -m training.data.cifar100 --output {root}; without network: {cifar100.by_hand(root)}"
+        f"python -m training.data.cifar100 --output {root}; without network: {cifar100.by_hand(root)}"
     )

@@ -150,7 +150,7 @@ class Observer(Callback):
 
     def _watch_trained(self) -> None:
         network = self._context.network
-        self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._trained = trained_parameters(network)
         self._modules = observed_modules(network, self._regex)
 
     def _observed(self, number: int) -> bool:
@@ -245,6 +245,11 @@ class Observer(Callback):
 
     def _logits_hook(self, module: nn.Module, inputs: object, output: object) -> None:
         self._predicted = output.detach().argmax(1) if isinstance(output, Tensor) and output.ndim == 2 else None
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that are trained now, by name."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def observed_modules(network: nn.Module, regex: str | None = None) -> dict[str, nn.Module]:

@@ -28,6 +28,7 @@ from typing import Any
 from torch import nn
 
 from training.callbacks import Callback, RunContext, Step
+from training.debugging.observer import trained_parameters
 from training.epoch_metrics import EpochMetrics
 from training.errors import ConfigError
 
@@ -89,7 +90,6 @@ class SmdebugHook(Callback):
         hook.set_mode(smd.modes.TRAIN)
         hook.first_step = context.first_step
         hook._prepare_collections()
-        hook.prepared_collections = True
         later = range(context.first_step + 1, context.total_steps + 1)
         plans = [collection.save_config for collection in hook._get_all_collections_to_save()]
         if not any(plan.should_save_step(smd.modes.TRAIN, number) for number in later for plan in plans):
@@ -175,7 +175,7 @@ class SmdebugHook(Callback):
         Returns: these by name.
         """
         network = self._watched[0]
-        trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        trained = trained_parameters(network)
         for collection, default in PARAMETERS.items():
             names = "|".join(re.escape(name) for name in trained if name.endswith(default[-4:]))
             hook.get_collection(collection).include_regex[:] = [

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from training.callbacks import Callback, RunContext, Step
 from training.debugging import verdicts
-from training.debugging.observer import observed_modules
+from training.debugging.observer import observed_modules, trained_parameters
 from training.epoch_metrics import EpochMetrics
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class TensorBoardLog(Callback):
         """See `Callback`. What is trained from this epoch on has histograms."""
         if self._writer is not None:
             network = self._context.network
-            self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            self._trained = trained_parameters(network)
             self._modules = observed_modules(network)
 
     def on_step_start(self, number: int) -> None:

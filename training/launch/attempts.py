@@ -76,7 +76,7 @@ class Jobs:
         fresh = f"{base}-{last + 1}"
         create = getattr(aws.client("sagemaker"), f"create_{self.operation}")
         try:
-            roles.hand_over(lambda: create(**{f"{self.field}Name": fresh}, **wanted))
+            roles.until_role_is_known(lambda: create(**{f"{self.field}Name": fresh}, **wanted))
         except AwsError as exc:
             if not exc.is_there_already:
                 raise

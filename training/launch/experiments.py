@@ -116,6 +116,8 @@ def hyperparameters(
     if options.weights and options.weights not in ("imagenet", "none"):
         values.pop("weights", None)  # the channel says it
     settings = TuningConfig.create(tuning_values)
+    if tune:
+        settings.require_possible(values, config)
     if tune and settings.metric != "validation_accuracy":
         raise ConfigError("--metric: SageMaker's tuner is given validation:accuracy; training.hpo knows others.")
     if tune and settings.timeout_minutes is not None:

@@ -269,7 +269,7 @@ def create_model(
             raise
         given = {"Containers": [dict(container)], "ExecutionRoleArn": role, "Tags": project.tags}
         try:
-            roles.hand_over(lambda: client.create_model(ModelName=name, **given))
+            roles.until_role_is_known(lambda: client.create_model(ModelName=name, **given))
             made.append(name)
         except AwsError as refused:
             if not refused.is_there_already:  # made by another command, this moment

@@ -131,6 +131,6 @@ def _keep(part: Path, path: Path) -> None:
     """Say where the results are that came before it ended early."""
     with suppress(OSError):
         if part.stat().st_size:
-            log.warning("ended early: the results until then are in %s; %s is as it was", part, path)
+            log.warning("ended early: the results until then are in %s, not in %s", part, path)
         else:
             part.unlink()

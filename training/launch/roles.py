@@ -270,7 +270,7 @@ def find_role(aws: Aws, project: Project, given: str | None) -> str:
     )
 
 
-def hand_over(call: Callable[[], object]) -> None:
+def until_role_is_known(call: Callable[[], object]) -> None:
     """Make a call that gives SageMaker a role; again, for a minute, where that is too new to be known there.
 
     Raises: AwsError.

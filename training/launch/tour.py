@@ -18,14 +18,13 @@ from training.launch.__main__ import main
 from training.launch.errors import LaunchError
 from training.launch.flags import parser
 from training.report.sources import read_sources
+from training.report.write import PICTURES
 
 REFERENCE = {
     "validation accuracy": 0.4071, "training accuracy": 0.5819, "training loss": 1.5454,
     "learning_rate": 0.017483127170473314, "batch_size": 128, "epochs": 70,
 }  # fmt: skip
 """The published run on CIFAR-100, on one V100: the last epoch's figures, and the hyperparameters its tuning found."""
-
-CHARTS = ("curves.png", "confusion.png", "classes.png", "calibration.png")
 
 
 def go_home() -> None:
@@ -77,7 +76,7 @@ def note_images(uris: Mapping[str, str]) -> None:
 def charts(run: Path) -> list[Any]:
     """The report's pictures that a run folder holds, to be displayed."""
     display: Any = importlib.import_module("IPython.display")
-    return [display.Image(filename=str(run / name)) for name in CHARTS if (run / name).is_file()]
+    return [display.Image(filename=str(run / name)) for name in PICTURES if (run / name).is_file()]
 
 
 def rules(run: Path) -> Table:

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
-PICTURES = ("confusion.png", "classes.png", "calibration.png", "curves.png")
+PICTURES = ("curves.png", "confusion.png", "classes.png", "calibration.png")
+"""Beside the report, in the order in which they are read."""
 HERE = Path(__file__).parent
 
 PAIRS, PICTURES_PER_PAIR = 12, 4
