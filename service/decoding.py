@@ -101,13 +101,15 @@ class Decoders:
         self._large = asyncio.Semaphore(1)
         self._idle: list[_Process] = []
         self._jobs: set[asyncio.Task[RgbImage]] = set()
+        self._closed = False
 
     def open(self) -> None:
         """Begin to start the first process; nobody waits for it. Starting takes a core for 0.25 s."""
         self._replace()
 
     async def close(self) -> None:
-        """End the processes; images under way get CancelledError."""
+        """End the processes; images under way get CancelledError, later ones Overloaded."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for job in self._jobs:
             job.cancel()
@@ -188,8 +190,8 @@ class Decoders:
         if allowance.is_spent():
             self._idle.append(process)
             raise allowance.exhausted()
-        request = REQUEST.pack(side_px, max_pixels, allowance.processor_s, len(payload))
         try:
+            request = REQUEST.pack(side_px, max_pixels, allowance.processor_s, len(payload))
             with allowance.spent(process.processor_s):
                 async with asyncio.timeout(allowance.clock_s):
                     outcome, content = await process.ask(request, payload, side_px)
@@ -200,7 +202,7 @@ class Decoders:
                 raise error from None
             allowance.require_some()
             return await self._ask(payload, side_px, max_pixels, until_s, allowance, again=True)
-        except BaseException:  # we are closing
+        except BaseException:  # we are closing, or at fault
             await process.end()
             raise
         if process.answered < RECYCLE_AFTER:
@@ -269,6 +271,8 @@ class Decoders:
         return UnreadableImage(f"The image makes its decoder fail ({_how(status)}); save it anew, as JPEG or PNG.")
 
     def _start(self) -> "_Process":
+        if self._closed:
+            raise Overloaded(NO_PROCESS)
         try:
             return _Process()
         except OSError as exc:

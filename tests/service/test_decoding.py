@@ -442,6 +442,8 @@ def test_closing_ends_every_process_also_one_that_works() -> None:
             await until(lambda: decoders._jobs and pids())
         with pytest.raises(asyncio.CancelledError):
             await under_way
+        with pytest.raises(Overloaded):
+            await decoders.decode(slow(), 32)
         assert not pids()
 
     run(main)
