@@ -59,6 +59,14 @@ def test_a_place_where_a_model_cannot_go_is_refused_before_the_job(
     assert len(list((tmp_path / "app").iterdir())) == 3
 
 
+def test_a_search_that_could_draw_what_cannot_be_is_refused(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    late = ("--unfreeze-at", "30", "--warmup-epochs", "20")  # of 10 to 70 epochs
+    said = refused(here, caplog, "tune", *train(data)[1:], *late)
+    assert "--epochs-range holds 10, which is not possible here" in said
+
+
 def test_what_is_mistyped_is_told_with_what_is_meant(
     here: Account, data: Path, packed: Path, asked: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -74,7 +74,7 @@ def test_two_hosts_meet_and_add_up(tmp_path: Path) -> None:
     for host in ("algo-1", "algo-2"):
         here = job("algo-1", "algo-2", current=host)
         line = command("sums", [str(tmp_path)], 1, here, master)
-        environ = environment_with({**variables(1, here), **extra})
+        environ = environment_with(variables(1, here)) | extra
         running.append(subprocess.Popen(line, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for process in running:
         output, _ = process.communicate(timeout=LIMIT_S)
@@ -88,7 +88,7 @@ def test_a_killed_process_is_the_reason_that_the_platform_is_told(tmp_path: Path
     (config / "hyperparameters.json").write_text("{}")
     extra = {**module(tmp_path, "loses", LOSES_ONE), "SAGEMAKER_BASE_DIR": str(tmp_path)}
     with (tmp_path / "log").open("wb") as log:
-        line, environ = command("loses", [], 2, None), environment_with({**variables(2, None), **extra})
+        line, environ = command("loses", [], 2, None), environment_with(variables(2, None)) | extra
         assert subprocess.run(line, env=environ, stdout=log, stderr=log, timeout=LIMIT_S).returncode == 1
     reason, _, trace = (tmp_path / "output" / "failure").read_text().partition("\n\n")
     assert reason == (
@@ -116,7 +116,7 @@ def test_sigterm_reaches_every_process_which_saves(tmp_path: Path) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[2],
-        env=environment_with({**variables(2, None), **extra}),
+        env=environment_with(variables(2, None)) | extra,
         stderr=subprocess.DEVNULL,
     )
     deadline_s = time.monotonic() + LIMIT_S
