@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from container.engine import ContainerError, docker, os_sentence, require_engine
+from container.engine import docker, exit_status, require_engine
 
 log = logging.getLogger("container")
 
@@ -41,17 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
+
+    def command() -> int:
         tag = build(given.target, given.tag or f"{NAME}:{given.target}", given.base_image, given.fresh)
         size = int(docker("image", "inspect", "--format", "{{.Size}}", tag))
-    except ContainerError as exc:
-        log.error("%s", exc)
-        return 1
-    except OSError as exc:
-        log.error("%s", os_sentence(exc))
-        return 1
-    log.info("built %s: %.0f MB", tag, size / 1e6)
-    return 0
+        log.info("built %s: %.0f MB", tag, size / 1e6)
+        return 0
+
+    return exit_status(command)
 
 
 def build(target: str, tag: str, base_image: str = "", fresh: bool = False) -> str:

@@ -4,7 +4,7 @@ Any image, from anybody: it is started with `docker run IMAGE serve` the way Sag
 read-only, /tmp writable, no way out to the network) and asked over HTTP. One line for each rule (container/rules.py),
 PASS or FAIL and what was seen; what is about time is measured once more before it fails, as this machine may be busy.
 What AWS does not ask for is marked (recommended). `--docker-options='--gpus all'` gives it a GPU.
-Exit status: 0 when all hold, 1 when one does not, 2 for wrong arguments.
+Exit status: 0 when all hold, 1 when one does not, recommended or not, 2 for wrong arguments.
 """
 
 import argparse
@@ -15,21 +15,25 @@ import logging
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from container.engine import ContainerError, docker, os_sentence, require_engine
+from container.engine import ContainerError, docker, exit_status, require_engine
 from container.rules import OF_OTHER_STARTS, OF_THE_IMAGE, OF_THE_SERVICE, STARTUP_LIMIT_S, TIMED, Result, Subject
 from container.running import isolated_network, picture, running
 
 log = logging.getLogger("container")
 
+NOT_REACHED: Result = (False, "not reached")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m container.contract", description="Check an image against SageMaker's rules for hosting."
+        prog="python -m container.contract",
+        description="Check an image against SageMaker's rules for hosting.",
+        epilog="Exit status: 0 when all hold, 1 when one does not, recommended or not.",
     )
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("--model", type=Path, default=Path("artifacts/model"), help="folder to mount at /opt/ml/model")
@@ -44,29 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    if not given.image:
+        parser.error("IMAGE is empty; give the name of an image, such as resnet34-sagemaker:serve")
+    if given.model.is_file():
+        parser.error(f"--model {given.model} is a file; give the folder that SageMaker would unpack it into")
     if not given.model.is_dir():
         parser.error(f"--model {given.model}: there is no such folder")
+    if not given.patience > 0:
+        parser.error(f"--patience {given.patience:g}: give seconds above 0")
     if given.payload and not given.payload.is_file():
         parser.error(f"--payload {given.payload}: there is no such file")
     payload = given.payload.read_bytes() if given.payload else picture()
     environment = dict(item.partition("=")[::2] for item in given.env)
     options = tuple(shlex.split(given.docker_options))
     subject = Subject(given.image, given.model, payload, given.content_type, environment, given.patience, options)
-    failed = 0
-    try:
-        for rule, (ok, seen) in check(subject):
-            log.info("%s  %s: %s", "PASS" if ok else "FAIL", rule, seen)
-            failed += not ok
-    except ContainerError as exc:
-        log.error("%s", exc)
-        return 1
-    except OSError as exc:
-        log.error("%s", os_sentence(exc))
-        return 1
-    return 1 if failed else 0
+
+    def command() -> int:
+        held = []
+        with contextlib.closing(check(subject)) as checked:
+            for rule, (ok, seen) in checked:
+                log.info("%s  %s: %s", "PASS" if ok else "FAIL", rule, seen)
+                held.append(ok)
+        log.info("%d of %d rules hold", sum(held), len(held))
+        return 0 if all(held) else 1
+
+    return exit_status(command)
 
 
-def check(subject: Subject) -> Iterator[tuple[str, Result]]:
+def check(subject: Subject) -> Generator[tuple[str, Result]]:
     """Every rule in turn, with whether it holds and what was seen. Raises: ContainerError without engine or image."""
     require_engine()
     try:
@@ -81,13 +90,13 @@ def check(subject: Subject) -> Iterator[tuple[str, Result]]:
     for rule, judge in OF_THE_IMAGE.items():
         yield rule, judge(inspected)
     with isolated_network() as network:
-        yield from _of_the_service(subject, network)
-        for rule, judge_start in OF_OTHER_STARTS.items():
-            yield rule, judged(judge_start, subject, network)
+        started = yield from _of_the_service(subject, network)
+        for rule, judge_start in OF_OTHER_STARTS.items():  # that a start ends says nothing where none succeeds
+            yield rule, judged(judge_start, subject, network) if started else NOT_REACHED
 
 
-def _of_the_service(subject: Subject, network: str | None) -> Iterator[tuple[str, Result]]:
-    """One container, asked everything, then told to stop."""
+def _of_the_service(subject: Subject, network: str | None) -> Generator[tuple[str, Result], None, bool]:
+    """One container, asked everything, then told to stop. Returns: whether it started."""
     start = "`serve` starts with model and root read-only" + (", without network" if network else "")
     with contextlib.ExitStack() as stack:
         try:
@@ -101,11 +110,12 @@ def _of_the_service(subject: Subject, network: str | None) -> Iterator[tuple[str
         except ContainerError as exc:
             yield start, (False, str(exc))
             for rule in OF_THE_SERVICE:
-                yield rule, (False, "not reached")
-            return
+                yield rule, NOT_REACHED
+            return False
         yield start, (True, f"/ping 200 after {ready_s:.1f} s" + (f", {sorted(before)} before" if before else ""))
         for rule, judge in OF_THE_SERVICE.items():
             yield rule, judged(judge, service, subject, times=2 if rule in TIMED else 1)
+        return True
 
 
 def judged(judge: Callable[..., Result], *what: object, times: int = 1) -> Result:

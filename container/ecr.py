@@ -140,7 +140,10 @@ class Ecr:
                 "AWS_SECRET_ACCESS_KEY provide them."
             ) from exc
         except self._broken as exc:
-            raise ContainerError(f"AWS ({action}) did not answer: {str(exc).rstrip('.')}.") from exc
+            raise ContainerError(
+                f"AWS ({action}, region {self.region}) did not answer: {str(exc).rstrip('.')}. See to the network, and "
+                "that there is a region of that name."
+            ) from exc
 
     def _sentence(self, code: str, text: str, action: str) -> str:
         if code in _EXPIRED:

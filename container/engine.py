@@ -4,8 +4,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import IO
 
 log = logging.getLogger("container")
@@ -16,6 +18,37 @@ TELLING_LINES = 24
 
 class ContainerError(Exception):
     """Building, pushing or checking an image cannot go on; the sentence says why and what to do."""
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """Run one of this package's commands: what it fails with is a sentence in the log, and no trace.
+
+    SIGTERM and SIGHUP end it as Ctrl-C does, so that what it has started is removed; one that is ignored stays so.
+    Returns: what `command` returns; 1 when it failed, 128 plus the signal's number when one ended it.
+    """
+    before = {
+        number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) == signal.SIG_DFL
+    }  # fmt: skip
+    try:
+        return command()
+    except ContainerError as exc:
+        log.error("%s", exc)
+    except OSError as exc:  # no memory, no process, no place
+        what = f" ({exc.filename})" if exc.filename else ""
+        log.error("This machine cannot go on%s: %s.", what, exc.strerror or exc)
+    except KeyboardInterrupt as exc:
+        number = signal.Signals(exc.args[0]) if exc.args else signal.SIGINT
+        log.error("ended by %s; what it had started is removed", number.name)
+        return 128 + number
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    return 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | None = None, show: bool = False) -> str:
@@ -31,12 +64,18 @@ def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | N
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT if show else subprocess.PIPE,
         text=True, errors="replace", env={**os.environ, "DOCKER_BUILDKIT": "1", **(env or {})},
     ) as process:  # fmt: skip
-        if not show:
-            out, err = process.communicate(stdin)
-        else:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
-            out = err = _shown(process.stdout)
+        out: str
+        err: str
+        try:
+            if not show:
+                out, err = process.communicate(stdin)
+            else:
+                assert process.stdin is not None and process.stdout is not None
+                process.stdin.close()
+                out = err = _shown(process.stdout)
+        except BaseException:
+            process.terminate()
+            raise
     if process.returncode:
         raise ContainerError(explain(err or out, arguments[0]))
     return out
@@ -46,16 +85,11 @@ def explain(output: str, command: str) -> str:
     """One sentence for what docker printed when it failed: what a build wrote before the end is not docker's word."""
     lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("See 'docker")]
     last = lines[-1] if lines else "it said nothing"
-    for pattern, sentence in _KNOWN:
+    at = f" at {os.environ['DOCKER_HOST']} (DOCKER_HOST)" if os.environ.get("DOCKER_HOST") else ""
+    for pattern, sentence in (*_KNOWN, *(_OF_BUILDS if command == "build" else ())):
         if any(re.search(pattern, line, re.IGNORECASE) for line in lines[-TELLING_LINES:]):
-            return sentence.format(last=last)
+            return sentence.format(last=last.removesuffix("."), at=at)
     return f"docker {command} failed: {last.removesuffix('.')}."
-
-
-def os_sentence(exc: OSError) -> str:
-    """One sentence for what this machine refused: a file, a process, memory."""
-    what = f" ({exc.filename})" if exc.filename else ""
-    return f"This machine cannot go on{what}: {exc.strerror or exc}."
 
 
 def require_engine() -> None:
@@ -75,7 +109,15 @@ _KNOWN = (
     ),
     (
         r"(?:cannot|failed to) connect to the docker|is the docker daemon running|^error during connect:",
-        "No docker engine answers; start one ('sudo systemctl start docker', Docker Desktop) or set DOCKER_HOST.",
+        "No docker engine answers{at}; start one ('sudo systemctl start docker', Docker Desktop), or say with "
+        "DOCKER_HOST where one is.",
+    ),
+)  # fmt: skip
+_OF_BUILDS = (
+    (
+        r"failed to resolve source metadata|failed to create LLB definition|pull access denied|manifest unknown",
+        "The base image cannot be fetched: {last}. Without network, BASE_IMAGE=NAME:TAG builds on an image that is "
+        "here ('docker image ls').",
     ),
     (
         r"^unknown flag|BuildKit is enabled but the buildx component is missing|the --mount option requires BuildKit",

@@ -10,6 +10,7 @@ Exit status: 2 for another command, 1 when the GPU is there and its driver too o
 import importlib.util
 import json
 import os
+import signal
 import sys
 import sysconfig
 import time
@@ -25,6 +26,8 @@ OUTPUT = Path("/opt/ml/output")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start what is asked for; returns the exit status only when that cannot be."""
+    if os.getpid() == 1:  # has no handler yet, so SIGTERM would be lost: kept for what runs (service.model.interrupts)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     given = list(sys.argv[1:] if arguments is None else arguments)
     if Path(sys.argv[0]).name in COMMANDS and arguments is None:  # called as `serve`, as AWS's toolkits do
         given.insert(0, Path(sys.argv[0]).name)

@@ -36,13 +36,14 @@ from typing import Any
 from container.build import NAME, PLATFORM, ROOT, TARGETS
 from container.content import REVISION_LABEL, content_hash
 from container.ecr import PUSH_ACTIONS, Ecr, Repository, policy
-from container.engine import ContainerError, docker, os_sentence, require_engine
+from container.engine import ContainerError, docker, exit_status, require_engine
 from container.registry import Pushed, look
 from container.rules import CUDA_LABEL
 
 log = logging.getLogger("container")
 
 OUTPUT = ROOT / "artifacts" / "image.json"
+TARGET_LABEL = "resnet34.target"
 VERSION_LABEL = "org.opencontainers.image.version"
 USER = "AWS"
 """The user that ECR's tokens are for."""
@@ -63,19 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.policy:
         sys.stdout.write(policy("ACCOUNT", given.region or "REGION", given.repository) + "\n")
         return 0
-    try:
+
+    def command() -> int:
         entry = push(
             given.image or f"{NAME}:{given.target}", given.target, given.repository, given.region, given.profile
         )
         note(given.output, given.target, entry)
-    except ContainerError as exc:
-        log.error("%s", exc)
-        return 1
-    except OSError as exc:  # no memory, no process, no place
-        log.error("%s", os_sentence(exc))
-        return 1
-    sys.stdout.write(f"{entry['uri']}\n")
-    return 0
+        sys.stdout.write(f"{entry['uri']}\n")
+        return 0
+
+    return exit_status(command)
 
 
 def push(
@@ -109,7 +107,7 @@ def push(
 def inspect(image: str, target: str) -> dict[str, Any]:
     """What docker knows of the local image.
 
-    Raises: ContainerError when there is none, it is for other machines, or ours without its labels.
+    Raises: ContainerError when there is none, it is for other machines, or ours of another target or without labels.
     """
     try:
         found: dict[str, Any] = json.loads(docker("image", "inspect", image))[0]
@@ -123,7 +121,13 @@ def inspect(image: str, target: str) -> dict[str, Any]:
             f"{image} is for {platform}, SageMaker's instances are {PLATFORM}: 'make image TARGET={target}' builds "
             "for them."
         )
-    if (found["Config"].get("Labels") or {}).get(VERSION_LABEL) == "":  # our Dockerfile, which was told none
+    labels = found["Config"].get("Labels") or {}
+    if labels.get(TARGET_LABEL, target) != target:
+        raise ContainerError(
+            f"{image} is the image {labels[TARGET_LABEL]}, not {target}: push it with 'make push "
+            f"TARGET={labels[TARGET_LABEL]} IMAGE={image}', or leave IMAGE out."
+        )
+    if labels.get(VERSION_LABEL) == "":  # our Dockerfile, which was told none
         raise ContainerError(f"{image} does not say its version: build it with 'make image TARGET={target}'.")
     return found
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from container.engine import ContainerError, docker
-from container.running import Load, Running, picture, running
+from container.running import Load, Running, picture, running, telling_line
 
 STARTUP_LIMIT_S = 8 * 60
 PING_LIMIT_S = 2.0
@@ -385,13 +385,7 @@ def _refused(subject: Subject, model: Path, command: Sequence[str], network: str
         if code is None:
             return False, f"it still runs after {subject.patience_s:.0f} s"
         said = container.log().strip()
-        return code != 0 and bool(said), f"exit code {code}: {_telling_line(said)}"
-
-
-def _telling_line(said: str) -> str:
-    """The first line that speaks of an error, else the last."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["(it wrote nothing)"]
-    return next((line for line in lines if "error" in line.lower()), lines[-1])[:300]
+        return code != 0 and bool(said), f"exit code {code}: {telling_line(said)}"
 
 
 OF_OTHER_STARTS: dict[str, Callable[[Subject, str | None], Result]] = {

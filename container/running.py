@@ -65,9 +65,9 @@ class Running:
                 seen.add(status)
             code = self.exit_code()
             if code is not None:
-                raise ContainerError(f"it ended with exit code {code}; its last line: {self.last_line()}")
+                raise ContainerError(f"it ended with exit code {code}: {telling_line(self.log())}")
             time.sleep(0.05)
-        raise ContainerError(f"/ping was not 200 within {limit_s:.0f} s; its last line: {self.last_line()}")
+        raise ContainerError(f"/ping was not 200 within {limit_s:.0f} s: {telling_line(self.log())}")
 
     def wait_for_exit(self, limit_s: float) -> int | None:
         """Its exit code; None when it still runs after `limit_s`."""
@@ -92,10 +92,11 @@ class Running:
         """What it has written to stdout and stderr."""
         return _logs(self.name)
 
-    def last_line(self) -> str:
-        """The last line of its log that is not empty."""
-        lines = [line for line in self.log().splitlines() if line.strip()]
-        return lines[-1][:300] if lines else "(it wrote nothing)"
+
+def telling_line(said: str) -> str:
+    """The first line that speaks of an error, else the last."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["(it wrote nothing)"]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])[:300]
 
 
 @contextmanager
@@ -130,8 +131,8 @@ def isolated_network() -> Iterator[str | None]:
         yield None
         return
     name = f"contract-{uuid.uuid4().hex[:12]}"
-    docker("network", "create", "--internal", "--label", LABEL, name)
     try:
+        docker("network", "create", "--internal", "--label", LABEL, name)
         yield name
     finally:
         with contextlib.suppress(ContainerError):

@@ -1,5 +1,5 @@
 """Image bytes in, class probabilities out: the HTTP service (see ARCHITECTURE.md)."""
 
-from service.model.interrupts import quit_on_ctrl_c
+from service.model.interrupts import end_on_signals
 
-quit_on_ctrl_c()
+end_on_signals()

@@ -17,7 +17,7 @@ from service.listeners import open_port, refusal
 from service.logs import configure_logging, counted, shown
 from service.model.errors import ArtifactError
 from service.model.files import find_home
-from service.model.machine import cores
+from service.model.machine import cores, tasks
 from service.settings import Settings
 from service.workers import Supervisor, Worker, choose_count
 
@@ -25,6 +25,9 @@ log = logging.getLogger("service")
 
 LEAST_FILES = 2 * FILES_BESIDES
 """A worker with fewer file descriptors would hardly have connections."""
+
+LEAST_TASKS = 24
+"""A worker has 15 threads on 2 cores, a supervisor, and at least one decoder process."""
 
 SWITCH_INTERVAL_S = 0.0002
 """How long a thread that wants the GIL waits until it is asked of the one that has it. By default 5 ms, which the
@@ -52,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error(
             "This process may open %d files, the service needs %d; raise the limit (ulimit -n %d).",
             files, LEAST_FILES * workers, 4096 * workers,
+        )  # fmt: skip
+        return 1
+    if (limit := tasks()) is not None and limit < LEAST_TASKS * workers:
+        log.error(
+            "This container may have %d processes and threads, the service needs %d; raise the limit (docker run "
+            "--pids-limit %d), or set fewer CLASSIFIER_WORKERS.", limit, LEAST_TASKS * workers, 256 * workers,
         )  # fmt: skip
         return 1
     try:

@@ -42,6 +42,7 @@ from service.errors import Overloaded
 from service.model.errors import ImageError, ImageTooCostly, ImageTooLarge, UnreadableImage
 from service.model.images import MAX_PIXELS, RgbImage, decode_plain_jpeg, is_scaled
 from service.model.jpeg import Size, plain_size
+from service.model.machine import give_way
 from service.model.resize import crop_resize, enough_px
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Decoders:
         come alone; `limit_s`: processor time for one image in a process.
         """
         self._limit_s = limit_s
-        self._threads = ThreadPoolExecutor(places, thread_name_prefix="decode")
+        self._threads = ThreadPoolExecutor(places, thread_name_prefix="decode", initializer=give_way)
         self._places = asyncio.Semaphore(max(2, places))
         self._of_several = asyncio.Semaphore(max(2, places) - 1)
         self._large = asyncio.Semaphore(1)

@@ -27,7 +27,7 @@ from service.metrics import Gauges
 from service.model.archive import model_folder
 from service.model.errors import ArtifactError
 from service.model.images import RgbImage
-from service.model.machine import give_back_memory, gpus
+from service.model.machine import give_back_memory, give_way, gpus
 from service.model.resize import decode_resized
 from service.payloads import Payloads, is_image, payloads_of
 from service.predictor import Predictor
@@ -92,7 +92,7 @@ class Runtime:
             kept_bytes=min(settings.max_body_bytes // 8, settings.max_body_bytes - settings.max_payload_bytes),
         )  # fmt: skip
         self.stopping = False
-        self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
+        self._engine_threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine", initializer=give_way)
         decoders = worker.share(settings.decode_threads) if worker else settings.decode_threads
         self._decoders = Decoders(decoders, settings.decode_limit_s)
         self._predictor: Predictor | None = None

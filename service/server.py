@@ -26,6 +26,11 @@ SETTLE_S = 0.2
 """How long a connection that was made just before the end may take to send its request."""
 
 
+ACCEPTED_AT_ONCE = 16
+"""Connections that one turn of the event loop accepts. libuv accepts one on each descriptor of the port, and a turn
+takes 10 to 50 ms in an overload: new clients waited in the kernel's queue until it was over, or were turned away there."""
+
+
 class Server(uvicorn.Server):
     """Serves `app` on `listener` until `should_exit`."""
 
@@ -54,7 +59,13 @@ class Server(uvicorn.Server):
         self._app = app
         self._sweeping: asyncio.Task[None] | None = None
         self._lifeline = lifeline
+        self._duplicates: list[socket.socket] = []
         self._gives_way = gives_way
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server`."""
+        self._duplicates = [listener.dup() for listener in sockets or [] for _ in range(ACCEPTED_AT_ONCE - 1)]
+        await super().startup(None if sockets is None else [*sockets, *self._duplicates])
 
     async def main_loop(self) -> None:
         """See `uvicorn.Server`."""
@@ -67,7 +78,7 @@ class Server(uvicorn.Server):
         await runtime.drain(DRAIN_S)
         if not self._gives_way():
             await self._close_port(sockets or [], runtime)
-        await super().shutdown(sockets)
+        await super().shutdown([*(sockets or []), *self._duplicates])
         if self._sweeping is not None:
             self._sweeping.cancel()
 

@@ -6,11 +6,12 @@ sets the port where nothing else does (https://docs.aws.amazon.com/sagemaker/lat
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.engines.names import Wanted
@@ -34,7 +35,9 @@ def _number(value: object) -> object:
 class Settings(BaseSettings):
     """Everything that can be set; each sentence tells the consequence."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, allow_inf_nan=False
+    )
 
     model: Path = Field(default_factory=default_model)
     """Artifact folder or .tar.gz archive of one; loaded, verified and warmed up before /ping turns 200.
@@ -124,16 +127,26 @@ class Settings(BaseSettings):
         parser.add_argument("--worker", help=argparse.SUPPRESS)  # the supervisor's, `service.workers.Worker`
         flags = vars(parser.parse_args(arguments))
         flags.pop("worker", None)
-        if f"{PREFIX}PORT" not in os.environ and os.environ.get("SAGEMAKER_BIND_TO_PORT"):
-            flags.setdefault("port", os.environ["SAGEMAKER_BIND_TO_PORT"])
+        sources = {name: f"--{name} " for name in flags}
+        if f"{PREFIX}PORT" not in os.environ and os.environ.get("SAGEMAKER_BIND_TO_PORT") and "port" not in flags:
+            flags["port"], sources["port"] = os.environ["SAGEMAKER_BIND_TO_PORT"], "SAGEMAKER_BIND_TO_PORT="
         unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names())
         if unknown:
             parser.error(f"unknown setting {', '.join(unknown)}; known are: {', '.join(names())}")
         try:
             return cls(**flags)
         except ValidationError as exc:
-            problems = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in exc.errors()]
-            parser.error("; ".join(problems))
+            problems = [_problem(error, sources) for error in exc.errors()]
+            parser.exit(2, f"error: {'; '.join(problems)}\n")
+
+
+def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
+    """What was set where, and why it is not allowed; `sources` of what the environment's own names do not say."""
+    said = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # of the settings together
+        return said
+    name = str(error["loc"][0])
+    return f"{sources.get(name, f'{PREFIX}{name.upper()}=')}{error['input']}: {said[0].lower()}{said[1:]}"
 
 
 FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}

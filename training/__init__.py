@@ -3,9 +3,9 @@
 import sys
 from importlib.util import find_spec
 
-from service.model.interrupts import quit_on_ctrl_c
+from service.model.interrupts import end_on_signals
 
-quit_on_ctrl_c()
+end_on_signals()
 
 # While `python -m training.X` looks for X, the first argument is "-m" (Python's documentation of sys.argv).
 if sys.argv[:1] == ["-m"] and not all(find_spec(name) for name in ("pydantic", "torch")):

@@ -109,6 +109,21 @@ def sagemaker_values(root: Path = ROOT, environ: Mapping[str, str] = os.environ)
     return values | {name: value for name, value in given.items() if name != ENTRY}
 
 
+def with_job(
+    given: Mapping[str, object], root: Path = ROOT, environ: Mapping[str, str] = os.environ
+) -> dict[str, object]:
+    """`sagemaker_values`, and `given` before them. Raises: ConfigError; a job without training data too."""
+    values = {**sagemaker_values(root, environ), **given}
+    if _in_job(root, environ) and "data" not in values:
+        channels = root / "input" / "data"
+        there = sorted(each.name for each in channels.iterdir() if each.is_dir()) if channels.is_dir() else []
+        raise ConfigError(
+            f"The job has no channel {' or '.join(TRAIN_CHANNELS)} with data to train on; it has: "
+            f"{', '.join(there) or 'none'} (in {channels})."
+        )
+    return values
+
+
 def sagemaker_job(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> SageMakerJob | None:
     """The SageMaker job this process runs in; None elsewhere. Raises: ConfigError when a file of it is damaged."""
     if not _in_job(root, environ):

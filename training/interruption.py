@@ -36,19 +36,18 @@ def raised(*more: int) -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt, SIGTERM `Terminated` while the context lasts, where nobody else catches them;
     so do `more` signals. One that is ignored stays so (nohup).
 
-    Process 1 of a container does not hear a SIGTERM that it has no handler for. Before and after, Ctrl-C ends the
-    process of a command at once (`service.model.interrupts`): there is nothing to save or to say.
+    Before and after, they end the process of a command at once, that of a container too (`service.model.interrupts`):
+    there is nothing to save or to say.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread alone
         return
-    ours: dict[int, tuple[Handler, Handler]] = {
-        signal.SIGINT: (leave, signal.default_int_handler),
-        **dict.fromkeys((signal.SIGTERM, *more), (signal.SIG_DFL, _end)),
-    }
-    before = {number: old for number, (old, _) in ours.items() if signal.getsignal(number) == old}
+    ours: dict[int, Handler] = dict.fromkeys((signal.SIGTERM, *more), _end)
+    ours[signal.SIGINT] = signal.default_int_handler
+    defaults = (leave, signal.SIG_DFL)
+    before = {number: old for number in ours if (old := signal.getsignal(number)) in defaults}
     for number in before:
-        signal.signal(number, ours[number][1])
+        signal.signal(number, ours[number])
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from training.command_line import configure_logging, exit_status
 from training.config import FILES, TrainingConfig, merged
-from training.environment import ranks, sagemaker_job, sagemaker_values
+from training.environment import ranks, sagemaker_job, with_job
 from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> None:
     """One training as the job and `arguments` say. Raises: TrainingError, Interrupted."""
-    watching, training = split(merged({**sagemaker_values(), **parse_arguments(arguments)}), Instrumentation)
+    watching, training = split(merged(with_job(parse_arguments(arguments))), Instrumentation)
     instrumentation = Instrumentation.create(watching)
     config = TrainingConfig.create(training)
     place = ranks()

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from service.model.errors import ArtifactError
+from service.model.machine import SAGEMAKER_MODEL
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -33,7 +34,8 @@ def _home(folder: Path) -> Path:
     if len(homes) == 1:
         return homes[0]
     if not inside:
-        raise ArtifactError(f"The folder {folder} is empty; name the folder that training wrote.")
+        mount = f", or mount it there (docker run -v ...:{folder}:ro)" if folder == SAGEMAKER_MODEL else ""
+        raise ArtifactError(f"The folder {folder} is empty; name the folder that training wrote{mount}.")
     found = ", ".join(name if name.isprintable() else ascii(name) for name in inside[:10])
     raise ArtifactError(
         f"There is no {MANIFEST} among what {folder} holds ({found}); name the folder that training wrote."

@@ -1,6 +1,8 @@
 """The contract checker: our images keep every rule, a bad one breaks those it should, one line each."""
 
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 
 from container.build import ROOT
 from container.engine import docker
-from container.rules import OF_OTHER_STARTS, OF_THE_IMAGE, OF_THE_SERVICE
+from container.rules import OF_OTHER_STARTS, OF_THE_IMAGE, OF_THE_SERVICE, Subject
+from container.running import LABEL
 from tests.container.conftest import run
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
@@ -93,28 +96,56 @@ def test_a_bad_image_fails_the_rules_it_breaks_and_those_alone(base_image: str, 
     [
         (
             "RUN printf '#!/bin/sh\\necho no library\\nexit 1\\n' > /bin/serve && chmod 755 /bin/serve",
-            "it ended with exit code 1; its last line: no library",
+            "it ended with exit code 1: no library",
         ),
-        ('ENTRYPOINT ["python3", "-c", "raise SystemExit(\'no library\')"]', "exit code 1; its last line: no library"),
+        ('ENTRYPOINT ["python3", "-c", "raise SystemExit(\'no library\')"]', "exit code 1: no library"),
         ("CMD []", "executable file not found in $PATH"),
     ],
 )  # fmt: skip
 def test_an_image_that_ends_at_once_fails_by_its_last_words(
     line: str, said: str, base_image: str, model: Path, tmp_path: Path
 ) -> None:
-    """Without ENTRYPOINT `serve` is run where it is on PATH; to refuse another word is then docker's."""
+    """What ends by itself then proves nothing. Without ENTRYPOINT `serve` is run where it is on PATH, and to refuse
+    another word is docker's.
+    """
     if not base_image:
         pytest.skip("no local base image to build on")
     (tmp_path / "Dockerfile").write_text(f"FROM {base_image}\n{line}\n")
     docker("build", "--tag", "contract-dead", str(tmp_path))
     status, rules, told = verdicts("contract-dead", "--model", str(model))
+    subject = Subject("contract-dead", model, b"", "image/png", {}, 30)
+    unknown = "a command it does not know is refused, and it says so (recommended)"
+    assert OF_OTHER_STARTS[unknown](subject, None)[0]
     docker("rmi", "contract-dead")
     assert status == 1
+    assert told.endswith(f"{RULES - list(rules.values()).count('FAIL')} of {RULES} rules hold\n")
     assert len(rules) == RULES
     assert said in told
     assert rules["ENTRYPOINT, if there is one, passes `serve` on (exec form), and is not tini"] == "PASS"
     assert rules["/invocations takes 25 MB"] == "FAIL"
-    assert rules["a command it does not know is refused, and it says so (recommended)"] == "PASS"
+    assert rules[unknown] == "FAIL" and f"{unknown}: not reached" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_ends_it_finds_nothing_left(number: signal.Signals, image: Callable[[str], str], model: Path) -> None:
+    label = f"label={LABEL}"
+    command = [sys.executable, "-m", "container.contract", image("serve-cpu"), "--model", str(model)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as checker:
+        assert checker.stdout is not None
+        next(line for line in checker.stdout if "serve` starts" in line)
+        assert docker("ps", "--quiet", "--filter", label)
+        checker.send_signal(number)
+        said = checker.communicate(timeout=60)[0]
+    assert checker.returncode == 128 + number
+    assert said.endswith(f"ended by {number.name}; what it had started is removed\n") and "Traceback" not in said
+    assert not docker("ps", "--all", "--quiet", "--filter", label)
+    assert not docker("network", "ls", "--quiet", "--filter", label)
+
+
+def test_a_word_that_docker_run_does_not_know_is_told(image: Callable[[str], str], model: Path) -> None:
+    status, rules, said = verdicts(image("serve-cpu"), "--model", str(model), "--docker-options=--bogus")
+    assert (status, rules["/invocations takes 25 MB"]) == (1, "FAIL")
+    assert said.count("docker run failed: unknown flag: --bogus.") == 1
 
 
 def test_an_image_that_is_not_there_is_one_sentence(engine: None, tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_the_labels_and_the_start(target: str, image: Image) -> None:
     assert binds == (None if target == "train" else "true")
     cuda = labels.get("com.amazonaws.sagemaker.inference.cuda.verified_versions")
     assert cuda == (None if target == "serve-cpu" else "13.0")
+    assert labels["resnet34.target"] == target
     assert config["Entrypoint"] == ["/opt/venv/bin/python", "-m", "container.entry"]
     assert config["User"] in ("", "root")
 
@@ -277,6 +278,7 @@ def test_no_package_of_the_distribution_waits_for_a_security_upgrade(target: str
     assert not waiting, f"build again with `make image TARGET={target} FRESH=1`: {waiting}"
 
 
+@pytest.mark.slow  # builds all of it anew
 def test_the_same_content_has_the_same_tag_and_other_content_another(
     image: Image, base_image: str, tmp_path: Path
 ) -> None:

@@ -118,7 +118,8 @@ def test_without_docker_it_says_so(aws: Aws, tmp_path: Path) -> None:
 def test_without_an_engine_it_says_so(aws: Aws, tmp_path: Path) -> None:
     if shutil.which("docker") is None:
         pytest.skip("no docker command")
-    assert "No docker engine answers" in sentence(push(env=aws.env(DOCKER_HOST=f"unix://{tmp_path}/none.sock")))
+    host = f"unix://{tmp_path}/none.sock"
+    assert f"No docker engine answers at {host} (DOCKER_HOST); " in sentence(push(env=aws.env(DOCKER_HOST=host)))
 
 
 IMAGE = json.dumps([{"Os": "linux", "Architecture": "amd64", "Id": "sha256:" + "1" * 64, "Config": {"Labels": None}}])
@@ -149,7 +150,7 @@ def test_without_aws_it_says_who_did_not_answer(aws: Aws, tmp_path: Path) -> Non
         PATH=fake_docker(tmp_path / "bin", HAS_IMAGE), AWS_ENDPOINT_URL=f"http://127.0.0.1:{free_port()}",
         AWS_MAX_ATTEMPTS="1",
     )  # fmt: skip
-    assert "AWS (sts:GetCallerIdentity) did not answer" in sentence(push(env=env))
+    assert "AWS (sts:GetCallerIdentity, region eu-central-1) did not answer" in sentence(push(env=env))
 
 
 CALLED = (
@@ -232,6 +233,16 @@ def test_an_image_of_ours_without_its_version_is_refused(aws: Aws, tmp_path: Pat
     assert said == "resnet34-sagemaker:train does not say its version: build it with 'make image TARGET=train'."
 
 
+def test_the_image_of_another_target_is_refused(aws: Aws, tmp_path: Path) -> None:
+    """The repository's tags are immutable, and `train` in artifacts/image.json is what jobs run."""
+    labelled = IMAGE.replace('"Labels": null', '"Labels": {"resnet34.target": "serve-cpu"}')
+    script = f"case $1 in image) echo '{labelled}';; esac"
+    said = sentence(push("--target", "train", "--image", "x", env=aws.env(PATH=fake_docker(tmp_path / "bin", script))))
+    assert said == (
+        "x is the image serve-cpu, not train: push it with 'make push TARGET=serve-cpu IMAGE=x', or leave IMAGE out."
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -240,7 +251,7 @@ def test_an_image_of_ours_without_its_version_is_refused(aws: Aws, tmp_path: Pat
             "Got permission denied while trying to connect to the Docker daemon socket",
             "You may not use the docker engine",
         ),
-        ("unknown flag: --platform", "it takes BuildKit"),
+        ("unknown flag: --bogus\nSee 'docker push --help'.", "docker push failed: unknown flag: --bogus."),
         ("error during connect: Get http://far:2375/version: dial tcp: no such host", "No docker engine answers"),
         ("Failed to connect to the docker API at unix:///run/docker.sock; check the path", "No docker engine answers"),
         ("#9 Failed to connect to deb.debian.org port 80\nexit code: 100", "docker push failed: exit code: 100."),
@@ -254,6 +265,20 @@ def test_an_image_of_ours_without_its_version_is_refused(aws: Aws, tmp_path: Pat
 )
 def test_what_docker_says_becomes_a_sentence(words: str, said: str) -> None:
     assert said in engine_module.explain(words, "push")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("unknown flag: --platform", "it takes BuildKit"),
+        (
+            "#2 ERROR: dial tcp: lookup docker.io: no such host\nfailed to create LLB definition: no such host",
+            "The base image cannot be fetched: failed to create LLB definition: no such host. Without network, BASE_IM",
+        ),
+    ],
+)
+def test_what_docker_says_of_a_build_becomes_a_sentence(words: str, said: str) -> None:
+    assert said in engine_module.explain(words, "build")
 
 
 @contextmanager

@@ -67,6 +67,21 @@ def test_from_start_to_the_first_ping(
     assert target != "serve-cpu" or min(taken) <= 3 or load > cores
 
 
+@pytest.mark.parametrize(("target", "command"), [("serve-cpu", "serve"), ("train", "train")])
+def test_a_stop_that_comes_while_it_starts_is_heard(
+    target: str, command: str, image: Image, model: Path, sample_root: Path
+) -> None:
+    """The kernel keeps from a container's first process what it has no handler for: the word would be lost."""
+    sample_root.chmod(0o755)
+    options = ("--volume", f"{sample_root}:/data:ro")
+    flags = () if command == "serve" else ("--data", "/data", "--output", "/tmp/model", "--weights", "none")
+    for delay_s in (0.3, 0.6, 1.0, 1.5):
+        with running(image(target), (command, *flags), model=model, options=options) as container:
+            time.sleep(delay_s)
+            container.signal("SIGTERM")
+            assert container.wait_for_exit(20) in (0, 143), (delay_s, container.log())
+
+
 def test_flags_go_to_the_service_and_the_healthcheck_follows(image: Image, model: Path) -> None:
     options = ("--health-interval=1s",)
     command = ("serve", "--port", "9000")

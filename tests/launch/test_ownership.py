@@ -113,23 +113,23 @@ def test_a_model_is_not_registered_among_those_of_others(here: Account, artifact
 def test_objects_below_the_prefix_that_the_commands_did_not_write_are_said_to_be_and_kept(
     here: Account, caplog: pytest.LogCaptureFixture
 ) -> None:
-    project, s3 = Project("keeps", "delete-keeps"), here.client("s3")
+    project, s3 = Project("shelf", "delete-shelf"), here.client("s3")
     data.ensure_bucket(here.aws, project)
-    theirs = {"keeps/notes.txt", "keeps/photos/a.png", "keeps/photos/b.png", "keepsake/data/z", "keeps/data"}
-    for key in theirs | {"keeps/data/train-1/x", "keeps/jobs/j/output/model.tar.gz"}:
-        s3.put_object(Bucket="delete-keeps", Key=key, Body=b"x")
-    delete = ("delete", "--project", "keeps", "--bucket", "delete-keeps", "--data")
+    theirs = {"shelf/notes.txt", "shelf/photos/a.png", "shelf/photos/b.png", "shelfmark/data/z", "shelf/data"}
+    for key in theirs | {"shelf/data/train-1/x", "shelf/jobs/j/output/model.tar.gz"}:
+        s3.put_object(Bucket="delete-shelf", Key=key, Body=b"x")
+    delete = ("delete", "--project", "shelf", "--bucket", "delete-shelf", "--data")
     said, stays = told(caplog, *delete, "--dry-run").split("\nwhat stays:\n")
-    kept, removed = said.split("to be removed of project keeps in eu-central-1, account 123456789012:\n")
-    assert "  bucket delete-keeps, which others may use: aws s3 rb s3://delete-keeps" in stays
+    kept, removed = said.split("to be removed of project shelf in eu-central-1, account 123456789012:\n")
+    assert "  bucket delete-shelf, which others may use: aws s3 rb s3://delete-shelf" in stays
     assert kept.startswith("kept, as these commands did not write it:\n")
     for name, count in (("notes.txt", 1), ("photos/", 2), ("data", 1)):
-        assert f"s3://delete-keeps/keeps/{name}  {count} files, 0.0 MB; not written by these commands\n" in kept
+        assert f"s3://delete-shelf/shelf/{name}  {count} files, 0.0 MB; not written by these commands\n" in kept
     assert [line.split()[3] for line in removed.splitlines()] == [
-        "s3://delete-keeps/keeps/data/", "s3://delete-keeps/keeps/jobs/"
+        "s3://delete-shelf/shelf/data/", "s3://delete-shelf/shelf/jobs/"
     ]  # fmt: skip
     assert "all of it is removed" in told(caplog, *delete, "--yes")
-    assert {key for key, _ in data.listed(here.aws, "s3://delete-keeps/")} == theirs
+    assert {key for key, _ in data.listed(here.aws, "s3://delete-shelf/")} == theirs
 
 
 def test_an_object_that_s3_does_not_let_go_is_told(here: Account, monkeypatch: pytest.MonkeyPatch) -> None:

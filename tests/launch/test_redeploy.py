@@ -75,6 +75,7 @@ def bounds(here: Account, name: str) -> tuple[int, int] | None:
     return target and (target["MinCapacity"], target["MaxCapacity"])
 
 
+@pytest.mark.slow
 def test_scaling_stays_until_someone_says_otherwise_and_each_change_is_told(
     here: Account, packed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

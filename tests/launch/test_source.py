@@ -38,6 +38,7 @@ def test_the_archive_is_the_same_for_the_same_content_and_has_no_torch(unpacked:
     assert not list(unpacked.rglob("*.ipynb"))
 
 
+@pytest.mark.slow
 def test_the_program_trains_away_from_this_checkout(unpacked: Path, data: Path, tmp_path: Path) -> None:
     """As the toolkit calls it: SM_* variables, and hyperparameters as flags with underscores."""
     hyperparameters = {"weights": "none", "quantize": "off", "epochs": 1, "batch_size": 8, "report": False}

@@ -1,6 +1,9 @@
 """Cores and memory: the machine's, or a container's limits where they are less."""
 
 import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,25 @@ def test_the_files_of_cgroup_v1_count_too(tmp_path: Path, quota: int, period: in
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{2**28}\n")
     assert cores(tmp_path) == (expected or cores(tmp_path / "no limits"))
     assert memory_bytes(tmp_path) == 2**28
+
+
+@pytest.mark.parametrize(("text", "expected"), [("96\n", 96), ("max\n", None)])
+@pytest.mark.parametrize("name", ["pids.max", "pids/pids.max"])
+def test_how_many_processes_a_container_may_have(tmp_path: Path, name: str, text: str, expected: int | None) -> None:
+    assert machine.tasks(tmp_path) is None
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    assert machine.tasks(tmp_path) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_a_thread_gives_way_and_others_do_not() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = priority()
+    with ThreadPoolExecutor(1, initializer=machine.give_way) as pool:
+        assert (pool.submit(priority).result(), priority()) == (machine.NICE, before)
 
 
 @pytest.mark.parametrize(("device", "expected"), [("nvidia0", True), ("dxg", True), ("nvidiactl", False)])

@@ -47,7 +47,23 @@ def test_an_unknown_variable_is_refused_and_the_known_are_listed(
 
 @pytest.mark.parametrize("port", ["0", "65536", "http", ""])
 def test_a_port_that_is_none_is_refused_by_name_and_value(port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"port = '{port}'" in refusal(capsys, "--port", port)
+    assert refusal(capsys, "--port", port).startswith(f"error: --port {port}: input should be ")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("SAGEMAKER_BIND_TO_PORT", "abc", "error: SAGEMAKER_BIND_TO_PORT=abc: input should be a valid integer"),
+        ("CLASSIFIER_WORKERS", "-1", "error: CLASSIFIER_WORKERS=-1: input should be greater than or equal to 0"),
+        ("CLASSIFIER_DEADLINE_S", "inf", "error: CLASSIFIER_DEADLINE_S=inf: input should be a finite number"),
+        ("CLASSIFIER_MAX_BODY_BYTES", "9", "error: CLASSIFIER_MAX_BODY_BYTES = 9 is less than CLASSIFIER_MAX_PAYLO"),
+    ],
+)
+def test_what_a_variable_may_not_be_is_refused_by_its_name(
+    variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert refusal(capsys).startswith(said)
 
 
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """What a SageMaker job implies, read from files below /opt/ml (here: a temporary root) or from SM_* variables."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from training.environment import (
     ranks,
     sagemaker_job,
     sagemaker_values,
+    with_job,
     write_failure,
 )
 from training.errors import ConfigError
@@ -86,6 +88,16 @@ def test_separate_channels_are_found_by_their_variables_too(root: Path, tmp_path
 def test_a_validation_channel_alone_is_no_training_data(root: Path) -> None:
     channel(root, "validation")
     assert "data" not in sagemaker_values(root, NOTHING)
+
+
+def test_a_job_without_training_data_is_told_which_channels_it_has(root: Path) -> None:
+    channel(root, "images")
+    with pytest.raises(ConfigError, match=r"no channel training or train with data to train on; it has: images \(in "):
+        with_job({}, root, {})
+    assert with_job({"data": "/pics"}, root, {})["data"] == "/pics"
+    shutil.rmtree(root / "input" / "data")
+    with pytest.raises(ConfigError, match="it has: none"):
+        with_job({}, root, {})
 
 
 @pytest.mark.parametrize("name", ["weights", "pretrained"])
