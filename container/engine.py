@@ -64,8 +64,6 @@ def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | N
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT if show else subprocess.PIPE,
         text=True, errors="replace", env={**os.environ, "DOCKER_BUILDKIT": "1", **(env or {})},
     ) as process:  # fmt: skip
-        out: str
-        err: str
         try:
             if not show:
                 out, err = process.communicate(stdin)
@@ -78,7 +76,7 @@ def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | N
             raise
     if process.returncode:
         raise ContainerError(explain(err or out, arguments[0]))
-    return out
+    return str(out)
 
 
 def explain(output: str, command: str) -> str:
