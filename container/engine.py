@@ -76,7 +76,7 @@ def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | N
             raise
     if process.returncode:
         raise ContainerError(explain(err or out, arguments[0]))
-    return str(out)
+    return out
 
 
 def explain(output: str, command: str) -> str:
@@ -84,7 +84,7 @@ def explain(output: str, command: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("See 'docker")]
     last = lines[-1] if lines else "it said nothing"
     at = f" at {os.environ['DOCKER_HOST']} (DOCKER_HOST)" if os.environ.get("DOCKER_HOST") else ""
-    for pattern, sentence in (*_KNOWN, *(_OF_BUILDS if command == "build" else ())):
+    for pattern, sentence in _KNOWN + (_OF_BUILDS if command == "build" else ()):
         if any(re.search(pattern, line, re.IGNORECASE) for line in lines[-TELLING_LINES:]):
             return sentence.format(last=last.removesuffix("."), at=at)
     return f"docker {command} failed: {last.removesuffix('.')}."
@@ -95,7 +95,7 @@ def require_engine() -> None:
     docker("version", "--format", "{{.Server.Version}}")
 
 
-_KNOWN = (
+_KNOWN: tuple[tuple[str, str], ...] = (
     (
         r"no space left on device|disk quota exceeded",
         "The disk that docker keeps images on is full; 'docker system df' shows what fills it, "
@@ -111,7 +111,7 @@ _KNOWN = (
         "DOCKER_HOST where one is.",
     ),
 )  # fmt: skip
-_OF_BUILDS = (
+_OF_BUILDS: tuple[tuple[str, str], ...] = (
     (
         r"failed to resolve source metadata|failed to create LLB definition|pull access denied|manifest unknown",
         "The base image cannot be fetched: {last}. Without network, BASE_IMAGE=NAME:TAG builds on an image that is "
