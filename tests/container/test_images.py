@@ -72,14 +72,14 @@ def test_the_sizes(target: str, image: Image, layers: Layers, base_image: str, t
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_table_of_what_fills_an_image_is_true(target: str, image: Image, layers: Layers) -> None:
-    """Within 5 %; the distribution's upgrades are those of a day, and so not compared."""
+    """Within 5 % or 0.2 MB; the distribution's upgrades are those of a day, and so not compared."""
     lines = (ROOT / "ARCHITECTURE.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     column = ("serve-cpu", "serve", "train").index(target) + 1
     for row_of, folder in (("`/opt/cuda`", "/opt/cuda"), ("`/opt/venv`", "/opt/venv"), ("our code", "/opt/program")):
         (row,) = (row for row in rows if row[0].startswith(row_of))
         mb = sum(size for made_by, size in layers(image(target)) if f"COPY {folder} {folder}" in made_by) / 1e6
-        assert mb == pytest.approx(float(row[column].replace(",", "") or 0), rel=0.05, abs=0.05), row[0]
+        assert mb == pytest.approx(float(row[column].replace(",", "") or 0), rel=0.05, abs=0.2), row[0]
 
 
 def test_serve_and_train_share_the_layer_of_cuda(image: Image, layers: Layers) -> None:

@@ -105,7 +105,7 @@ def test_another_user_and_no_capability_will_do(image: Image, model: Path) -> No
 def test_cores_and_memory_of_the_container_are_those_that_count(image: Image, model: Path) -> None:
     with running(image("serve-cpu"), model=model, options=("--cpus=1", "--memory=2g")) as container:
         container.wait_until_ready(120)
-        assert "on 1 cores" in container.log()
+        assert "on 1 core\n" in container.log()
 
 
 @pytest.mark.parametrize(
