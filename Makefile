@@ -63,13 +63,16 @@ contract: $(UV) ## check IMAGE, anybody's, against SageMaker's rules for hosting
 	@$(if $(filter file,$(origin IMAGE)),echo "checking $(IMAGE); for another: make contract IMAGE=NAME:TAG")
 	@exec $(PYTHON) -m container.contract "$(IMAGE)" --model "$(MODEL)" $(CONTRACT_ARGS)
 
-# First the tests that need no quiet machine, one on each core, then the others; of what PYTEST_ARGS choose, there may be
-# none in either half (pytest's exit status 5).
+# First the tests that need no quiet machine, one on each core, then the others; of what PYTEST_ARGS choose, one half may
+# have none (pytest's exit status 5).
 QUICK := not slow and not container and not aws
 test: $(UV) ## set up and run the tests (20 to 30 minutes on 2 cores)
 	$(UV) sync --frozen --inexact $(DEVELOP)
-	@UV="$(abspath $(UV))" $(PYTHON) -m pytest -m "parallel and $(QUICK)" -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	@UV="$(abspath $(UV))" $(PYTHON) -m pytest -m "not parallel and $(QUICK)" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@export UV="$(abspath $(UV))"; first=0; second=0; \
+	$(PYTHON) -m pytest -m "parallel and $(QUICK)" -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS) || first=$$?; \
+	$(PYTHON) -m pytest -m "not parallel and $(QUICK)" $(PYTEST_ARGS) || second=$$?; \
+	if [ $$first -ne 0 ] && [ $$first -ne 5 ]; then exit $$first; fi; \
+	if [ $$second -ne 5 ] || [ $$first -eq 5 ]; then exit $$second; fi
 
 test-slow: $(UV) ## run the tests that train for minutes: the README's commands, start to end
 	$(UV) sync --frozen --inexact $(DEVELOP) --group sagemaker --group notebook

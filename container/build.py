@@ -27,7 +27,7 @@ PLATFORM = "linux/amd64"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build; returns the exit status: 0, or 1 with a sentence on stderr."""
+    """Build; returns the exit status: 0, or with a sentence on stderr 1, or 128 plus the number of a signal."""
     parser = argparse.ArgumentParser(prog="python -m container.build", description="Build one of the images.")
     parser.add_argument("--target", choices=TARGETS, default="serve")
     parser.add_argument("--tag", help=f"name of the image (default: {NAME}:TARGET)")

@@ -4,7 +4,8 @@ Any image, from anybody: it is started with `docker run IMAGE serve` the way Sag
 read-only, /tmp writable, no way out to the network) and asked over HTTP. One line for each rule (container/rules.py),
 PASS or FAIL and what was seen; what is about time is measured once more before it fails, as this machine may be busy.
 What AWS does not ask for is marked (recommended). `--docker-options='--gpus all'` gives it a GPU.
-Exit status: 0 when all hold, 1 when one does not, recommended or not, 2 for wrong arguments.
+Exit status: 0 when all hold, 1 when one does not, recommended or not, 2 for wrong arguments, 128 plus the number of the
+signal that ended it.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m container.contract",
         description="Check an image against SageMaker's rules for hosting.",
-        epilog="Exit status: 0 when all hold, 1 when one does not, recommended or not.",
+        epilog="Exit status: 0 when all hold, 1 when one does not, recommended or not, 2 for wrong arguments.",
     )
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("--model", type=Path, default=Path("artifacts/model"), help="folder to mount at /opt/ml/model")
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.info("%d of %d rules hold", sum(held), len(held))
         return 0 if all(held) else 1
 
-    return exit_status(command)
+    return exit_status(command, "; what it had started is removed")
 
 
 def check(subject: Subject) -> Generator[tuple[str, Result]]:

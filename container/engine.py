@@ -1,4 +1,7 @@
-"""The docker command line, as build, push and the contract checker call it; what it fails with becomes a sentence."""
+"""The docker command line, as build, push and the contract checker call it; what it fails with becomes a sentence.
+
+So does what these commands themselves fail with, or are ended by.
+"""
 
 import logging
 import os
@@ -16,21 +19,26 @@ TELLING_LINES = 24
 """At the end of what docker prints: why it failed, the end of that step's log, and where in the Dockerfile it is."""
 
 
+END_LIMIT_S = 10.0
+"""How long docker's command has to end once it is told to."""
+
+
 class ContainerError(Exception):
     """Building, pushing or checking an image cannot go on; the sentence says why and what to do."""
 
 
-def exit_status(command: Callable[[], int]) -> int:
+def exit_status(command: Callable[[], int], when_ended: str = "") -> int:
     """Run one of this package's commands: what it fails with is a sentence in the log, and no trace.
 
-    SIGTERM and SIGHUP end it as Ctrl-C does, so that what it has started is removed; one that is ignored stays so.
+    SIGTERM and SIGHUP end it as Ctrl-C does, so that what it has started is removed, and so `when_ended` says; one that
+    is ignored stays so.
     Returns: what `command` returns; 1 when it failed, 128 plus the signal's number when one ended it.
     """
-    before = {
-        number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) == signal.SIG_DFL
-    }  # fmt: skip
+    before = {number: signal.getsignal(number) for number in _ENDING}
     try:
+        for number, handler in before.items():
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(number, _interrupt)
         return command()
     except ContainerError as exc:
         log.error("%s", exc)
@@ -39,7 +47,7 @@ def exit_status(command: Callable[[], int]) -> int:
         log.error("This machine cannot go on%s: %s.", what, exc.strerror or exc)
     except KeyboardInterrupt as exc:
         number = signal.Signals(exc.args[0]) if exc.args else signal.SIGINT
-        log.error("ended by %s; what it had started is removed", number.name)
+        log.error("ended by %s%s", number.name, when_ended)
         return 128 + number
     finally:
         for each, handler in before.items():
@@ -47,7 +55,13 @@ def exit_status(command: Callable[[], int]) -> int:
     return 1
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """The first; no other disturbs what is done then. Make sends its own on, beside the one to the group."""
+    for each in _ENDING:
+        signal.signal(each, lambda *_: None)  # not SIG_IGN, which docker would inherit
     raise KeyboardInterrupt(number)
 
 
@@ -62,7 +76,7 @@ def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | N
     command = [program, *arguments]
     with subprocess.Popen(  # noqa: S603  # our own words, no shell
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT if show else subprocess.PIPE,
-        text=True, errors="replace", env={**os.environ, "DOCKER_BUILDKIT": "1", **(env or {})},
+        text=True, errors="replace", env={**os.environ, "DOCKER_BUILDKIT": "1", **(env or {})}, process_group=0,
     ) as process:  # fmt: skip
         try:
             if not show:
@@ -73,6 +87,11 @@ def docker(*arguments: str, stdin: str | None = None, env: Mapping[str, str] | N
                 out = err = _shown(process.stdout)
         except BaseException:
             process.terminate()
+            try:
+                process.wait(END_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             raise
     if process.returncode:
         raise ContainerError(explain(err or out, arguments[0]))
@@ -113,7 +132,8 @@ _KNOWN: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 _OF_BUILDS: tuple[tuple[str, str], ...] = (
     (
-        r"failed to resolve source metadata|failed to create LLB definition|pull access denied|manifest unknown",
+        r"failed to (resolve source metadata|create LLB definition).*"
+        r"(no such host|failed to do request|denied|manifest unknown|not found)",
         "The base image cannot be fetched: {last}. Without network, BASE_IMAGE=NAME:TAG builds on an image that is "
         "here ('docker image ls').",
     ),

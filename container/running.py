@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -93,10 +94,10 @@ class Running:
         return _logs(self.name)
 
 
-def telling_line(said: str) -> str:
-    """The first line that speaks of an error, else the last."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["(it wrote nothing)"]
-    return next((line for line in lines if "error" in line.lower()), lines[-1])[:300]
+def telling_line(log: str) -> str:
+    """The first line of a container's log that speaks of an error, else the last; 300 characters of it at most."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["(it wrote nothing)"]
+    return next((line for line in lines if re.search(r"error\b", line, re.IGNORECASE)), lines[-1])[:300]
 
 
 @contextmanager
@@ -119,8 +120,7 @@ def running(
         docker(*flags, image, *command)
         yield Running(name, *_address(name, port, network))
     finally:
-        with contextlib.suppress(ContainerError):
-            docker("rm", "--force", "--volumes", name)
+        _remove("rm", "--force", "--volumes", name)
 
 
 @contextmanager
@@ -135,8 +135,17 @@ def isolated_network() -> Iterator[str | None]:
         docker("network", "create", "--internal", "--label", LABEL, name)
         yield name
     finally:
+        _remove("network", "rm", name)
+
+
+def _remove(*arguments: str) -> None:
+    """Twice, for what the engine is still making where `docker run` was ended."""
+    try:
+        docker(*arguments)
+    except ContainerError:
+        time.sleep(1)
         with contextlib.suppress(ContainerError):
-            docker("network", "rm", name)
+            docker(*arguments)
 
 
 def picture(pixels_across: int = 64) -> bytes:

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (limit := tasks()) is not None and limit < LEAST_TASKS * workers:
         log.error(
             "This container may have %d processes and threads, the service needs %d; raise the limit (docker run "
-            "--pids-limit %d), or set fewer CLASSIFIER_WORKERS.", limit, LEAST_TASKS * workers, 256 * workers,
+            "--pids-limit %d)%s.", limit, LEAST_TASKS * workers, 256 * workers,
+            ", or set fewer CLASSIFIER_WORKERS" if workers > 1 else "",
         )  # fmt: skip
         return 1
     try:

@@ -111,12 +111,12 @@ class Decoders:
     async def close(self) -> None:
         """End the processes; images under way get CancelledError, later ones Overloaded."""
         self._closed = True
+        idle, self._idle = self._idle, []
         self._threads.shutdown(wait=False, cancel_futures=True)
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
-        await asyncio.gather(*[process.end() for process in self._idle])
-        self._idle.clear()
+        await asyncio.gather(*[process.end() for process in idle])
 
     def allowance(self, several: bool) -> Allowance:
         """What one image, or the `several` of a request, may take of decoder processes."""
@@ -132,6 +132,8 @@ class Decoders:
         Returns: uint8 `[side_px, side_px, 3]`.
         Raises: ImageError; Overloaded when no process is free within `patience_s` altogether, or can be started.
         """
+        if self._closed:
+            raise Overloaded(NO_PROCESS)
         size = plain_size(payload) if len(payload) <= IN_PROCESS_BYTES else None
         few = size is not None and size.height * size.width <= IN_PROCESS_PIXELS
         if size is not None and few and not is_scaled(size, enough_px(side_px)):
@@ -217,6 +219,8 @@ class Decoders:
 
     async def _taken(self, until_s: float | None) -> "_Process":
         """A process that can decode. Raises: Overloaded where there is none by the loop's time `until_s`."""
+        if self._closed:
+            raise Overloaded(NO_PROCESS)
         process = await self._idle_one() or self._start()
         try:
             async with asyncio.timeout_at(until_s) as patience:

@@ -27,8 +27,9 @@ SETTLE_S = 0.2
 
 
 ACCEPTED_AT_ONCE = 16
-"""Connections that one turn of the event loop accepts. libuv accepts one on each descriptor of the port, and a turn
-takes 10 to 50 ms in an overload: new clients waited in the kernel's queue until that was over, or were turned away."""
+"""Connections that one turn of the event loop accepts. libuv accepts one on each descriptor of the port; in an overload
+(2 cores with AMX, 224 px, int8, five times the capacity) a turn takes 10 to 50 ms: new clients waited in the kernel's
+queue until it was over, or were turned away."""
 
 
 class Server(uvicorn.Server):

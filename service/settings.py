@@ -128,7 +128,7 @@ class Settings(BaseSettings):
         flags = vars(parser.parse_args(arguments))
         flags.pop("worker", None)
         sources = {name: f"--{name} " for name in flags}
-        if f"{PREFIX}PORT" not in os.environ and os.environ.get("SAGEMAKER_BIND_TO_PORT") and "port" not in flags:
+        if not os.environ.get(f"{PREFIX}PORT") and os.environ.get("SAGEMAKER_BIND_TO_PORT") and "port" not in flags:
             flags["port"], sources["port"] = os.environ["SAGEMAKER_BIND_TO_PORT"], "SAGEMAKER_BIND_TO_PORT="
         unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in names())
         if unknown:
@@ -145,8 +145,9 @@ def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     said = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:  # of the settings together
         return said
-    name = str(error["loc"][0])
-    return f"{sources.get(name, f'{PREFIX}{name.upper()}=')}{error['input']}: {said[0].lower()}{said[1:]}"
+    name, given = str(error["loc"][0]), str(error["input"])
+    shown = given if given.isprintable() else repr(given)
+    return f"{sources.get(name, f'{PREFIX}{name.upper()}=')}{shown}: {said[0].lower()}{said[1:]}"
 
 
 FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}

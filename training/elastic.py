@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("training")
 
-PEERS_ENDS = (signal.SIGTERM, signal.SIGABRT)
-"""How processes end because another did."""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run torchrun. Raises: its ChildFailedError, after the reason is written."""
@@ -42,13 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def killed(failures: "Mapping[int, ProcessFailure]") -> str | None:
     """A sentence about the first process that a signal ended, by rank; None where none was.
 
-    SIGTERM is torchrun's own to the others, and so is SIGKILL to what has not ended SHUTDOWN_S later. SIGABRT is what
-    NCCL's watchdog does to processes that lost a peer.
+    SIGTERM is torchrun's own to the others, and so is SIGKILL to what has not ended SHUTDOWN_S later. SIGABRT,
+    unless it is the first, is what NCCL's watchdog does to processes that lost a peer.
     """
     first_s = min(failure.timestamp for failure in failures.values())
     found = [
         (rank, failure.exitcode) for rank, failure in failures.items()
-        if failure.exitcode < 0 and -failure.exitcode not in PEERS_ENDS and failure.timestamp - first_s < SHUTDOWN_S
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp - first_s < SHUTDOWN_S
+        and (-failure.exitcode != signal.SIGABRT or failure.timestamp == first_s)
     ]  # fmt: skip
     if not found:
         return None

@@ -109,11 +109,8 @@ def sagemaker_values(root: Path = ROOT, environ: Mapping[str, str] = os.environ)
     return values | {name: value for name, value in given.items() if name != ENTRY}
 
 
-def with_job(
-    given: Mapping[str, object], root: Path = ROOT, environ: Mapping[str, str] = os.environ
-) -> dict[str, object]:
-    """`sagemaker_values`, and `given` before them. Raises: ConfigError; a job without training data too."""
-    values = {**sagemaker_values(root, environ), **given}
+def require_channel(values: Mapping[str, object], root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> None:
+    """A job has data to train on: a channel of it, or what `values` name. Raises: ConfigError."""
     if _in_job(root, environ) and "data" not in values:
         channels = root / "input" / "data"
         there = sorted(each.name for each in channels.iterdir() if each.is_dir()) if channels.is_dir() else []
@@ -121,7 +118,6 @@ def with_job(
             f"The job has no channel {' or '.join(TRAIN_CHANNELS)} with data to train on; it has: "
             f"{', '.join(there) or 'none'} (in {channels})."
         )
-    return values
 
 
 def sagemaker_job(root: Path = ROOT, environ: Mapping[str, str] = os.environ) -> SageMakerJob | None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from service.model.files import MANIFEST
 from training.command_line import configure_logging, exit_status
-from training.config import FILES, TrainingConfig
-from training.environment import ranks, sagemaker_job, with_job
+from training.config import FILES, TrainingConfig, merged
+from training.environment import ranks, require_channel, sagemaker_job, sagemaker_values
 from training.errors import ConfigError
 from training.flags import parse_flags
 from training.interruption import Interrupted
@@ -54,7 +54,8 @@ def tune_or_train(arguments: Sequence[str]) -> int:
         "Needed: --data DIR and --output DIR, the study's folder; a study that lies there is continued, by several "
         "processes at once if you like. Settings of a training are the same in every trial.",
     )  # fmt: skip
-    tuning, training = split_tuning(with_job(given))
+    tuning, training = split_tuning({**sagemaker_values(), **given})
+    require_channel(merged(training))
     if sagemaker_job() is not None and "trials" not in tuning:
         train_once(tuning, training)
         return 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from training.command_line import configure_logging, exit_status
 from training.config import FILES, TrainingConfig, merged
-from training.environment import ranks, sagemaker_job, with_job
+from training.environment import ranks, require_channel, sagemaker_job, sagemaker_values
 from training.flags import parse_flags, split
 from training.instrumentation import Instrumentation
 
@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> None:
     """One training as the job and `arguments` say. Raises: TrainingError, Interrupted."""
-    watching, training = split(merged(with_job(parse_arguments(arguments))), Instrumentation)
+    values = merged({**sagemaker_values(), **parse_arguments(arguments)})
+    require_channel(values)
+    watching, training = split(values, Instrumentation)
     instrumentation = Instrumentation.create(watching)
     config = TrainingConfig.create(training)
     place = ranks()

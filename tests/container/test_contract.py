@@ -128,18 +128,23 @@ def test_an_image_that_ends_at_once_fails_by_its_last_words(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_who_ends_it_finds_nothing_left(number: signal.Signals, image: Callable[[str], str], model: Path) -> None:
-    label = f"label={LABEL}"
+    def started() -> str:
+        label = f"label={LABEL}"
+        return docker("ps", "--all", "--quiet", "--filter", label) + docker(
+            "network", "ls", "--quiet", "--filter", label
+        )
+
+    before = started()
     command = [sys.executable, "-m", "container.contract", image("serve-cpu"), "--model", str(model)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as checker:
         assert checker.stdout is not None
         next(line for line in checker.stdout if "serve` starts" in line)
-        assert docker("ps", "--quiet", "--filter", label)
+        assert started() != before
         checker.send_signal(number)
         said = checker.communicate(timeout=60)[0]
     assert checker.returncode == 128 + number
     assert said.endswith(f"ended by {number.name}; what it had started is removed\n") and "Traceback" not in said
-    assert not docker("ps", "--all", "--quiet", "--filter", label)
-    assert not docker("network", "ls", "--quiet", "--filter", label)
+    assert started() == before
 
 
 def test_a_word_that_docker_run_does_not_know_is_told(image: Callable[[str], str], model: Path) -> None:

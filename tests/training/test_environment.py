@@ -13,9 +13,9 @@ from training.environment import (
     SageMakerJob,
     environment_with,
     ranks,
+    require_channel,
     sagemaker_job,
     sagemaker_values,
-    with_job,
     write_failure,
 )
 from training.errors import ConfigError
@@ -93,11 +93,11 @@ def test_a_validation_channel_alone_is_no_training_data(root: Path) -> None:
 def test_a_job_without_training_data_is_told_which_channels_it_has(root: Path) -> None:
     channel(root, "images")
     with pytest.raises(ConfigError, match=r"no channel training or train with data to train on; it has: images \(in "):
-        with_job({}, root, {})
-    assert with_job({"data": "/pics"}, root, {})["data"] == "/pics"
+        require_channel({}, root, {})
+    require_channel({"data": "/pics"}, root, {})
     shutil.rmtree(root / "input" / "data")
     with pytest.raises(ConfigError, match="it has: none"):
-        with_job({}, root, {})
+        require_channel({}, root, {})
 
 
 @pytest.mark.parametrize("name", ["weights", "pretrained"])

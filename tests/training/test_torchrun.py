@@ -106,6 +106,7 @@ def test_processes_that_torchrun_ends_are_not_the_reason() -> None:
 
     assert killed({0: failure(1, 50), 1: failure(-signal.SIGTERM, 51), 2: failure(-signal.SIGKILL, 160)}) is None
     assert killed({0: failure(1, 50), 1: failure(-signal.SIGABRT, 52)}) is None
+    assert "process 1 was ended by SIGABRT" in (killed({0: failure(1, 52), 1: failure(-signal.SIGABRT, 50)}) or "")
     assert "process 2 was ended by SIGSEGV; the" in (killed({0: failure(1, 50), 2: failure(-signal.SIGSEGV, 50)}) or "")
 
 
