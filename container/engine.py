@@ -19,6 +19,9 @@ TELLING_LINES = 24
 """At the end of what docker prints: why it failed, the end of that step's log, and where in the Dockerfile it is."""
 
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command."""
+
 END_LIMIT_S = 10.0
 """How long docker's command has to end once it is told to."""
 
@@ -34,11 +37,11 @@ def exit_status(command: Callable[[], int], when_ended: str = "") -> int:
     is ignored stays so.
     Returns: what `command` returns; 1 when it failed, 128 plus the signal's number when one ended it.
     """
-    before = {number: signal.getsignal(number) for number in _ENDING}
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: old for number in ENDING if (old := signal.getsignal(number)) in defaults}
     try:
-        for number, handler in before.items():
-            if handler in (signal.SIG_DFL, signal.default_int_handler):
-                signal.signal(number, _interrupt)
+        for number in before:
+            signal.signal(number, _interrupt)
         return command()
     except ContainerError as exc:
         log.error("%s", exc)
@@ -55,13 +58,11 @@ def exit_status(command: Callable[[], int], when_ended: str = "") -> int:
     return 1
 
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """The first; no other disturbs what is done then. Make sends its own on, beside the one to the group."""
-    for each in _ENDING:
-        signal.signal(each, lambda *_: None)  # not SIG_IGN, which docker would inherit
+    for each in ENDING:
+        if signal.getsignal(each) is _interrupt:
+            signal.signal(each, lambda *_: None)  # not SIG_IGN, which docker would inherit
     raise KeyboardInterrupt(number)
 
 
