@@ -4,6 +4,7 @@ Exit status: 0 after SIGTERM or Ctrl-C (143 and 130 while nothing is begun yet),
 served, 2 for wrong settings.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -93,6 +94,7 @@ def _keep_standard_files() -> None:
 def serve(settings: Settings, worker: Worker) -> int:
     """Serve in this process until told to stop; returns the exit status."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.disable()  # what a start creates, stays: the runtime enables it when the model is served
     try:
         from service.app import create_app  # here, because a supervisor needs none of this
         from service.server import Server

@@ -67,15 +67,21 @@ class Admission:
             return self._max_images
         return min(self._max_images, max(LEAST_PLACES, int(self._max_queue_s / self._seconds_each)))
 
-    def require_room(self) -> None:
-        """Raises: Overloaded, when a body need not be read because there is no place for it."""
+    def overload(self) -> str | None:
+        """Why there is no place for one image more, None when there is one."""
         if self.under_way >= self._max_images:
-            raise Overloaded(f"{self.under_way} images are under way, as many as allowed; try again in a moment.")
+            return f"{self.under_way} images are under way, as many as allowed; try again in a moment."
         if self.under_way >= self.allowed:
-            raise Overloaded(
+            return (
                 f"{self.under_way} images are under way, and one more would wait for longer than "
                 f"{self._max_queue_s:g} s; try again in a moment."
             )
+        return None
+
+    def require_room(self) -> None:
+        """Raises: Overloaded, when a body need not be read because there is no place for it."""
+        if (sentence := self.overload()) is not None:
+            raise Overloaded(sentence)
 
     @contextmanager
     def place(self) -> Iterator["Places"]:

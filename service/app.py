@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from service import exposition, openapi, page, reference, telemetry
 from service.classifier import Classifier
 from service.errors import error_body
-from service.invocations import PATH, Invocations
-from service.metrics import Metrics
+from service.invocations import Invocations
+from service.metrics import INVOCATIONS, Metrics
 from service.routes import router
 from service.runtime import Runtime
 from service.settings import Settings
@@ -71,11 +71,11 @@ def create_app(
 class App(FastAPI):
     """FastAPI with a straight way to the one route that is called all the time."""
 
-    direct: ASGIApp
+    direct: telemetry.Telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, or the lifespan."""
-        if scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST":
+        if scope["type"] == "http" and scope["path"] == INVOCATIONS and scope["method"] == "POST":
             await self.direct(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
@@ -88,8 +88,7 @@ async def _answer_http_error(request: Request, exc: Exception) -> Response:
     record = telemetry.current()
     record.code = {404: "not_found", 405: "method_not_allowed"}.get(exc.status_code, "http_error")
     path = ascii(request.url.path[:100])[1:-1]
-    sentence = (
-        f"{request.method} {path}: {exc.detail}; there are GET /ping and POST {PATH}, and GET /docs tells the rest."
-    )
+    others = f"there are GET /ping and POST {INVOCATIONS}, and GET /docs tells the rest."
+    sentence = f"{request.method} {path}: {exc.detail}; {others}"
     body = error_body(exc.status_code, record.code, sentence, record.request_id)
     return Response(body, exc.status_code, dict(exc.headers or {}), media_type="application/json")

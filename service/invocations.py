@@ -5,7 +5,6 @@ documents it, `app` leads the requests here.
 """
 
 import asyncio
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,10 +25,8 @@ from service.errors import (
     error_body,
 )
 from service.media import JSON, negotiate
-from service.options import top_k_of
+from service.options import CUSTOM_ATTRIBUTES, echoed, top_k_of
 from service.runtime import Runtime
-
-PATH = "/invocations"
 
 WATCH_AFTER_S = 0.05
 """A request that waits longer than this is watched: it is given up when its client hangs up."""
@@ -40,12 +37,6 @@ GONE_S = 1.0
 LARGE_ANSWER = 2_000
 """Predictions in an answer beyond which it is written in a thread: 100 images of 1,000 classes take a third of a
 second."""
-
-CUSTOM_ATTRIBUTES = "x-amzn-sagemaker-custom-attributes"
-"""What the client of an endpoint adds to a request, and reads in its answer: at most 1,024 visible ASCII characters
-(https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html)."""
-
-_SAFE_ATTRIBUTES = re.compile(r"[\x20-\x7e]{1,1024}")
 
 Header = tuple[bytes, bytes]
 
@@ -85,9 +76,7 @@ class Invocations:
         headers += [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]
         if runtime.stopping:
             headers.append((b"connection", b"close"))
-        attributes = given.get(CUSTOM_ATTRIBUTES)
-        if attributes is not None and _SAFE_ATTRIBUTES.fullmatch(attributes):
-            headers.append((CUSTOM_ATTRIBUTES.encode(), attributes.encode()))
+        headers += echoed(scope["headers"])
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -101,7 +90,7 @@ async def _answer(runtime: Runtime, given: dict[str, str], scope: Scope, receive
             raise ClientDisconnect
 
     media_type = negotiate(given.get("accept"))
-    top_k = top_k_of(scope.get("query_string", b""), given.get(CUSTOM_ATTRIBUTES))
+    top_k = top_k_of(scope.get("query_string", b""), given.get(CUSTOM_ATTRIBUTES.decode()))
     if given.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
         raise UnsupportedMediaType(
             f"The body must not be compressed, given: Content-Encoding {given['content-encoding'][:40]}; send it plain."

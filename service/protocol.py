@@ -6,7 +6,7 @@ body of a request that offers an upgrade (Java's HttpClient offers h2c with ever
 
 import asyncio
 import logging
-import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,12 +17,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import RETRY_AFTER_S, error_body
 from service.lifeline import IDLE, WAITING, WRITING, Lifeline
-from service.metrics import Metrics
-from service.record import RequestRecord, request_id_of
-from service.telemetry import GONE, REFUSAL
+from service.metrics import INVOCATIONS
+from service.options import echoed
+from service.record import RequestRecord, new_request_id, request_id_of
+from service.telemetry import GONE, REFUSAL, Telemetry
 
-log = logging.getLogger("service.requests")
-service_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 2**10
 """Of a request line with its headers; SageMaker's and browsers' take a few thousand."""
@@ -46,6 +46,8 @@ send a request into a closed one."""
 
 SWEEP_S = 1.0
 
+_INVOCATIONS = INVOCATIONS.encode()
+
 Reading = Literal["nothing", "head", "body"]
 """Of which part of a message the parser has read last; trailers count as body."""
 
@@ -66,15 +68,19 @@ class Protocol(HttpToolsProtocol):
     def __init__(
         self,
         *args: Any,
-        metrics: Metrics,
+        telemetry: Telemetry,
+        overload: Callable[[], str | None],
         lifeline: Lifeline | None,
         max_connections: int,
         overload_status: int,
         **kwargs: Any,
     ) -> None:
-        """`metrics`, where refusals are counted; `lifeline`, where connections are reported if this is a worker."""
+        """`telemetry`, which is told of refusals; `overload`, why invocations are refused now (None: they are not);
+        `lifeline`, where connections are reported if this is a worker.
+        """
         super().__init__(*args, **kwargs)
-        self.metrics = metrics
+        self.telemetry = telemetry
+        self.overload = overload
         self.lifeline = lifeline
         self.max_connections = max_connections
         self.overload_status = overload_status
@@ -91,6 +97,10 @@ class Protocol(HttpToolsProtocol):
         """Requests whose head has been read and whose answer has not been written."""
         self._since_s = self.loop.time()
         """Since when it has been as it is: a message or an answer began or ended then."""
+        self._asked = False
+        """Whether a whole head has come on this connection."""
+        self._skips_body = False
+        """Whether the request that is being read has been refused by its head alone."""
         self._dry_bytes = 0
         """What was read of this message without reaching a part of its body: of its head, or of its trailers."""
         self._got_body = False
@@ -156,6 +166,9 @@ class Protocol(HttpToolsProtocol):
             return
         if self.parser.get_http_version() == "1.0":
             self.expect_100_continue = False  # to be ignored there (RFC 9110, 10.1.1)
+        self._asked = True
+        if self._refuse_by_head():
+            return
         super().on_headers_complete()  # raises where the URL is none: then nothing is due
         self.scope["state"][GONE] = self.transport.is_closing
         self._reading, self._got_body = "body", True
@@ -166,13 +179,16 @@ class Protocol(HttpToolsProtocol):
         """See `httptools.HttpRequestParser`."""
         if not self.parser.should_upgrade():
             self._got_body = True
-            super().on_body(body)
+            if not self._skips_body:
+                super().on_body(body)
 
     def on_message_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
         if not self.parser.should_upgrade():
             self._reading, self._since_s = "nothing", self.loop.time()
-            super().on_message_complete()
+            if not self._skips_body:
+                super().on_message_complete()
+            self._skips_body = False
 
     def on_response_complete(self) -> None:
         """An answer is written, at least into the transport's buffer."""
@@ -209,7 +225,7 @@ class Protocol(HttpToolsProtocol):
         elif self._unread is None or self._unread[0] != unread:
             self._unread = unread, now_s
         elif now_s - self._unread[1] > UNREAD_S:
-            service_log.info("a client took no byte of its answer for %g s and is cut off", UNREAD_S)
+            log.info("a client took no byte of its answer for %g s and is cut off", UNREAD_S)
             self.transport.abort()
             return
         if self.transport.is_closing():
@@ -224,8 +240,29 @@ class Protocol(HttpToolsProtocol):
                 self._refuse(408, "head_timeout", sentence)
         elif self._due == 0:
             lingers = self._reading == "body"  # of a request that was answered before its end
-            if took_s > (LINGER_S if lingers else HEAD_S if self.cycle is None else KEEP_ALIVE_S):
+            if took_s > (LINGER_S if lingers else KEEP_ALIVE_S if self._asked else HEAD_S):
                 self.transport.close()
+
+    def _refuse_by_head(self) -> bool:
+        """Answer an invocation for which there is no place, without the way through ASGI; its body is thrown away.
+
+        In an overload most requests are refused, and what each costs is missing where others are answered. Those that
+        are rare or need more care go the whole way, and are refused there.
+        """
+        if self.url != _INVOCATIONS or self._due or self.transport.get_write_buffer_size():
+            return False
+        if self.parser.get_method() != b"POST" or self.expect_100_continue or not self.parser.should_keep_alive():
+            return False
+        if (sentence := self.overload()) is None:
+            return False
+        record = RequestRecord(request_id_of(self.headers), "POST", INVOCATIONS, self.overload_status, "overloaded")
+        self._write(record, sentence, (b"server-timing", record.server_timing()), *echoed(self.headers))
+        self.telemetry.tell(record, self.headers)
+        self.server_state.total_requests += 1
+        self._reading, self._got_body, self._skips_body = "body", True, True
+        self._since_s = self.loop.time()
+        self._tell_lifeline()
+        return True
 
     def _without_upgrade(self, rest: bytes) -> bytes:
         """The request without the upgrade it offered, to be parsed anew (RFC 9110, 7.8: a server may ignore it)."""
@@ -259,7 +296,7 @@ class Protocol(HttpToolsProtocol):
         """Read no more, answer what is due, then this, and close."""
         if self._refusal is not None or self.transport.is_closing():
             return
-        record, told = RequestRecord(os.urandom(16).hex(), "", "", status, code), False
+        record, told = RequestRecord(new_request_id(), "", "", status, code), False
         if self._reading == "body" and self._due:  # the request that is being read gets this for its answer
             self._due -= 1
             waiting = bool(self.pipeline)
@@ -280,23 +317,24 @@ class Protocol(HttpToolsProtocol):
     def _write_refusal(self, refusal: _Refusal) -> None:
         if self.transport.is_closing():
             return
-        record = refusal.record
         if not refusal.told:
-            log.info(record)
-            self.metrics.record(record)
-        status, request_id = record.status, record.request_id
-        body = error_body(status, record.code, refusal.message, request_id)
-        headers = [
-            *self.server_state.default_headers, (b"content-type", b"application/json"), (b"connection", b"close"),
-            (b"content-length", b"%d" % len(body)), (b"x-request-id", request_id.encode()),
-        ]  # fmt: skip
-        if status in (429, 503):
-            headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
-        lines = b"".join(b"%s: %s\r\n" % header for header in headers)
-        self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
+            self.telemetry.tell(refusal.record, [])
+        self._write(refusal.record, refusal.message, (b"connection", b"close"))
         self._since_s = self.loop.time()
         self.transport.write_eof()  # closed at once, what the client still sends would be answered by a reset
         self.flow.resume_reading()
+
+    def _write(self, record: RequestRecord, message: str, *further: tuple[bytes, bytes]) -> None:
+        """A whole answer, in the one shape of errors."""
+        body = error_body(record.status, record.code, message, record.request_id)
+        headers = [
+            *self.server_state.default_headers, (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)), (b"x-request-id", record.request_id.encode()), *further,
+        ]  # fmt: skip
+        if record.status in (429, 503):
+            headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        lines = b"".join([b"%s: %s\r\n" % header for header in headers])
+        self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[record.status], lines, body))
 
 
 class _Flow(FlowControl):

@@ -4,6 +4,7 @@ Built by `create_app`, opened and closed in the app's lifespan. Routes ask it fo
 """
 
 import asyncio
+import gc
 import logging
 import shlex
 import time
@@ -162,6 +163,7 @@ class Runtime:
         self._engine_threads.shutdown(wait=False)
         await self._decoders.close()
         self._held.close()
+        gc.unfreeze()
 
     async def drain(self, grace_s: float) -> None:
         """Answer what is under way now, for `grace_s` at most; `state` is "stopping" from now on."""
@@ -184,6 +186,10 @@ class Runtime:
         if self._predictor is None:
             raise NotReady(f"The service is not ready (state: {self.state}); GET /ping tells when it is.")
         return self._predictor
+
+    def overload(self) -> str | None:
+        """Why invocations are refused before they are looked at, None when they are not."""
+        return None if self._predictor is None or self.stopping else self.admission.overload()
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -229,6 +235,8 @@ class Runtime:
         self._predictor = Predictor(classifier, batcher, self._decoders, self.settings.max_batch)
         self._watching = loop.create_task(self._watch_engine(batcher), name="engine watch")
         self._state = "ready"
+        gc.freeze()  # what lives until the end is looked through no more: with it, a full collection takes 80 ms
+        gc.enable()
         if not self.stopping:
             self._decoders.open()  # not before: starting takes a core for a quarter of a second
             if self._worker is not None and self._states is not None:

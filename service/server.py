@@ -44,7 +44,8 @@ class Server(uvicorn.Server):
         settings: Settings = app.state.settings
         protocol = partial(
             Protocol,
-            metrics=app.state.metrics,
+            telemetry=app.direct,
+            overload=lambda: app.state.runtime.overload(),
             lifeline=lifeline,
             max_connections=min(MAX_CONNECTIONS, allow_files() - FILES_BESIDES),
             overload_status=settings.overload_status,

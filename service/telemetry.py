@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import error_body
 from service.metrics import INVOCATIONS, Metrics
 from service.record import SHOWN_PATH, RequestRecord, request_id_of
-from service.tracing import Tracing
+from service.tracing import Headers, Tracing
 
 log = logging.getLogger("service.requests")
 
@@ -74,11 +74,15 @@ class Telemetry:
         finally:
             if (refusal := scope.get("state", {}).get(REFUSAL)) is not None:
                 record.request_id, record.status, record.code = refusal.request_id, refusal.status, refusal.code
-            record.total_ms = (time.perf_counter() - record.started_s) * 1000
-            self._metrics.record(record)
-            if self._tracing.on and record.path not in PROBES:
-                record.trace_id = self._tracing.record(record, scope["headers"])
-            log.log(self._level(record), record)
+            self.tell(record, scope["headers"])
+
+    def tell(self, record: RequestRecord, headers: Headers) -> None:
+        """Of a request that is over, or, without a path, of a connection that was refused before there was one."""
+        record.total_ms = (time.perf_counter() - record.started_s) * 1000
+        self._metrics.record(record)
+        if self._tracing.on and record.path and record.path not in PROBES:
+            record.trace_id = self._tracing.record(record, headers)
+        log.log(self._level(record), record)
 
     def _level(self, record: RequestRecord) -> int:
         """DEBUG for a probe whose answer is the one before; at first, that it succeeds is expected."""

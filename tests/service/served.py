@@ -57,9 +57,14 @@ class Reply:
 
 
 class Served:
-    def __init__(self, port: int, app: Any) -> None:
+    def __init__(self, port: int, app: Any, server: Server) -> None:
         self.port = port
         self.app = app
+        self._server = server
+
+    def connections(self) -> list[Any]:
+        """The protocols of those that are open."""
+        return list(self._server.server_state.connections)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -94,7 +99,7 @@ def serve(
         thread = threading.Thread(target=run)
         thread.start()
         try:
-            served = Served(listener.getsockname()[1], app)
+            served = Served(listener.getsockname()[1], app, server)
             served.until(lambda: server.started)
             if ready:
                 served.until(lambda: app.state.runtime.state == "ready")

@@ -64,6 +64,13 @@ def test_the_example_has_run_in_batches_of_each_size_when_the_service_is_ready(
     assert set(seen) == {77.0}
 
 
+def test_what_lives_until_the_end_is_spared_by_the_garbage_collector() -> None:
+    with serve(FakeEngine(256)):
+        assert gc.get_freeze_count() > 10_000
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
 def test_ping_answers_503_with_the_state_and_invocations_a_sentence_until_ready() -> None:
     with serve(FakeEngine(256, delay_s=1.5), ready=False) as served:
         reply = served.ask("GET", "/ping")

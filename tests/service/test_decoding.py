@@ -79,12 +79,21 @@ def pids() -> set[int]:
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            command, stat = (entry / "cmdline").read_bytes(), (entry / "stat").read_text()
+            stat = (entry / "stat").read_text()
+            if int(stat.rsplit(")", 1)[1].split()[1]) != os.getpid():
+                continue
+            command = (entry / "cmdline").read_bytes()
+            while not command and _state(entry) != "Z":  # vfork is over before the kernel has written the new one
+                command = (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if decoder_process.__file__.encode() in command and int(stat.rsplit(")", 1)[1].split()[1]) == os.getpid():
+        if decoder_process.__file__.encode() in command:
             found.add(int(entry.name))
     return found
+
+
+def _state(entry: Path) -> str:
+    return (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -6,16 +6,21 @@ import logging
 import re
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 import pytest
 
 from service import protocol, server
+from service.engines.base import Logits
 from service.engines.fake import FakeEngine
-from tests.service.served import Served, assert_error, png, serve
+from service.model.resize import PixelBatch
+from service.record import RequestRecord
+from tests.service.served import Served, assert_error, jpeg, png, serve
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,11 @@ def refusal(received: bytes) -> tuple[int, str]:
     assert f"x-request-id: {error['request_id']}".encode() in head
     assert error["message"].endswith(".")
     return int(head.split()[1]), error["code"]
+
+
+def statuses(received: bytes) -> list[int]:
+    """Of all answers in it."""
+    return [int(status) for status in re.findall(rb"^HTTP/1.1 (\d+) ", received.replace(b"}HTTP", b"}\nHTTP"), re.M)]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +213,94 @@ def test_bodies_over_the_bound_of_bytes_are_refused_and_free_it_when_they_end() 
         holder.sendall(b"x")
         assert b" 400 " in answer(holder)
         assert_error(served.ask("POST", "/invocations", b"y" * 700), 400, "unreadable_image")
+
+
+@contextmanager
+def full(**settings: Any) -> Iterator[Served]:
+    """The one place is taken, until the block ends."""
+    engine = FakeEngine(256)
+    with serve(engine, max_images=1, **settings) as served, ThreadPoolExecutor(1) as others:
+        goes_on = threading.Event()
+        infer = engine.infer
+
+        def infer_then(batch: PixelBatch) -> Logits:
+            assert goes_on.wait(60)
+            return infer(batch)
+
+        engine.infer = infer_then  # type: ignore[method-assign]
+        held = others.submit(served.ask, "POST", "/invocations", jpeg())
+        served.until(lambda: served.app.state.runtime.admission.under_way == 1)
+        try:
+            yield served
+        finally:
+            goes_on.set()
+            assert held.result().status == 200
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_request_for_which_there_is_no_place_is_refused_by_its_head(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.requests")
+    with full(overload_status=status) as served, connect(served) as client:
+        headers = ["X-Request-Id: mine", "X-Amzn-SageMaker-Custom-Attributes: trace=1"]
+        sent = request(b"x" * 8_000_000, *headers)
+        client.sendall(sent[:-1000])
+        received = answer(client)  # though the body is not there yet
+        assert refusal(received) == (status, "overloaded")
+        for line in [b"retry-after: 1", b"x-request-id: mine", b"x-amzn-sagemaker-custom-attributes: trace=1"]:
+            assert line in received
+        assert b"server-timing: total;dur=" in received
+        assert b"1 images are under way, as many as allowed" in received
+        (record,) = [record.msg for record in caplog.records if isinstance(record.msg, RequestRecord)]
+        assert (record.path, record.status, record.code) == ("/invocations", status, "overloaded")
+        counts = served.ask("GET", "/metrics").body.decode()
+        assert f'requests_total{{path="/invocations",status="{status}"}} 1.0' in counts
+        assert 'rejected_requests_total{reason="overloaded"} 1.0' in counts
+        client.sendall(sent[-1000:] + b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")  # the connection stays usable
+        assert b"HTTP/1.1 200 OK" in answer(client)
+
+
+def test_requests_for_which_there_is_no_place_are_answered_in_order_with_others() -> None:
+    with full() as served, connect(served) as client:
+        ping = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
+        refused = request(b"x" * 10)
+        client.sendall(ping + refused + refused + ping + request(b"x" * 10, "Connection: close"))
+        assert statuses(until_closed(client)) == [200, 503, 503, 200, 503]
+
+
+def test_where_there_is_no_place_who_waits_for_100_continue_is_refused_before_sending() -> None:
+    with full() as served, connect(served) as client:
+        client.sendall(request(b"x" * 10, "Expect: 100-continue")[:-10])
+        assert refusal(answer(client)) == (503, "overloaded")
+
+
+def test_a_broken_body_for_which_there_is_no_place_ends_the_connection_with_a_sentence() -> None:
+    with full() as served, connect(served) as client:
+        client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n")
+        assert statuses(until_closed(client)) == [503, 400]
+
+
+def test_a_body_without_end_is_cut_off_where_there_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LINGER_S", 0.3)
+    monkeypatch.setattr(protocol, "SWEEP_S", 0.05)
+    with full() as served, connect(served) as client:
+        client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for _ in range(10_000):
+                client.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+                time.sleep(0.001)
+
+
+def test_a_client_that_reads_no_refusal_fills_no_memory() -> None:
+    with full() as served, connect(served) as client:
+        client.settimeout(1)
+        sent = 0
+        with pytest.raises(TimeoutError):  # nothing is read of it any more
+            while sent < 200_000_000:
+                sent += client.send(request() * 1000)
+        (connection,) = [each for each in served.connections() if each.transport.get_write_buffer_size()]
+        assert connection.transport.get_write_buffer_size() < 2**17
 
 
 def test_uploads_of_large_bodies_leave_memory_for_photographs() -> None:
