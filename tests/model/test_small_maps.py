@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from service.model.network import PixelConv2d
+from service.model import network
+from service.model.network import SmallMapConv2d
 from service.model.openvino_graph import DECOMPRESSION, bfloat16, core, no_telemetry
 from service.model.small_maps import dense, flatten_small_maps
 
@@ -111,7 +112,7 @@ def test_torchs_convolution_to_one_pixel_has_the_same_results_and_gradients(
     pixels: int, size: int, stride: int
 ) -> None:
     plain = nn.Conv2d(4, 5, size, stride, size // 2, bias=False)
-    product = PixelConv2d.of(plain)
+    product = SmallMapConv2d.of(plain)
     assert product.weight is plain.weight
     given = torch.randn(3, 4, pixels, pixels, requires_grad=True)
     results = []
@@ -123,3 +124,93 @@ def test_torchs_convolution_to_one_pixel_has_the_same_results_and_gradients(
         plain.weight.grad = given.grad = None
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The sizes of the maps that convolutions of any width gave as gathered products."""
+    monkeypatch.setattr(network, "_is_faster_gathered", lambda pixels, *_: 0 < pixels <= 16)
+    sizes: list[tuple[int, int]] = []
+    gathered = network._Shape.gathered
+
+    def noted(shape: network._Shape, input: torch.Tensor) -> torch.Tensor:
+        sizes.append((shape.height, shape.width))
+        return gathered(shape, input)
+
+    monkeypatch.setattr(network._Shape, "gathered", noted)
+    return sizes
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pixels", [(2, 2), (3, 4), (4, 2), (7, 8)])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2), (5, 3), ((3, 1), (1, 2))])
+def test_torchs_convolution_to_a_few_pixels_has_the_same_results_and_gradients(
+    pixels: tuple[int, int], size: Any, stride: Any, layout: torch.memory_format, products: list[tuple[int, int]]
+) -> None:
+    padding = size // 2 if isinstance(size, int) else (1, 0)
+    plain = nn.Conv2d(4, 5, size, stride, padding, bias=False, dtype=torch.float64)
+    plain.weight.data = plain.weight.data.to(memory_format=layout)
+    product = SmallMapConv2d.of(plain)
+    given = torch.randn(3, 4, *pixels, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    expected = plain(given)
+    few = expected.shape[2] * expected.shape[3] <= 16 and product._taps_of_one_pixel(given) is None
+    torch.testing.assert_close(product(given), expected)
+    assert products == ([expected.shape[2:]] if few else [])
+    if few:
+        assert torch.autograd.gradcheck(lambda x, w: functional_of(product, x, w), (given, plain.weight))
+
+
+def functional_of(product: SmallMapConv2d, given: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = torch.func.functional_call(product, {"weight": weight}, (given,))
+    return result
+
+
+def test_torchs_product_is_nearly_as_exact_in_bfloat16_as_the_convolution(products: list[tuple[int, int]]) -> None:
+    exact = nn.Conv2d(300, 64, 3, padding=1, bias=False)
+    product = SmallMapConv2d.of(exact)
+    given = torch.randn(16, 300, 4, 4)
+    results: list[list[torch.Tensor]] = []
+    for convolution in (exact, product):
+        for in_bf16 in (False, True):
+            variable = given.clone().requires_grad_()
+            exact.weight.grad = None
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+                result = convolution(variable)
+            assert result.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
+            result.backward(torch.ones_like(result) / 7)
+            assert exact.weight.grad is not None and variable.grad is not None
+            assert exact.weight.grad.dtype == variable.grad.dtype == torch.float32
+            results.append([result.detach().float(), exact.weight.grad, variable.grad])
+    assert products == [(4, 4)] * 4  # forward and backward
+    # A result, and a filter's gradient, are rounded once; a pixel's gradient is a sum of nine that are rounded each.
+    for rounding, *found in zip((1.05, 1.05, 1.5), *results, strict=True):
+        reference, by_onednn, same, by_product = found
+        torch.testing.assert_close(same, reference, rtol=1e-4, atol=1e-4)
+        error = (by_product - reference).square().mean()
+        assert error <= rounding * (by_onednn - reference).square().mean()
+
+
+def test_what_needs_no_gradient_gets_none(products: list[tuple[int, int]]) -> None:
+    product = SmallMapConv2d.of(nn.Conv2d(4, 5, 3, padding=1, bias=False))
+    given = torch.randn(2, 4, 2, 2, requires_grad=True)
+    product.weight.requires_grad_(False)
+    product(given).sum().backward()
+    assert product.weight.grad is None
+    assert given.grad is not None
+    product.weight.requires_grad_(True)
+    product(given.detach()).sum().backward()
+    assert product.weight.grad is not None
+    with torch.no_grad():
+        assert product(given).grad_fn is None
+
+
+@pytest.mark.parametrize(
+    ("channels", "pixels", "dtype"),
+    [(64, 2, torch.bfloat16), (128, 4, torch.bfloat16), (256, 4, torch.float32), (512, 7, torch.bfloat16)],
+)
+def test_convolutions_that_would_be_slower_gathered_are_not(
+    channels: int, pixels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network._Shape, "gathered", None)
+    convolution = SmallMapConv2d.of(nn.Conv2d(channels, 5, 3, padding=1, bias=False, dtype=dtype))
+    assert convolution(torch.randn(1, channels, pixels, pixels, dtype=dtype)).shape == (1, 5, pixels, pixels)
