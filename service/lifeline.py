@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from service.errors import RETRY_AFTER_S, error_body
+from service.record import new_request_id
 
 MAX_CONNECTIONS = 4096
 """Of a worker. Beyond it, those that have been idle longest are closed for new ones."""
@@ -246,7 +247,7 @@ def refuse_waiting(listener: socket.socket, told: Told) -> list[socket.socket]:
 
 def _tell(connection: socket.socket, code: str, message: str, told: Told) -> bool:
     """Send an answer; whether that could be done."""
-    request_id = os.urandom(16).hex()
+    request_id = new_request_id()
     body = error_body(503, code, message, request_id)
     head = (
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"

@@ -1,4 +1,4 @@
-"""What a request may ask for besides a prediction: `top_k`.
+"""What a request may ask for besides a prediction: `top_k`, and its attributes back.
 
 In the query string; behind a SageMaker endpoint, which passes none on, in the Custom-Attributes header, where what else
 there is (a trace id, say) is the client's own affair, and goes back to it.
@@ -40,6 +40,6 @@ def top_k_of(query: bytes, custom_attributes: str | None) -> int:
 
 
 def echoed(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """The Custom-Attributes header for the answer; repeated ones joined as RFC 9110, 5.3 says."""
+    """The Custom-Attributes header for the answer, if it is safe; repeated ones joined as RFC 9110, 5.3 says."""
     given = b", ".join([value for name, value in headers if name == CUSTOM_ATTRIBUTES])
     return [(CUSTOM_ATTRIBUTES, given)] if _SAFE_ATTRIBUTES.fullmatch(given) else []

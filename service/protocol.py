@@ -1,7 +1,8 @@
 """HTTP on one connection: uvicorn's parser, with bounds on what a client may make it wait for and hold.
 
 uvicorn bounds neither the time nor the size of a request's head, answers what is no HTTP in plain text, and loses the
-body of a request that offers an upgrade (Java's HttpClient offers h2c with every request).
+body of a request that offers an upgrade (Java's HttpClient offers h2c with every request). Invocations for which there
+is no place are refused here, by their head.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from service.metrics import INVOCATIONS
 from service.options import echoed
 from service.record import RequestRecord, new_request_id, request_id_of
 from service.telemetry import GONE, REFUSAL, Telemetry
+from service.tracing import Headers
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ class _Refusal:
     record: RequestRecord
     told: bool
     """Whether the request itself, which was being answered, tells log and counts of it."""
+    headers: Headers
+    """Of the request, where there is one."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -75,8 +79,8 @@ class Protocol(HttpToolsProtocol):
         overload_status: int,
         **kwargs: Any,
     ) -> None:
-        """`telemetry`, which is told of refusals; `overload`, why invocations are refused now (None: they are not);
-        `lifeline`, where connections are reported if this is a worker.
+        """`telemetry`, which is told of what is refused here; `overload`, why invocations are refused now (None: they
+        are not); `lifeline`, where connections are reported if this is a worker.
         """
         super().__init__(*args, **kwargs)
         self.telemetry = telemetry
@@ -192,12 +196,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer is written, at least into the transport's buffer."""
-        self.server_state.total_requests += 1
         self._due -= 1
-        self._since_s = self.loop.time()
-        if self._slot is not None and self.lifeline is not None:
-            self.lifeline.note(self._slot, WRITING)
-            self.loop.call_soon(self._tell_lifeline)
+        self._note_answer()
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
@@ -205,6 +205,13 @@ class Protocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         elif self._refusal is not None:
             self._write_refusal(self._refusal)
+
+    def _note_answer(self) -> None:
+        self.server_state.total_requests += 1
+        self._since_s = self.loop.time()
+        if self._slot is not None and self.lifeline is not None:
+            self.lifeline.note(self._slot, WRITING)
+            self.loop.call_soon(self._tell_lifeline)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
@@ -249,19 +256,19 @@ class Protocol(HttpToolsProtocol):
         In an overload most requests are refused, and what each costs is missing where others are answered. Those that
         are rare or need more care go the whole way, and are refused there.
         """
-        if self.url != _INVOCATIONS or self._due or self.transport.get_write_buffer_size():
+        if self.url != _INVOCATIONS or self.parser.get_method() != b"POST" or self.expect_100_continue:
             return False
-        if self.parser.get_method() != b"POST" or self.expect_100_continue or not self.parser.should_keep_alive():
+        if self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():
+            return False
+        if self._due or self.transport.is_closing() or self.transport.get_write_buffer_size():
             return False
         if (sentence := self.overload()) is None:
             return False
         record = RequestRecord(request_id_of(self.headers), "POST", INVOCATIONS, self.overload_status, "overloaded")
         self._write(record, sentence, (b"server-timing", record.server_timing()), *echoed(self.headers))
         self.telemetry.tell(record, self.headers)
-        self.server_state.total_requests += 1
         self._reading, self._got_body, self._skips_body = "body", True, True
-        self._since_s = self.loop.time()
-        self._tell_lifeline()
+        self._note_answer()
         return True
 
     def _without_upgrade(self, rest: bytes) -> bytes:
@@ -297,11 +304,13 @@ class Protocol(HttpToolsProtocol):
         if self._refusal is not None or self.transport.is_closing():
             return
         record, told = RequestRecord(new_request_id(), "", "", status, code), False
+        headers: Headers = []
         if self._reading == "body" and self._due:  # the request that is being read gets this for its answer
             self._due -= 1
             waiting = bool(self.pipeline)
             cycle = self.pipeline.popleft()[0] if waiting else self.cycle
             scope = cycle.scope
+            headers = list(scope["headers"])
             record = RequestRecord(request_id_of(scope["headers"]), scope["method"], scope["path"], status, code)
             if cycle.response_started:
                 self.transport.close()
@@ -310,7 +319,7 @@ class Protocol(HttpToolsProtocol):
                 cycle.disconnected = True
                 cycle.waiting_for_100_continue = False
                 cycle.message_event.set()
-        self._refusal = _Refusal(message, record, told)
+        self._refusal = _Refusal(message, record, told, headers)
         if self._due == 0:
             self._write_refusal(self._refusal)
 
@@ -318,7 +327,7 @@ class Protocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if not refusal.told:
-            self.telemetry.tell(refusal.record, [])
+            self.telemetry.tell(refusal.record, refusal.headers)
         self._write(refusal.record, refusal.message, (b"connection", b"close"))
         self._since_s = self.loop.time()
         self.transport.write_eof()  # closed at once, what the client still sends would be answered by a reset

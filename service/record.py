@@ -76,7 +76,9 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 def new_request_id() -> str:
-    """32 hexadecimal digits. The kernel is not asked for each: that takes a tenth of what a refusal takes."""
+    """32 hexadecimal digits. The kernel is not asked for each: that is a tenth of a refusal by the head (py-spy, 1,633
+    samples, 2 cores of a Xeon with AMX).
+    """
     return f"{_ids.getrandbits(128):032x}"
 
 

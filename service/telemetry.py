@@ -77,7 +77,10 @@ class Telemetry:
             self.tell(record, scope["headers"])
 
     def tell(self, record: RequestRecord, headers: Headers) -> None:
-        """Of a request that is over, or, without a path, of a connection that was refused before there was one."""
+        """Of a request that is over, or, without a path, of a connection that was refused before there was one.
+
+        Its time ends now: of a refusal behind other requests, once these are answered.
+        """
         record.total_ms = (time.perf_counter() - record.started_s) * 1000
         self._metrics.record(record)
         if self._tracing.on and record.path and record.path not in PROBES:

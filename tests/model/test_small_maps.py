@@ -214,3 +214,44 @@ def test_convolutions_that_would_be_slower_gathered_are_not(
     monkeypatch.setattr(network._Shape, "gathered", None)
     convolution = SmallMapConv2d.of(nn.Conv2d(channels, 5, 3, padding=1, bias=False, dtype=dtype))
     assert convolution(torch.randn(1, channels, pixels, pixels, dtype=dtype)).shape == (1, 5, pixels, pixels)
+
+
+@pytest.mark.parametrize(
+    ("channels", "pixels", "dtype", "in_bf16"),
+    [(128, 2, torch.float32, False), (256, 4, torch.bfloat16, False), (256, 4, torch.float32, True)],
+)
+def test_convolutions_that_are_faster_gathered_are(
+    channels: int, pixels: int, dtype: torch.dtype, in_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network._Shape, "gathered", None)
+    convolution = SmallMapConv2d.of(nn.Conv2d(channels, 5, 3, padding=1, bias=False, dtype=dtype))
+    with pytest.raises(TypeError), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+        convolution(torch.randn(1, channels, pixels, pixels, dtype=dtype))
+
+
+def test_torchs_product_takes_types_as_the_convolution_does(products: list[tuple[int, int]]) -> None:
+    plain = nn.Conv2d(4, 5, 3, padding=1, bias=False)
+    for convolution in (plain, SmallMapConv2d.of(plain)):
+        with pytest.raises(RuntimeError, match="type"):
+            convolution(torch.randn(1, 4, 2, 2, dtype=torch.float64))
+    exact = SmallMapConv2d.of(plain.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert exact(torch.randn(1, 4, 2, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_gradients_of_torchs_product_are_exact_within_autocast_and_of_no_images_zero(
+    products: list[tuple[int, int]],
+) -> None:
+    product = SmallMapConv2d.of(nn.Conv2d(64, 32, 3, padding=1, bias=False))
+    given = torch.randn(8, 64, 2, 2)
+    result = product(given)
+    factor = torch.randn_like(result)
+    (outside,) = torch.autograd.grad(result, product.weight, factor)
+    result = product(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = torch.autograd.grad(result, product.weight, factor)
+    assert torch.equal(inside, outside)
+    empty = torch.zeros(0, 64, 2, 2, requires_grad=True)
+    product(empty).sum().backward()
+    assert product.weight.grad is not None and not product.weight.grad.any()
+    assert empty.grad is not None

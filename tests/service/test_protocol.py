@@ -269,6 +269,21 @@ def test_requests_for_which_there_is_no_place_are_answered_in_order_with_others(
         assert statuses(until_closed(client)) == [200, 503, 503, 200, 503]
 
 
+@pytest.mark.parametrize("connection", [[], ["Connection: keep-alive"]])
+def test_a_client_of_http_1_0_for_which_there_is_no_place_reads_to_the_end(connection: list[str]) -> None:
+    with full() as served, connect(served) as client:
+        client.sendall(request(b"x" * 10, *connection, line="POST /invocations HTTP/1.0"))
+        assert refusal(until_closed(client)) == (503, "overloaded")
+
+
+def test_an_upgrade_offered_where_there_is_no_place_is_ignored() -> None:
+    with full() as served, connect(served) as client:
+        client.sendall(
+            request(b"x" * 10, "Connection: Upgrade", "Upgrade: h2c") + b"GET /ping HTTP/1.0\r\nHost: x\r\n\r\n"
+        )
+        assert statuses(until_closed(client)) == [503, 200]
+
+
 def test_where_there_is_no_place_who_waits_for_100_continue_is_refused_before_sending() -> None:
     with full() as served, connect(served) as client:
         client.sendall(request(b"x" * 10, "Expect: 100-continue")[:-10])

@@ -218,8 +218,9 @@ def test_bf16_is_not_used_where_a_processors_gradients_are_wrong(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of torch's compiler
-def test_a_compiled_network_trains_as_the_plain_one(settings: Settings) -> None:
-    plain, compiled = (fitted(settings(side=16, epochs=1, compile=flag)) for flag in (False, True))
+@pytest.mark.parametrize("side", [16, 32])
+def test_a_compiled_network_trains_as_the_plain_one(side: int, settings: Settings) -> None:
+    plain, compiled = (fitted(settings(side=side, epochs=1, compile=flag)) for flag in (False, True))
     assert compiled.history[0].train_loss == pytest.approx(plain.history[0].train_loss, rel=1e-3)
     assert set(compiled.network.state_dict()) == set(plain.network.state_dict())
 
