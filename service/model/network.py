@@ -40,7 +40,10 @@ class SmallMapConv2d(nn.Conv2d):
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Self:
-        """The same convolution, of one group and without dilation, padded by zeros; it shares the filter."""
+        """The same convolution, of one group and without dilation, padded by zeros; it shares the filter.
+
+        Batch norms that are folded into it later (`service.engines.cuda.fused`) give it a bias.
+        """
         assert (conv.groups, conv.dilation, conv.padding_mode, conv.bias) == (1, (1, 1), "zeros", None)
         same = cls(
             conv.in_channels, conv.out_channels, _pair(conv.kernel_size), _pair(conv.stride), _pair(conv.padding),
@@ -54,7 +57,7 @@ class SmallMapConv2d(nn.Conv2d):
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # what is traced serves any size
             return super().forward(input)
         if (taps := self._taps_of_one_pixel(input)) is not None:
-            product = functional.linear(input.flatten(1), self.weight[:, :, taps[0], taps[1]].flatten(1))
+            product = functional.linear(input.flatten(1), self.weight[:, :, taps[0], taps[1]].flatten(1), self.bias)
             return product[:, :, None, None]
         shape = _Shape.of(input, self)
         casts = torch.is_autocast_enabled("cpu") and input.dtype != torch.float64  # as of conv2d
@@ -63,7 +66,7 @@ class SmallMapConv2d(nn.Conv2d):
             return super().forward(input)
         weight = self.weight.to(dtype) if casts else self.weight
         result: Tensor = _GatheredProduct.apply(input.to(dtype), weight, shape)  # type: ignore[no-untyped-call]
-        return result
+        return result if self.bias is None else result + self.bias.to(dtype)[:, None, None]
 
     def _taps_of_one_pixel(self, input: Tensor) -> tuple[slice, slice] | None:
         """Which taps meet pixels, by axis; None where the result is no single pixel, or pixels are met by no tap."""

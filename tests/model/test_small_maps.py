@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from service.model import network
 from service.model.network import SmallMapConv2d
@@ -255,3 +256,15 @@ def test_gradients_of_torchs_product_are_exact_within_autocast_and_of_no_images_
     product(empty).sum().backward()
     assert product.weight.grad is not None and not product.weight.grad.any()
     assert empty.grad is not None
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 4, 7])
+def test_a_bias_that_a_folded_batch_norm_brings_is_added(pixels: int, products: list[tuple[int, int]]) -> None:
+    convolution = SmallMapConv2d.of(nn.Conv2d(4, 5, 3, padding=1, bias=False)).eval()
+    norm = nn.BatchNorm2d(5).eval()
+    norm.running_mean, norm.running_var = torch.randn(5), torch.rand(5) + 0.5
+    given = torch.randn(3, 4, pixels, pixels)
+    expected = norm(convolution(given))
+    folded = fuse_conv_bn_eval(convolution, norm)
+    assert isinstance(folded, SmallMapConv2d)
+    torch.testing.assert_close(folded(given), expected)
