@@ -115,8 +115,22 @@ def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
         return OpenVinoEngine(artifact, precisions[name], layout.threads, layout.alone_threads or layout.threads)
     except ImportError as exc:
         raise EngineUnavailable(
-            f"The engine {name} needs a package that is not installed ({exc}); choose another of {', '.join(NAMES)}."
+            f"The engine {name} needs a package that is not installed ({exc}); choose another of "
+            f"{', '.join(['auto', *_installed()])}."
         ) from exc
+
+
+def _installed() -> list[EngineName]:
+    """The engines whose package is there."""
+    packages = {name: "openvino" if name.startswith("openvino") else "torch" for name in NAMES}
+    return [name for name in NAMES if _is_installed(packages[name])]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # blocked in sys.modules
+        return False
 
 
 def _log_choice(name: EngineName, layout: Layout, reason: str, difference: float) -> None:
