@@ -2,10 +2,22 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from container.engine import ENDING, exit_status
+
+
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """Whoever runs the tests in the background of a shell, or under nohup, has some of the signals ignored."""
+    before = {each: signal.getsignal(each) for each in ENDING}
+    for each in ENDING:
+        signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 @pytest.mark.parametrize("number", ENDING)
@@ -29,9 +41,8 @@ def test_a_signal_ends_a_command_once_and_its_cleanup_is_left_alone(
     assert [signal.getsignal(each) for each in ENDING] == before
 
 
-def test_a_signal_that_is_ignored_stays_so(request: pytest.FixtureRequest) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def command() -> int:
         os.kill(os.getpid(), signal.SIGHUP)
