@@ -58,7 +58,8 @@ Reading = Literal["nothing", "head", "body"]
 class _Refusal:
     """What ends a connection."""
 
-    message: str
+    message: str | None
+    """None: nothing is said."""
     record: RequestRecord
     told: bool
     """Whether the request itself, which was being answered, tells log and counts of it."""
@@ -105,6 +106,8 @@ class Protocol(HttpToolsProtocol):
         """Whether a whole head has come on this connection."""
         self._skips_body = False
         """Whether the request that is being read has been refused by its head alone."""
+        self._refused_this_turn = False
+        """Whether this turn of the event loop has refused one here by its head."""
         self._dry_bytes = 0
         """What was read of this message without reaching a part of its body: of its head, or of its trailers."""
         self._got_body = False
@@ -193,6 +196,8 @@ class Protocol(HttpToolsProtocol):
             if not self._skips_body:
                 super().on_message_complete()
             self._skips_body = False
+            if not self._due:
+                self._tell_lifeline()
 
     def on_response_complete(self) -> None:
         """An answer is written, at least into the transport's buffer."""
@@ -221,6 +226,7 @@ class Protocol(HttpToolsProtocol):
         """What would become of this connection if the process died now."""
         if self._slot is not None and self.lifeline is not None:
             writing = not self.transport.is_closing() and self.transport.get_write_buffer_size() > 0
+            writing |= self._reading == "body" and not self._due  # what comes is the rest of what has been answered
             self.lifeline.note(self._slot, WRITING if writing else WAITING if self._due else IDLE)
 
     def sweep(self, now_s: float) -> None:
@@ -260,7 +266,9 @@ class Protocol(HttpToolsProtocol):
             return False
         if self.parser.get_http_version() != "1.1" or not self.parser.should_keep_alive():
             return False
-        if self._due or self.transport.is_closing() or self.transport.get_write_buffer_size():
+        if self._due or self._refused_this_turn:  # what is pipelined takes turns with other connections
+            return False
+        if self.transport.is_closing() or self.transport.get_write_buffer_size():
             return False
         if (sentence := self.overload()) is None:
             return False
@@ -268,8 +276,13 @@ class Protocol(HttpToolsProtocol):
         self._write(record, sentence, (b"server-timing", record.server_timing()), *echoed(self.headers))
         self.telemetry.tell(record, self.headers)
         self._reading, self._got_body, self._skips_body = "body", True, True
+        self._refused_this_turn = True
+        self.loop.call_soon(self._end_turn)
         self._note_answer()
         return True
+
+    def _end_turn(self) -> None:
+        self._refused_this_turn = False
 
     def _without_upgrade(self, rest: bytes) -> bytes:
         """The request without the upgrade it offered, to be parsed anew (RFC 9110, 7.8: a server may ignore it)."""
@@ -300,9 +313,13 @@ class Protocol(HttpToolsProtocol):
         self._refuse(431, "headers_too_large", sentence)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        """Read no more, answer what is due, then this, and close."""
+        """Read no more, answer what is due, then this, and close.
+
+        Of a request that has had its answer, nothing is said: it would be taken for the answer to the next one.
+        """
         if self._refusal is not None or self.transport.is_closing():
             return
+        answered = self._reading == "body" and not self._due
         record, told = RequestRecord(new_request_id(), "", "", status, code), False
         headers: Headers = []
         if self._reading == "body" and self._due:  # the request that is being read gets this for its answer
@@ -319,7 +336,7 @@ class Protocol(HttpToolsProtocol):
                 cycle.disconnected = True
                 cycle.waiting_for_100_continue = False
                 cycle.message_event.set()
-        self._refusal = _Refusal(message, record, told, headers)
+        self._refusal = _Refusal(None if answered else message, record, told or answered, headers)
         if self._due == 0:
             self._write_refusal(self._refusal)
 
@@ -328,7 +345,8 @@ class Protocol(HttpToolsProtocol):
             return
         if not refusal.told:
             self.telemetry.tell(refusal.record, refusal.headers)
-        self._write(refusal.record, refusal.message, (b"connection", b"close"))
+        if refusal.message is not None:
+            self._write(refusal.record, refusal.message, (b"connection", b"close"))
         self._since_s = self.loop.time()
         self.transport.write_eof()  # closed at once, what the client still sends would be answered by a reset
         self.flow.resume_reading()

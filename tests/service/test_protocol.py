@@ -290,10 +290,31 @@ def test_where_there_is_no_place_who_waits_for_100_continue_is_refused_before_se
         assert refusal(answer(client)) == (503, "overloaded")
 
 
-def test_a_broken_body_for_which_there_is_no_place_ends_the_connection_with_a_sentence() -> None:
+@pytest.mark.parametrize("broken", [b"none\r\n", b"0\r\n" + b"a: b\r\n" * 20_000])
+def test_a_broken_body_of_a_request_that_was_refused_ends_the_connection_without_a_second_answer(
+    broken: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "LINGER_S", 0.3)
+    monkeypatch.setattr(protocol, "SWEEP_S", 0.05)
+    caplog.set_level(logging.INFO, "service.requests")
     with full() as served, connect(served) as client:
-        client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnone\r\n")
-        assert statuses(until_closed(client)) == [503, 400]
+        client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + broken)
+        assert statuses(until_closed(client)) == [503]
+        assert len([record for record in caplog.records if isinstance(record.msg, RequestRecord)]) == 1
+
+
+def test_requests_behind_one_another_for_which_there_is_no_place_take_turns_with_other_connections() -> None:
+    with full() as served, connect(served) as greedy, ThreadPoolExecutor(1) as reader:
+        others, count = 0, 20_000
+        answered = reader.submit(until_closed, greedy)
+        sender = threading.Thread(target=greedy.sendall, args=(request() * count + request(b"", "Connection: close"),))
+        sender.start()
+        while not answered.done():
+            assert served.ask("GET", "/ping").status == 200
+            others += 1
+        sender.join()
+        assert statuses(answered.result()) == [503] * (count + 1)
+        assert others > 50  # one or two, were they refused in one go
 
 
 def test_a_body_without_end_is_cut_off_where_there_is_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
