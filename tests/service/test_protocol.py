@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from service import protocol, server
+from service import lifeline, protocol, server
 from service.engines.base import Logits
 from service.engines.fake import FakeEngine
 from service.model.resize import PixelBatch
@@ -301,6 +302,24 @@ def test_a_broken_body_of_a_request_that_was_refused_ends_the_connection_without
         client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + broken)
         assert statuses(until_closed(client)) == [503]
         assert len([record for record in caplog.records if isinstance(record.msg, RequestRecord)]) == 1
+
+
+def test_the_rest_of_a_refused_body_is_no_request_that_a_dying_worker_leaves_without_an_answer() -> None:
+    with full() as served, connect(served) as client:
+        client.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in answer(client)
+        address = client.getsockname()
+        (connection,) = [c for c in served.connections() if c.transport.get_extra_info("peername") == address]
+        noted: list[int] = []  # in place of the page that the supervisor reads
+        connection.lifeline = SimpleNamespace(note=lambda _, state: noted.append(state), closed=lambda _: None)
+        connection._slot = 0
+        sent = request(b"x" * 2000)
+        client.sendall(sent[:-1000])
+        assert refusal(answer(client)) == (503, "overloaded")
+        served.until(lambda: len(noted) >= 2)
+        assert noted[-1] == lifeline.WRITING  # the connection would be closed, and nothing said
+        client.sendall(sent[-1000:])
+        served.until(lambda: noted[-1] == lifeline.IDLE)
 
 
 def test_requests_behind_one_another_for_which_there_is_no_place_take_turns_with_other_connections() -> None:
