@@ -44,9 +44,10 @@ SMALL_FORM_BYTES = 64 * 2**10
 """Forms and JSON up to this size are taken apart on the event loop."""
 
 WATCH_S = 1.0
+"""How often it is looked whether the engine has come back."""
+
 GIVE_BACK_BYTES = 64 * 2**20
 """Once the bodies under way are so much fewer than they were, what they took is given back to the system."""
-"""How often it is looked whether the engine has come back."""
 
 FAILING_AFTER, ENDS_AFTER = 3, 10
 """Batches in a row on which the engine may fail until /ping tells, and until the process ends for a new one to take its
