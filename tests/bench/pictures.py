@@ -22,11 +22,11 @@ def unpacked(folder: Path) -> Path | None:
     return train
 
 
-def selection(train: Path, folder: Path, classes: Sequence[str], per_class: int, skip: int = 0) -> Path:
-    """Copies of `per_class` images of each of `classes`, chosen by a fixed shuffle, from place `skip` on."""
+def selection(train: Path, folder: Path, classes: Sequence[str], per_class: int, skip: int = 0, seed: int = 0) -> Path:
+    """Copies of `per_class` images of each of `classes`, from place `skip` on of the order that `seed` shuffles."""
     for name in classes:
         files = sorted((train / name).iterdir())
-        random.Random(0).shuffle(files)  # no secret
+        random.Random(seed).shuffle(files)  # no secret
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file in files[skip : skip + per_class]:
             shutil.copy(file, folder / name / file.name)

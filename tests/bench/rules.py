@@ -140,6 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--images", type=int, default=400, help="of each class to train on, and to validate on")
     parser.add_argument("--weights", type=Path, help="pretrained weights; default: they are made here (minutes)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws its own images, weights and runs"
+    )
     parser.add_argument("--only", choices=[case.name for case in CASES], action="append", help="writes no table")
     options = parser.parse_args(arguments)
     configure_logging()
@@ -148,25 +151,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("The CIFAR-10 JPEG files are not at hand (../shared/data): nothing is measured.")
         return 1
     with tempfile.TemporaryDirectory() as scratch:
-        return measure(train, Path(scratch), options.images, options.weights, options.only)
+        rows: list[list[object]] = []
+        right = True
+        for seed in options.seeds:
+            folder = Path(scratch) / f"seed{seed}"
+            of_seed, as_wanted = measure(train, folder, options.images, options.weights, options.only, seed)
+            rows += of_seed
+            right = right and as_wanted
+    if not options.only:
+        write(rows, options.images)
+    return 0 if right else 1
 
 
-def measure(train: Path, scratch: Path, images: int, weights: Path | None, only: Sequence[str] | None) -> int:
-    """Pretrain, run the cases; see `main`."""
+def measure(
+    train: Path, scratch: Path, images: int, weights: Path | None, only: Sequence[str] | None, seed: int
+) -> tuple[list[list[object]], bool]:
+    """Pretrain, run the cases with one seed; see `main`. Returns: their rows, and whether all are as wanted."""
     rows: list[list[object]] = []
-    if weights is None:
-        pictures = selection(train, scratch / "first", PRETRAINING, 2000)
-        weights = pretrain(pictures, scratch / "pretrained", epochs=4, callbacks=[WholeBranches()])
-    validation = selection(train, scratch / "validation", FINE_TUNING, images, skip=images)
     right = True
+    if weights is None:
+        pictures = selection(train, scratch / "first", PRETRAINING, 2000, seed=seed)
+        weights = pretrain(pictures, scratch / "pretrained", epochs=4, callbacks=[WholeBranches()], seed=seed)
+    validation = selection(train, scratch / "validation", FINE_TUNING, images, skip=images, seed=seed)
     for number, case in enumerate(CASES):
         if only and case.name not in only:
             continue
         data = scratch / f"data{number}"
         for name, share in zip(FINE_TUNING, case.per_class, strict=True):
-            selection(train, data, (name,), max(2, round(share * images)))
+            selection(train, data, (name,), max(2, round(share * images)), seed=seed)
         started_s = time.monotonic()
-        verdicts, state = run_case(case, data, validation, weights, scratch / f"run{number}")
+        verdicts, state = run_case(case, data, validation, weights, scratch / f"run{number}", seed)
         fired = {verdict["rule"]: verdict["firings"][0] for verdict in verdicts if verdict["count"]}
         unjudged = [verdict["rule"] for verdict in verdicts if not verdict["judged"] or verdict["message"]]
         as_wanted = fired.keys() >= set(case.wanted) if case.wanted else not fired and not unjudged
@@ -180,23 +194,25 @@ def measure(train: Path, scratch: Path, images: int, weights: Path | None, only:
         count = sum(1 for _ in data.rglob("*.jpg"))
         rows.append(
             [
-                case.name + (f" ({also})" if also else ""), count, ", ".join(case.wanted) or "none", seen or "none",
+                case.name + (f" ({also})" if also else ""), seed, count, ", ".join(case.wanted) or "none",
+                seen or "none",
                 "yes" if as_wanted else f"no{': not judged by ' + ', '.join(unjudged) if unjudged else ''}", state,
                 f"{time.monotonic() - started_s:.0f}",
             ]
         )  # fmt: skip
-        log.info("%s: wanted %s; fired %s; %s", case.name, rows[-1][2], rows[-1][3], state)
-    if not only:
-        write(rows, images)
-    return 0 if right else 1
+        log.info("seed %d, %s: wanted %s; fired %s; %s", seed, case.name, rows[-1][3], rows[-1][4], state)
+    return rows, right
 
 
-def run_case(case: Case, data: Path, validation: Path, weights: Path, folder: Path) -> tuple[list[dict[str, Any]], str]:
+def run_case(
+    case: Case, data: Path, validation: Path, weights: Path, folder: Path, seed: int
+) -> tuple[list[dict[str, Any]], str]:
     """Train once. Returns: the entries of `rules.json`, and how the run ended."""
     config = TrainingConfig.create(
         {
             **HEALTHY, **(SICK if case.wanted else {}), **case.settings, "data": data, "validation": validation,
             "weights": str(weights), "output": folder, "run_folder": folder, "cache_folder": folder.parent / "features",
+            "seed": seed,
         }
     )  # fmt: skip
     rules = create_rules([{"rule": name, "parameters": case.parameters.get(name, {})} for name in RULES])
@@ -219,10 +235,11 @@ def write(rows: list[list[object]], images: int) -> None:
     """The table."""
     save(
         "rules", "Debugging rules on real pictures: a healthy run, and one with each disease",
-        ["run", "images trained on", "must fire", "fired (first of each rule)", "as wanted", "state", "seconds"], rows,
+        ["run", "seed", "trained on", "must fire", "fired (first of each rule)", "as wanted", "state", "seconds"],
+        rows,
         [
             f"CIFAR-10 training images as JPEG, 32 px, {images} of each of 5 classes to train on unless the name says "
-            f"otherwise, {images} others of each to validate on (n = {5 * images}); one run each, seed 0.",
+            f"otherwise, {images} others of each to validate on (n = {5 * images}); a seed draws images and weights.",
             "Stem and blocks 1 to 3 frozen, all pretrained here on the other 5 classes, from torchvision's initial "
             "values; settings of the healthy run: "
             + ", ".join(f"{name} {value}" for name, value in {**HEALTHY, **CASES[0].settings}.items())

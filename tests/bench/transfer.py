@@ -73,13 +73,13 @@ def _measure(scratch: Path) -> int:
     return 0 if margin >= 10 else 1
 
 
-def pretrain(data: Path, output: Path, epochs: int, callbacks: Sequence[Callback] = ()) -> Path:
+def pretrain(data: Path, output: Path, epochs: int, callbacks: Sequence[Callback] = (), seed: int = 0) -> Path:
     """Train a whole network from random weights on `data`. Returns: its weights file, in the artifact `output`."""
     pretrained = run(
         TrainingConfig(
             data=data, output=output, weights="none", epochs=epochs, optimizer="adamw", learning_rate=1e-3,
             batch_size=64, weight_decay=0.01, schedule="one-cycle", precision="auto", augment="flip-crop",
-            quantize="off",
+            quantize="off", seed=seed,
         ),
         callbacks,
     )  # fmt: skip
