@@ -25,6 +25,8 @@ MAX_TOP_K = 1000
 COLUMNS = ("image", "rank", "label", "index", "probability", "error_code", "error_message")
 """Of the CSV; `image` counts from 0 in the order of the request, `rank` from 1."""
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each answer
+
 Outcome = Prediction | ImageError
 """Of one image: what it shows, or why it could not be read."""
 
@@ -58,7 +60,7 @@ def _result(outcome: Outcome, top_k: int) -> dict[str, Any]:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+    return _encode(value).encode()
 
 
 def _csv(outcomes: Sequence[Outcome], top_k: int) -> bytes:

@@ -35,8 +35,11 @@ class Prediction:
 
     def top(self, k: int) -> list[tuple[str, int, float]]:
         """The k likeliest classes as (label, index, probability), likeliest first."""
-        best = np.argsort(-self.probs, kind="stable")[:k]
-        return [(self.model.classes[i], int(i), float(self.probs[i])) for i in best]
+        best = (-self.probs).argsort(kind="stable")[:k]
+        return [
+            (self.model.classes[index], index, prob)
+            for index, prob in zip(best.tolist(), self.probs[best].tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ class Invocations:
 
 async def _answer(runtime: Runtime, given: dict[str, str], scope: Scope, receive: Receive) -> tuple[bytes, str]:
     """The body of the answer, and its type."""
-    gone = scope.get("state", {}).get(telemetry.GONE)
+    state = scope.get("state", {})
+    gone = state.get(telemetry.GONE)
 
     def require_client() -> None:
         if gone is not None and gone():
@@ -100,7 +101,10 @@ async def _answer(runtime: Runtime, given: dict[str, str], scope: Scope, receive
     record = telemetry.current()
     async with runtime.admission.deadline():
         with runtime.admission.memory() as memory:
-            payload = await _read_body(receive, given.get("content-length"), runtime, memory)
+            timeout_s = None if telemetry.WHOLE in state else runtime.settings.body_timeout_s
+            payload = await _read_body(
+                receive, given.get("content-length"), runtime.settings.max_payload_bytes, timeout_s, memory
+            )
             record.bytes_in = len(payload)
             with runtime.admission.place() as places, _given_up_if_gone(receive):
                 payloads = await runtime.read(payload, given.get("content-type"))
@@ -126,9 +130,13 @@ def _joined(headers: list[Header]) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in found.items()}
 
 
-async def _read_body(receive: Receive, declared: str | None, runtime: Runtime, memory: Memory) -> bytes:
-    """The whole body, accounted for. Raises: PayloadTooLarge, BodyTimeout, Overloaded, ClientDisconnect."""
-    limit, timeout_s = runtime.settings.max_payload_bytes, runtime.settings.body_timeout_s
+async def _read_body(
+    receive: Receive, declared: str | None, limit: int, timeout_s: float | None, memory: Memory
+) -> bytes:
+    """The whole body, of at most `limit` bytes, accounted for; without `timeout_s` where it is here already.
+
+    Raises: PayloadTooLarge, BodyTimeout, Overloaded, ClientDisconnect.
+    """
     too_large = "The body may have at most {:,} bytes, given: {}; send a smaller image, or fewer."
     if declared is not None and declared.isdecimal():
         if len(declared) > 18 or int(declared) > limit:

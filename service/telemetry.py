@@ -25,6 +25,9 @@ REFUSAL = "refusal"
 GONE = "gone"
 """Of a scope's state: a function that tells whether the client has hung up, from `service.protocol`."""
 
+WHOLE = "whole"
+"""Of a scope's state: there once the whole body has been read, from `service.protocol`."""
+
 _record: contextvars.ContextVar[RequestRecord] = contextvars.ContextVar("record")
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,10 @@ log = logging.getLogger("training")
 CONNECTIONS = 8
 TIMEOUT_S = 70
 """Above the service's own deadline, so that its sentence arrives."""
+LATER = (429, 503)
+"""Statuses that say: the same request may do well later."""
+PATIENCE_S = 60
+"""How long one image is asked for again, after the pauses that Retry-After names."""
 
 
 def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str) -> tuple[float, set[str]]:
@@ -48,15 +53,13 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
             connections.append(local.connection)
         media_type = MEDIA_TYPES[Path(images.file_name(index)).suffix.lower()]
         try:
-            local.connection.request("POST", path, images.payload(index), {"Content-Type": media_type})
-            response = local.connection.getresponse()
-            body = response.read()
+            status, body = _answer(local.connection, path, images.payload(index), media_type)
         except (OSError, http.client.HTTPException) as exc:
             raise TrainingError(
                 f"{url} did not answer ({exc}); is the service running? Start it with 'make serve'."
             ) from exc
-        if response.status != 200:
-            raise TrainingError(f"{url} answered {response.status} to {images.file_name(index)}: {body.decode()}")
+        if status != 200:
+            raise TrainingError(f"{url} answered {status} to {images.file_name(index)}: {body.decode()}")
         answer = json.loads(body)
         if isinstance(model := answer.get("model"), dict):
             models.add(_named(str(model.get("name")), str(model.get("version"))))
@@ -69,6 +72,20 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
         for connection in connections:
             connection.close()
     return right / len(images), models
+
+
+def _answer(connection: http.client.HTTPConnection, path: str, body: bytes, media_type: str) -> tuple[int, bytes]:
+    """Status and body, asked for again where the service says later. Raises: OSError, http.client.HTTPException."""
+    give_up_s = time.monotonic() + PATIENCE_S
+    while True:
+        connection.request("POST", path, body, {"Content-Type": media_type})
+        response = connection.getresponse()
+        answer = response.read()
+        pause = response.headers.get("Retry-After", "")
+        pause_s = float(pause) if pause.isdecimal() else 1.0
+        if response.status not in LATER or time.monotonic() + pause_s > give_up_s:
+            return response.status, answer
+        time.sleep(pause_s)
 
 
 def _named(name: str, version: str) -> str:

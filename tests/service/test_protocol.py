@@ -156,6 +156,32 @@ def test_pipelined_requests_are_answered_in_order(service: Served) -> None:
     assert labels == [f"grey {grey}" for grey in range(10)]
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the system does not tell how many packets came")
+def test_an_answer_is_one_packet(service: Served) -> None:
+    with connect(service) as client:
+        for sent in (request(png(7)), request(b"no image"), request(line="GET /ping HTTP/1.1")):
+            before = packets(client)
+            client.sendall(sent)
+            answer(client)
+            assert packets(client) - before == 1
+
+
+def packets(client: socket.socket) -> int:
+    """Packets with data that have come (tcpi_data_segs_in of struct tcp_info, linux/tcp.h)."""
+    (count,) = struct.unpack_from("I", client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), 152)
+    return int(count)
+
+
+def test_an_answer_without_a_body_leaves_before_the_next_one_and_before_the_end(service: Served) -> None:
+    with connect(service) as client:
+        head = request(line="HEAD /ping HTTP/1.1")
+        client.sendall(head + request(line="GET /ping HTTP/1.1") + head + b"no HTTP\r\n\r\n")
+        assert statuses(until_closed(client)) == [200, 200, 200, 400]
+    with connect(service) as client:
+        client.sendall(request(b"", "Connection: close", line="HEAD /ping HTTP/1.1"))
+        assert statuses(until_closed(client)) == [200]
+
+
 @pytest.mark.parametrize("expect", ["Expect: 100-continue", "X-Nothing: x"])
 def test_pipelined_requests_of_a_client_that_resets_leave_no_error(
     service: Served, expect: str, caplog: pytest.LogCaptureFixture

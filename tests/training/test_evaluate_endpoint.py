@@ -24,6 +24,16 @@ def test_a_service_agrees_with_its_own_manifest(
     assert f"accuracy over HTTP {claimed:.2f} %, manifest {claimed:.2f} %, n=100: they agree" in caplog.text
 
 
+def test_images_that_a_busy_service_refuses_are_asked_for_again(
+    start_server: Any, artifact: Path, sample_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with start_server(artifact, CLASSIFIER_MAX_IMAGES="1", CLASSIFIER_WORKERS="1") as busy:
+        assert compare(sample_root, artifact, busy.port) == 0
+        assert " status=503 " in busy.log.read_text()  # eight connections ask, and one image has a place
+    assert "n=100: they agree" in caplog.text
+
+
 def test_a_service_whose_model_is_another_is_told_apart(
     server: Any, artifact: Path, sample_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
