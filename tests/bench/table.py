@@ -31,16 +31,17 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with a word where files differ from it; "" where git or its folder is missing."""
-    here = Path(__file__).parent
+    """The commit that is measured, with a word where files but results differ; "" without git or its folder."""
+
+    def asked(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=7", "--dirty= with changes", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        changed = asked("status", "--porcelain", "--untracked-files=no", "--", ":/", f":!{RESULTS.name}")
+        return asked("rev-parse", "--short=7", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.strip()
 
 
 def save(
