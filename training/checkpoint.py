@@ -123,11 +123,15 @@ def load(folder: Path, config: TrainingConfig, facts: dict[str, Any]) -> dict[st
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; the operating system lets go of it with the process. Raises: CheckpointError if taken."""
+def claimed(folder: Path, flag: str) -> Iterator[None]:
+    """Hold the folder's lock; the operating system lets go of it with the process.
+
+    `flag`: what names another one. Raises: CheckpointError if it is taken.
+    """
     import fcntl
 
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("w")
     except OSError as exc:
         raise CheckpointError(f"{folder / LOCK} cannot be written: {exc.strerror}.") from exc
@@ -135,9 +139,7 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
-            raise CheckpointError(
-                f"Another training uses {folder}; wait for its end, or name another --output or --checkpoints."
-            ) from exc
+            raise CheckpointError(f"Another training uses {folder}; wait for its end, or name another {flag}.") from exc
         yield
 
 

@@ -6,6 +6,7 @@ Exit status: 0 done; 1 data, weights or the run failed; 2 wrong settings; 128 + 
 """
 
 import argparse
+import io
 import logging
 import sys
 import time
@@ -23,9 +24,13 @@ def configure_logging() -> None:
     """Plain lines on stdout, where SageMaker reads them; times in UTC, as the service's."""
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a file's name has in it can be written
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logging.raiseExceptions = False  # a log that nobody takes any more costs lines, not a trace for each
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("torch").setLevel(logging.WARNING)  # it tells of its caches when a process ends
 
 
 def positive(text: str) -> int:
@@ -33,6 +38,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"given {text}, allowed are whole numbers from 1 up")
     return int(text)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names for a sentence; of more than ten, how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 Defaults < recipe < tuning's best < SageMaker's hyperparameters < command line (see `training.flags`).
 """
 
+import logging
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from service.model.architecture import BLOCKS, MAX_HIDDEN_UNITS, Block
 from training.data.folder import BrokenFiles
 from training.errors import ConfigError
 from training.flags import Settings
+
+log = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 FILES = {
@@ -59,7 +62,7 @@ class TrainingConfig(Settings):
         description="step size of the optimizer, its peak in a schedule",
     )
     batch_size: int = Field(128, ge=2, le=1_000_000, description="images per step; at least 2, which batch norm needs")
-    epochs: int = Field(70, ge=1, description="passes over the training images")
+    epochs: int = Field(70, ge=1, le=1_000_000, description="passes over the training images")
     optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="sgd, or adamw, which learns sooner from random weights"
     )
@@ -172,12 +175,19 @@ class TrainingConfig(Settings):
     @property
     def folder(self) -> Path:
         """The run's folder: as asked for, else beside the artifact."""
-        return self.run_folder or self.output.parent / f"{self.output.name}-run"
+        return self.run_folder or (place := self.output if self.output.name else self.output.resolve()).with_name(
+            f"{place.name}-run"
+        )
+
+    @property
+    def own_checkpoint_folder(self) -> Path:
+        """Where checkpoints lie unless another place is named."""
+        return self.folder / "checkpoints"
 
     @property
     def checkpoint_folder(self) -> Path:
         """Where checkpoints lie."""
-        return self.checkpoints or self.folder / "checkpoints"
+        return self.checkpoints or self.own_checkpoint_folder
 
     def plain_reason(self) -> str | None:
         """Why these settings cannot train from cached features; None if they can."""
@@ -222,7 +232,9 @@ def merged(values: Mapping[str, object]) -> dict[str, object]:
     if tuned:
         from training.tuning.best import read_best
 
-        below |= read_best(Path(str(tuned)))
+        found = read_best(Path(str(tuned)))
+        log.info("from %s: %s", tuned, " ".join(f"{name}={value}" for name, value in found.items()))
+        below |= found
     return {**below, **given}
 
 
@@ -236,5 +248,5 @@ def read_recipe(name: str) -> dict[str, object]:
         raise ConfigError(
             f"--recipe {name}: there is no such recipe ({', '.join(ours)}) and no such file ({exc.strerror})."
         ) from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:  # of tomllib, of the text, of a name that no file can have
         raise ConfigError(f"--recipe {name} is not TOML: {exc}.") from exc

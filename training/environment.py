@@ -131,7 +131,7 @@ def sagemaker_job(root: Path = ROOT, environ: Mapping[str, str] = os.environ) ->
     if not isinstance(hosts, list) or host not in hosts:
         raise ConfigError(f"{config / 'resourceconfig.json'}: the hosts {hosts} do not hold the current host {host}.")
     interface = environ.get("SM_NETWORK_INTERFACE_NAME") or resources.get("network_interface_name")
-    checkpoints = Path(_json_object(config / "checkpointconfig.json").get("LocalPath") or root / "checkpoints")
+    checkpoints = Path(str(_json_object(config / "checkpointconfig.json").get("LocalPath") or root / "checkpoints"))
     hook = Path(environ.get("SMDEBUG_CONFIG_FILE_PATH", str(config / "debughookconfig.json")))
     hook_wanted = environ.get("USE_SMDEBUG", "true").lower() not in ("false", "0", "no", "off")
     return SageMakerJob(
@@ -263,7 +263,7 @@ def _channel(names: tuple[str, ...], root: Path, environ: Mapping[str, str]) -> 
 def _by_number(host: str) -> tuple[str, int]:
     """Puts algo-2 before algo-10."""
     name, _, number = host.rpartition("-")
-    return (name, int(number)) if number.isdigit() else (host, 0)
+    return (name, int(number)) if number.isdecimal() else (host, 0)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except (ValueError, OSError) as exc:
+    except (ValueError, OSError, RecursionError) as exc:
         raise ConfigError(f"{path} cannot be read as a JSON object: {exc}.") from exc
     if not isinstance(value, dict):
         raise ConfigError(f"{path} cannot be read as a JSON object: it holds {type(value).__name__}.")
@@ -282,5 +282,5 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"The variable {name} cannot be read as JSON: {exc}.") from exc

@@ -33,7 +33,7 @@ class Epochs:
         self._saved_s = time.monotonic()
         self.history: list[EpochMetrics] = []
         self.evaluation: Evaluation | None = None
-        self._from_features = prepared.features is not None
+        self._from_features = self._began_from_features = prepared.features is not None
         self._facts: dict[str, Any] = {}
         if checkpoints and group.is_first:
             dataset = prepared.dataset
@@ -53,6 +53,12 @@ class Epochs:
         if state is None:
             return
         self._trainer.load_state_dict(state["trainer"])
+        if state.get("from_features", self._began_from_features) != self._began_from_features:
+            log.warning(
+                "the run began %s cached features and goes on %s: the model will differ, by rounding, from that of a "
+                "run that was never stopped",
+                *(("without", "with them") if self._began_from_features else ("from", "without them")),
+            )  # fmt: skip
         self.history = [EpochMetrics(**epoch) for epoch in self._trainer.progress.history]
         log.info(
             "resumed from %s: epoch %d, step %d of it",
@@ -164,5 +170,5 @@ class Epochs:
         """Write a checkpoint (the first process does). Raises: CheckpointError."""
         self._saved_s = time.monotonic()
         if self._checkpoints and self._group.is_first:
-            state = {"trainer": self._trainer.state_dict()}
+            state = {"trainer": self._trainer.state_dict(), "from_features": self._began_from_features}
             checkpoint.save(self._config.checkpoint_folder, self._config, self._facts, state)

@@ -26,7 +26,7 @@ from service.model.images import RgbImage
 from service.model.machine import cores
 from service.model.manifest import Manifest
 from service.model.network import network_of
-from training.command_line import add_machine_flags, positive, run_command
+from training.command_line import add_machine_flags, listed, positive, run_command
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
@@ -95,12 +95,12 @@ def open_images(manifest: Manifest, data: Path, validation: Path | None, split: 
     absent = absent_classes(manifest, dataset)
     if unknown:
         raise DataError(
-            f"{data} has classes unknown to the model {manifest.name}: {_listed(unknown)}; name the folders as the "
-            f"model's {len(manifest.classes)} classes ({_listed(absent or manifest.classes)})."
+            f"{data} has classes unknown to the model {manifest.name}: {listed(unknown)}; name the folders as the "
+            f"model's {len(manifest.classes)} classes ({listed(absent or manifest.classes)})."
         )
     if absent:
         log.info(
-            "without images of %d of the model's %d classes: %s", len(absent), len(manifest.classes), _listed(absent)
+            "without images of %d of the model's %d classes: %s", len(absent), len(manifest.classes), listed(absent)
         )
     images = dataset.validation if split == "validation" else dataset.train
     places = {name: k for k, name in enumerate(manifest.classes)}
@@ -166,7 +166,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if manifest.quantization is not None and options.engine != "openvino-int8":
         log.info("int8, as the manifest states: %s", described(manifest.quantization))
     write_report(
-        options.output or default_output(options.model), manifest, images, measured,
+        options.output or default_output(options.model, options.engine), manifest, images, measured,
         split=options.split, dataset={**dataset.described(), "engine": options.engine},
     )  # fmt: skip
     if compare(manifest, dataset, options.split, measured, options.engine) is False:
@@ -191,10 +191,11 @@ def runner(artifact: Artifact, engine: str, device: torch.device) -> Callable[[T
     return lambda images: torch.from_numpy(run(images.cpu().numpy()))
 
 
-def default_output(model: Path) -> Path:
-    """`artifacts/pets` and `artifacts/pets.tar.gz` -> `artifacts/pets-evaluation`."""
-    home = model.resolve()
-    return home.with_name(f"{home.name.removesuffix('.gz').removesuffix('.tgz').removesuffix('.tar')}-evaluation")
+def default_output(model: Path, engine: str = "torch") -> Path:
+    """`artifacts/pets` and `artifacts/pets.tar.gz` -> `artifacts/pets-evaluation`, with other engines' names behind."""
+    home = model if model.name not in ("", "..") else model.resolve()
+    name = home.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
+    return home.with_name(f"{name}-evaluation" + (f"-{engine}" if engine != "torch" else ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,10 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, default=BATCH, help="images at once (default: %(default)s)")
     add_machine_flags(parser)
     return run_command(parser, arguments, evaluate)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _described(manifest: Manifest) -> str:

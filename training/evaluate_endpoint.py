@@ -1,18 +1,20 @@
 """`python -m training.evaluate_endpoint`: does a running service predict as well as its manifest says?
 
 Sends every validation image of a data set to the service, one request each, as its file is, and compares the
-accuracy with the manifest's. Exit status: 0 when they agree within --tolerance points, 1 when not.
+accuracy with the manifest's, of the int8 network where that answers. Exit status: 0 when they agree, 1 when not.
 """
 
 import argparse
 import http.client
 import json
 import logging
+import re
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,7 +23,7 @@ from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.images import MEDIA_TYPES
 from service.model.manifest import Manifest
-from training.command_line import run_command
+from training.command_line import listed, run_command
 from training.data.dataset import Dataset, LabelledImages
 from training.data.layouts import open_dataset
 from training.errors import ConfigError, DataError, TrainingError
@@ -29,9 +31,13 @@ from training.progress import progress
 
 log = logging.getLogger("training")
 
+_ENGINE = re.compile(r'^classifier_model_info\{.*?engine="([^"]*)"', re.MULTILINE)
+
 CONNECTIONS = 8
 TIMEOUT_S = 70
 """Above the service's own deadline, so that its sentence arrives."""
+TOLERANCE_POINTS, TOLERANCE_IMAGES = 0.2, 2
+"""Accuracies that differ by no more than either agree: engines round differently, and near ties fall the other way."""
 LATER = (429, 503)
 """Statuses that say: the same request may do well later."""
 PATIENCE_S = 60
@@ -56,14 +62,18 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
             status, body = _answer(local.connection, path, images.payload(index), media_type)
         except (OSError, http.client.HTTPException) as exc:
             raise TrainingError(
-                f"{url} did not answer ({exc}); is the service running? Start it with 'make serve'."
+                f"{url} did not answer ({exc}); is the service running there? 'make serve' starts one."
             ) from exc
         if status != 200:
-            raise TrainingError(f"{url} answered {status} to {images.file_name(index)}: {body.decode()}")
-        answer = json.loads(body)
-        if isinstance(model := answer.get("model"), dict):
-            models.add(_named(str(model.get("name")), str(model.get("version"))))
-        return bool(answer["predictions"][0]["label"] == classes[images.labels[index]])
+            said = body[:500].decode(errors="replace")
+            raise TrainingError(f"{url} answered {status} to {images.file_name(index)}: {said}")
+        try:
+            answer = json.loads(body)
+            label, model = answer["predictions"][0]["label"], answer["model"]
+            models.add(_named(str(model["name"]), str(model["version"])))
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as exc:
+            raise TrainingError(f"{url} is not this service: it answered {body[:100]!r}.") from exc
+        return bool(label == classes[images.labels[index]])
 
     try:
         with ThreadPoolExecutor(CONNECTIONS) as threads:
@@ -72,6 +82,20 @@ def accuracy_over_http(images: LabelledImages, classes: Sequence[str], url: str)
         for connection in connections:
             connection.close()
     return right / len(images), models
+
+
+def engine_of(url: str) -> str:
+    """What computes the answers, as the service's /metrics say; "" where they do not."""
+    host, port, path = _address(url)
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", f"{path.removesuffix('/invocations')}/metrics")
+        found = _ENGINE.search(connection.getresponse().read().decode(errors="replace"))
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        connection.close()
+    return found[1] if found else ""
 
 
 def _answer(connection: http.client.HTTPConnection, path: str, body: bytes, media_type: str) -> tuple[int, bytes]:
@@ -95,10 +119,11 @@ def _named(name: str, version: str) -> str:
 def _address(url: str) -> tuple[str, int, str]:
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port or 80
-    except ValueError:
-        host, port, parts = None, 0, urlsplit("")
-    if not host or parts.scheme != "http":
+        host, port = parts.hostname, 80 if parts.port is None else parts.port
+        usable = bool(host and host.encode("idna") and port) and url.isascii() and " " not in url
+    except ValueError:  # UnicodeError is one
+        host, port, parts, usable = None, 0, urlsplit(""), False
+    if not host or not usable or parts.scheme != "http":
         raise ConfigError(f"--url {url}: give the address of the service, such as http://127.0.0.1:8080.")
     return host, port, f"{parts.path.rstrip('/')}/invocations"
 
@@ -117,8 +142,18 @@ def open_validation(manifest: Manifest, data: Path, validation: Path | None = No
             f"({manifest.dataset['split']}); give the same --data and --validation as in training."
         )
     if dataset.classes != manifest.classes:
-        raise DataError(f"{data} has other classes than the model: {', '.join(dataset.classes[:5])}, ...")
+        raise DataError(
+            f"{data} has the classes {listed(dataset.classes)}; the model's are {listed(manifest.classes)}."
+        )
     return dataset
+
+
+def _points(text: str) -> float:
+    """A flag's number from 0 to 100. Raises: argparse.ArgumentTypeError."""
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) <= 100:
+            return value
+    raise argparse.ArgumentTypeError(f"given {text}, allowed are numbers from 0 to 100")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,7 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--model", type=Path, default=Path("artifacts/model"), help="its artifact (default: artifacts/model)"
     )
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the running service (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=0.2, help="points of accuracy (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance", type=_points,
+        help=f"points of accuracy (default: {TOLERANCE_POINTS}, or {TOLERANCE_IMAGES} images if that is more)",
+    )  # fmt: skip
     return run_command(parser, arguments, compare)
 
 
@@ -143,9 +181,12 @@ def compare(options: argparse.Namespace) -> None:
         raise DataError(str(exc)) from exc
     dataset = open_validation(manifest, options.data, options.validation)
     share, models = accuracy_over_http(dataset.validation, dataset.classes, options.url)
-    measured = 100 * share
-    claimed = 100 * manifest.metrics["validation"]["accuracy"]
-    figures = f"accuracy over HTTP {measured:.2f} %, manifest {claimed:.2f} %, n={len(dataset.validation)}"
+    measured, engine, n = 100 * share, engine_of(options.url), len(dataset.validation)
+    int8 = manifest.quantization if engine == "openvino-int8" else None
+    claimed = 100 * (int8.accuracy if int8 is not None else manifest.metrics["validation"]["accuracy"])
+    of = f" ({engine})" if engine else ""
+    stated = "manifest, int8," if int8 is not None else "manifest"
+    figures = f"accuracy over HTTP{of} {measured:.2f} %, {stated} {claimed:.2f} %, n={n}"
     known = _named(manifest.name, manifest.version)
     if models - {known}:
         raise TrainingError(
@@ -153,8 +194,9 @@ def compare(options: argparse.Namespace) -> None:
             f"is {known}; restart the service with it (it does not take up a folder that is replaced), or name the "
             "model that it serves."
         )
-    if abs(measured - claimed) > options.tolerance:
-        raise TrainingError(f"{figures}: THEY DIFFER, by more than --tolerance {options.tolerance:g} points.")
+    tolerance = max(TOLERANCE_POINTS, 100 * TOLERANCE_IMAGES / n) if options.tolerance is None else options.tolerance
+    if abs(measured - claimed) > tolerance + 1e-9:  # of two quotients
+        raise TrainingError(f"{figures}: THEY DIFFER, by more than --tolerance {tolerance:.3g} points.")
     log.info("%s: they agree", figures)
 
 

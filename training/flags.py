@@ -122,7 +122,7 @@ def flag(name: str) -> str:
 def _plain(error: Any) -> str:
     """What pydantic says of a value, in plain words."""
     words = _WORDS.get(error["type"])
-    return words.format(**error.get("ctx", {})) if words else str(error["msg"])
+    return words.format(**error.get("ctx", {})) if words else str(error["msg"]).removeprefix("Value error, ")
 
 
 _WORDS = {
@@ -142,7 +142,7 @@ _WORDS = {
 def _unquoted(value: str) -> object:
     try:
         decoded = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
     return decoded if isinstance(decoded, str) else value
 

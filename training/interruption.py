@@ -67,12 +67,16 @@ class Interruption:
 
 @contextmanager
 def watched() -> Iterator[Interruption]:
-    """Catch SIGTERM and SIGINT while the context lasts; a second one acts as if it were not caught."""
+    """Catch SIGTERM and SIGINT while the context lasts; a second one acts as if it were not caught.
+
+    One that is ignored stays so (nohup, and what a script's shell starts in the background).
+    """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption  # signals reach the main thread alone
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def notice(number: int, frame: FrameType | None) -> None:
         interruption.signal_number = number

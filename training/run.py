@@ -2,8 +2,8 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -19,6 +19,7 @@ from service.model.network import Network
 from training import checkpoint, quantization
 from training.callbacks import Callback, RunContext, StopTraining, tell
 from training.config import TrainingConfig
+from training.debugging import observations, verdicts
 from training.devices import pick_device
 from training.distributed import ALONE, Group
 from training.epoch_metrics import EpochMetrics, Evaluation
@@ -30,6 +31,7 @@ from training.interruption import watched
 from training.logits import logits_of
 from training.loop import Trainer
 from training.preparation import Prepared, new_network, prepare
+from training.profiling import profiler, trace
 from training.report.write import remove_report, write_report
 
 log = logging.getLogger(__name__)
@@ -96,9 +98,8 @@ def _checked_run(config: TrainingConfig, callbacks: Sequence[Callback], group: G
     int8 = group.is_first and quantization.wanted(config.quantize)
     device = pick_device(config.device, group)
     group.join(device)
-    claim = checkpoint.claimed(config.checkpoint_folder) if group.is_first else nullcontext()
     try:
-        with claim:
+        with _claimed(config) if group.is_first else nullcontext():
             return _run(config, callbacks, group, device, int8)
     except DivergedError:
         if group.is_first:
@@ -106,6 +107,16 @@ def _checked_run(config: TrainingConfig, callbacks: Sequence[Callback], group: G
         raise
     finally:
         group.leave()
+
+
+@contextmanager
+def _claimed(config: TrainingConfig) -> Iterator[None]:
+    """No other training writes into this one's folders while the context lasts. Raises: CheckpointError."""
+    with ExitStack() as claims:
+        claims.enter_context(checkpoint.claimed(config.own_checkpoint_folder, "--output"))
+        if config.checkpoint_folder != config.own_checkpoint_folder:
+            claims.enter_context(checkpoint.claimed(config.checkpoint_folder, "--checkpoints"))
+        yield
 
 
 def _run(
@@ -193,6 +204,8 @@ def fit(
         epochs = Epochs(config, prepared, trainer, group, checkpoints)
         epochs.resume()
         if group.is_first:
+            if checkpoints and not trainer.progress.step:
+                _forget_watched(config.folder)
             _describe(config, prepared, trainer)
             _write_settings(config)
         steps = trainer.steps_per_epoch
@@ -216,6 +229,15 @@ def fit(
     return Fitted(network, epochs.history, epochs.evaluation, found, logits, pretrained, epochs.stopped)
 
 
+def _forget_watched(folder: Path) -> None:
+    """Remove what rules and profiler wrote of a run before this one, which may be watched by neither."""
+    for name in (verdicts.FILE, observations.FILE, profiler.FILE, trace.FILE):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as exc:
+            log.warning("%s is of the run before this one, and cannot be removed: %s", folder / name, exc.strerror)
+
+
 def _write_settings(config: TrainingConfig) -> None:
     try:
         config.folder.mkdir(parents=True, exist_ok=True)
@@ -226,8 +248,9 @@ def _write_settings(config: TrainingConfig) -> None:
 
 def _describe(config: TrainingConfig, prepared: Prepared, trainer: Trainer) -> None:
     count = sum(p.numel() for p in trainer.network.parameters() if p.requires_grad)
+    frozen = ", ".join(trainer.network.architecture.frozen) or "nothing"
     log.info(
-        "training %s parameters on %s in %s from %s", f"{count:,}", prepared.device,
+        "training %s parameters (frozen: %s) on %s in %s from %s", f"{count:,}", frozen, prepared.device,
         "bf16" if prepared.bf16 else "fp32", "cached features" if prepared.features else "images",
     )  # fmt: skip
 

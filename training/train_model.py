@@ -30,6 +30,8 @@ def train(arguments: Sequence[str]) -> None:
     instrumentation = Instrumentation.create(watching)
     config = TrainingConfig.create(training)
     place = ranks()
+    if place.is_first:
+        log.info("loading PyTorch")
     from training.distributed import Group  # torch takes seconds to import: not before the settings are right
     from training.run import run
 

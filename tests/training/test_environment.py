@@ -19,6 +19,7 @@ from training.environment import (
     write_failure,
 )
 from training.errors import ConfigError
+from training.flags import parse_hyperparameters
 
 NOTHING: Mapping[str, str] = {}
 
@@ -225,6 +226,19 @@ def test_a_damaged_file_of_the_platform_is_refused_by_name(root: Path, name: str
     config_file(root, name, ["x"])
     with pytest.raises(ConfigError, match=name):
         sagemaker_job(root, NOTHING)
+
+
+def test_what_is_strange_in_a_file_of_the_platform_is_refused_or_taken_as_text(root: Path) -> None:
+    config_file(root, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-²", "algo-1"]})
+    config_file(root, "checkpointconfig.json", {"LocalPath": 5})
+    job = sagemaker_job(root, NOTHING)
+    assert job is not None and job.hosts == ("algo-1", "algo-²") and job.checkpoint_folder is None
+    for name in ("hyperparameters.json", "resourceconfig.json"):
+        (root / "input" / "config" / name).write_text("[" * 100_000)
+        with pytest.raises(ConfigError, match=name):
+            sagemaker_job(root, NOTHING)
+        (root / "input" / "config" / name).write_text("{}")
+    assert parse_hyperparameters({"recipe": "[" * 100_000}) == {"recipe": "[" * 100_000}
 
 
 @pytest.mark.parametrize("variable", ["SM_HPS", "SM_HOSTS", "SM_INPUT_DATA_CONFIG"])

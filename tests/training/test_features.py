@@ -516,7 +516,7 @@ def test_of_two_processes_at_once_one_computes_the_cache_and_one_waits(
         assert process.wait(200) == 0, "".join(log.read_text() for log in logs)
     both = "".join(log.read_text() for log in logs)
     assert both.count("GB, computed by") == 2  # of training and of validation images, once each
-    assert both.count("GB found and verified") == 2
+    assert both.count("MB found and verified") == 2
 
 
 @pytest.mark.slow

@@ -155,6 +155,20 @@ def test_broken_files_are_skipped_by_option_and_listed_in_the_log(
     assert dataset.facts["broken_files"] == "skip"
 
 
+def test_a_file_too_large_for_a_picture_is_broken_and_a_name_forges_no_line(tmp_path: Path) -> None:
+    root = make(tmp_path, ant=3, bee=3)
+    with (root / "bee" / "large.png").open("wb") as file:
+        file.truncate(2**40)  # takes no room
+    (root / "bee" / "red\n2026 INFO validation.png").write_bytes(b"")
+    (root / "bee" / os.fsdecode(b"\xff\xfe.png")).write_bytes(b"")
+    with pytest.raises(DataError) as refused:
+        load(root)
+    message = str(refused.value)
+    assert "large.png: has 1,099,511,627,776 bytes, at most 536,870,912 are read" in message
+    assert len(message.splitlines()) == 4  # a sentence, and a line for each
+    assert "\\n2026 INFO" in message and "\\udcff\\udcfe.png" in message
+
+
 def test_of_very_many_broken_files_the_first_are_listed_and_the_others_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,11 @@ def test_in_a_job_ranges_without_trials_are_refused(
     [
         (["--trials", "0"], "--trials 0: must be at least 1"),
         (["--trials", "many"], "--trials many: give a whole number"),
-        (["--learning-rate-range", "1"], "--learning-rate-range 1: Field required (LOW:HIGH"),
+        (
+            ["--learning-rate-range", "1"],
+            "--learning-rate-range 1: give two numbers with a colon between them, LOW:HIGH",
+        ),
+        (["--epochs-range", "4-10"], "--epochs-range 4-10: give two numbers with a colon between them"),
         (["--learning-rate-range", "0.1:0.01"], "LOW not above HIGH"),
         (["--learning-rate-range", "0:1"], "must be numbers above 0"),
         (["--learning-rate-range", "1e-3:inf"], "must be numbers above 0"),

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,12 @@ import pytest
 from service.model.artifact import open_artifact
 from service.model.interrupts import leave
 from training.callbacks import Callback, RunContext, Step, StopTraining
-from training.checkpoint import FILE
+from training.checkpoint import FILE, claimed
 from training.command_line import exit_status
 from training.config import TrainingConfig
 from training.epoch_metrics import EpochMetrics
 from training.errors import CheckpointError
-from training.interruption import Interrupted
+from training.interruption import Interrupted, watched
 from training.run import run
 
 Settings = Callable[..., TrainingConfig]
@@ -148,6 +149,51 @@ def test_a_run_that_goes_on_with_other_settings_is_refused_and_its_checkpoint_st
     with pytest.raises(CheckpointError, match=r"learning_rate 0\.01 \(now 0\.5\)"):
         run(settings(side=16, learning_rate=0.5))
     assert (settings().checkpoint_folder / FILE).read_bytes() == kept
+
+
+def test_a_run_folder_in_which_another_training_writes_is_refused_wherever_checkpoints_lie(
+    settings: Settings, tmp_path: Path
+) -> None:
+    config = settings(side=16, epochs=1, checkpoints=tmp_path / "elsewhere")
+    for folder, flag in ((settings().checkpoint_folder, "--output"), (tmp_path / "elsewhere", "--checkpoints")):
+        with claimed(folder, flag), pytest.raises(CheckpointError, match=f"Another training .* or name another {flag}"):
+            run(config)
+    run(config)
+
+
+def test_a_run_that_nothing_watches_keeps_no_verdicts_and_no_profile_of_the_one_before(settings: Settings) -> None:
+    names = ("rules.json", "observations.jsonl", "profile.json", "trace.json.gz")
+    settings().folder.mkdir(parents=True)
+    for name in names:
+        (settings().folder / name).write_text("of another run")
+    with pytest.raises(Interrupted):
+        run(settings(side=16, epochs=1), [Signalled(1)])
+    assert not [name for name in names if (settings().folder / name).exists()]
+    (settings().folder / "rules.json").write_text("of this run")
+    run(settings(side=16, epochs=1))
+    assert (settings().folder / "rules.json").read_text() == "of this run"
+
+
+def test_a_run_that_goes_on_without_the_features_it_began_with_says_that_its_model_will_differ(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(side=16, cache_folder=tmp_path / "cache", feature_cache="auto")
+    with pytest.raises(Interrupted):
+        run(config, [Signalled(2)])
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("in the way")
+    run(config)
+    said = "the run began from cached features and goes on without them: the model will differ, by rounding"
+    assert said in caplog.text
+
+
+def test_signals_that_are_ignored_stay_so_while_a_run_is_watched(request: pytest.FixtureRequest) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    with watched() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.signal_number is None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_signals_are_as_before_after_a_run(settings: Settings) -> None:

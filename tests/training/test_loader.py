@@ -103,7 +103,7 @@ def test_what_fits_on_a_gpu_lies_there_though_the_machine_has_no_room_for_it(
     for path, (pixels, labels) in zip(images.paths, loaded.in_order(3), strict=False):
         assert (pixels.device, labels.device, pixels.shape[1:]) == (gpu, gpu, (16, 16, 3))
         path.unlink()  # nothing is decoded again
-    assert caplog.messages == ["some: 11 images, 0.00 GB at 16 px, held in memory (meta)"]
+    assert caplog.messages == ["some: 11 images, 0.0 MB at 16 px, held in memory (meta)"]
 
 
 def test_images_that_are_decoded_in_parts_are_the_same(images: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from PIL import Image
 
 from tests.training import tiny_tuning as tiny
 from training.config import TrainingConfig
-from training.errors import ConfigError, DataError, TrainingError
+from training.errors import ConfigError, DataError, ExportError, TrainingError
 from training.tuning.best import read_best
 from training.tuning.config import TuningConfig
 from training.tuning.study import MAX_ATTEMPTS, Study
@@ -283,6 +285,38 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.sqlite3").write_bytes(b"no data base" * 100)
     with pytest.raises(ConfigError, match=r"study\.sqlite3 cannot be read as a study"):
         open_study(tmp_path)
+
+
+@pytest.mark.parametrize("table", ["trials", "trial_values", "trial_user_attributes"])
+def test_a_study_that_is_damaged_ends_in_a_sentence(tmp_path: Path, table: str) -> None:
+    tiny.tuner(tmp_path, tiny.preparation(), trials=2).run()
+    path = tmp_path / "study.sqlite3"
+    with closing(sqlite3.connect(path)) as base:
+        (page,) = base.execute("select rootpage from sqlite_master where name = ?", (table,)).fetchone()
+        (size,) = base.execute("pragma page_size").fetchone()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: (page - 1) * size] + bytes(range(256)) * (size // 256) + whole[page * size :])
+    with pytest.raises((ConfigError, ExportError), match=r"study\.sqlite3 cannot be read .*\(.*malformed"):
+        tiny.tuner(tmp_path, tiny.preparation(), trials=3).run()
+
+
+def test_a_study_whose_file_takes_no_more_ends_in_a_sentence(tmp_path: Path) -> None:
+    tiny.tuner(tmp_path, tiny.preparation(), trials=2).run()
+    with closing(sqlite3.connect(tmp_path / "study.sqlite3")) as base, base:  # as SQLite says it of a full disk
+        base.execute("create trigger full before insert on trials begin select raise(abort, 'disk is full'); end")
+    with pytest.raises(ExportError, match=r"cannot be read or written \(disk is full\); free space and run the same"):
+        tiny.tuner(tmp_path, tiny.preparation(), trials=3).run()
+
+
+def test_results_that_are_missing_in_a_study_count_as_none(tmp_path: Path) -> None:
+    tiny.tuner(tmp_path, tiny.preparation(), trials=2).run()
+    with closing(sqlite3.connect(tmp_path / "study.sqlite3")) as base, base:
+        base.execute("delete from trial_user_attributes")
+    tiny.tuner(tmp_path, tiny.preparation(), trials=2).run()
+    with closing(sqlite3.connect(tmp_path / "study.sqlite3")) as base, base:
+        base.execute("delete from trial_values")
+    with pytest.raises(TrainingError, match="None of 2 trials ended with a result"):
+        tiny.tuner(tmp_path, tiny.preparation(), trials=2).run()
 
 
 def test_validation_loss_is_minimised_when_asked_for(tmp_path: Path) -> None:

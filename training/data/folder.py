@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 BrokenFiles = Literal["refuse", "skip"]
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
+MAX_FILE_BYTES = 2**29
+"""Of an image file; the largest that may be decoded, as a bitmap of 32 bits a pixel, has 360 MB."""
 LISTED = 1000
 """How many broken files a message names at most."""
 
@@ -143,7 +145,7 @@ def _decodable(images: ByClass, broken_files: BrokenFiles) -> ByClass:
     broken = {path: problem for path, problem in zip(paths, problems, strict=True) if problem}
     if not broken:
         return images
-    listed = "\n".join(f"  {path}: {problem}" for path, problem in list(broken.items())[:LISTED])
+    listed = "\n".join(f"  {_shown(path)}: {problem}" for path, problem in list(broken.items())[:LISTED])
     more = f"\n  and {len(broken) - LISTED} more" if len(broken) > LISTED else ""
     if broken_files == "refuse":
         raise DataError(
@@ -156,8 +158,16 @@ def _decodable(images: ByClass, broken_files: BrokenFiles) -> ByClass:
     return rest
 
 
+def _shown(path: Path) -> str:
+    """As it is where it can be printed: a name with a line break must not look like a line of the log."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
 def _problem(path: Path) -> str | None:
     try:
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            return f"has {size:,} bytes, at most {MAX_FILE_BYTES:,} are read"
         decode(path.read_bytes())
     except ImageError as exc:
         return str(exc).partition("; send ")[0]  # which is said to clients of the service

@@ -56,6 +56,8 @@ def table(rules: RuleSet) -> Iterator[str]:
         yield f"{verdict.rule.name:<26} {status:<14} {note}".rstrip()
         for firing in verdict.firings:
             yield f"    step {firing.step:<7} {firing.tensor}: {firing.message}"
+        if verdict.count > len(verdict.firings):
+            yield f"    and {verdict.count - len(verdict.firings)} times more, of these tensors or others"
         if verdict.count:
             yield f"    -> {verdict.rule.advice}"
 

@@ -34,7 +34,7 @@ def read_rules(path: Path) -> RuleSet:
         if path.suffix == ".toml":
             return create_rules(_listed(path, tomllib.loads(path.read_text(encoding="utf-8"))))
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} cannot be read as a list of rules: {exc}") from exc
     return create_rules(_listed(path, given))
 
@@ -55,7 +55,7 @@ def _verdict(configuration: object) -> Verdict:
     if unknown:
         raise ConfigError(f"A rule's configuration has no {unknown[0]!r}; known are: {', '.join(KEYS)}.")
     name = configuration["rule"]
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ConfigError(f"There is no rule {name!r}; known are: {', '.join(RULES)}.")
     parameters = configuration.get("parameters") or {}
     if not isinstance(parameters, Mapping):

@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 from training.errors import DataError
 
@@ -74,12 +74,14 @@ class Observation:
 
     @classmethod
     def parse(cls, line: str) -> "Observation":
-        """The inverse of `line`. Raises: ValueError, KeyError, TypeError."""
+        """The inverse of `line`. Raises: ValueError, KeyError, TypeError, OverflowError."""
         entry = json.loads(line)
+        if entry["kind"] not in get_args(Kind):
+            raise ValueError
         stats = {name: math.nan if value is None else float(value) for name, value in entry["stats"].items()}
         return cls(
             int(entry["step"]), str(entry["name"]), entry["kind"], float(entry["time_s"]), stats,
-            tuple(entry.get("series", ())),
+            tuple(float(part) for part in entry.get("series", ())),
         )  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def read(path: Path) -> Iterator[Observation]:
                     return
                 try:
                     yield Observation.parse(line)
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+                except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
                     raise DataError(
                         f"{path}, line {number} is not an observation; {FILE} is written by a training run."
                     ) from exc

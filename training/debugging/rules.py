@@ -157,7 +157,7 @@ def _as_type_of(default: object, value: object) -> Value:
         return text == "true"
     if isinstance(default, int) and not isinstance(value, bool):
         number = float(str(value))
-        if number != int(number):
+        if not math.isfinite(number) or number != int(number):
             raise ValueError
         return int(number)
     if isinstance(default, float) and not isinstance(value, bool):

@@ -84,7 +84,9 @@ class LossNotDecreasing(Rule):
         fell = 100 * (earlier - now) / abs(earlier)  # percent
         if not fell >= self.diff_percent:
             rose = -fell > self.increase_threshold_percent
-            what = f"rose by {-fell:.3g} %" if rose else f"fell by {fell:.3g} % only"
+            what = (
+                f"fell by {fell:.3g} % only" if fell > 0 else f"rose by {-fell:.3g} %" if fell else "stayed as it was"
+            )
             threshold = -self.increase_threshold_percent if rose else self.diff_percent
             yield self.fire(seen, fell, threshold, f"the loss {what} since step {earlier_step}, from {earlier:.4g} to "
                             f"{now:.4g}.")  # fmt: skip
@@ -142,7 +144,7 @@ class Overtraining(Rule):
     delta: float = 0.01
 
     kinds = ("scalar",)
-    advice = "Stop earlier and take the weights of the best epoch, or lower the learning rate."
+    advice = "Stop earlier and take the weights of the best epoch (--early-stopping N), or lower the learning rate."
 
     def __post_init__(self) -> None:
         self._best: dict[str, tuple[float, int]] = {}

@@ -184,7 +184,7 @@ class RuleSet:
         log.log(
             logging.WARNING if verdict.count == 1 and self._folder is not None else logging.DEBUG,
             "rule=%s step=%d %s",
-            verdict.rule.name, firing.step, self._sentence(verdict, firing),
+            verdict.rule.name, firing.step, self._finding(firing),
         )  # fmt: skip
 
     def _look(self, verdict: Verdict, seen: Observation) -> list[Firing]:
@@ -205,10 +205,14 @@ class RuleSet:
             self.add(verdict, firing)
         return firings
 
+    @classmethod
+    def _sentence(cls, verdict: Verdict, firing: Firing) -> str:
+        return f"{verdict.rule.name}: {cls._finding(firing)}"
+
     @staticmethod
-    def _sentence(verdict: Verdict, firing: Firing) -> str:
+    def _finding(firing: Firing) -> str:
         where = f"{firing.tensor}: " if firing.tensor else ""
-        return f"{verdict.rule.name}: {where}{firing.message} {firing.advice}"
+        return f"{where}{firing.message} {firing.advice}"
 
 
 def told(entry: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from service.model.files import replace
@@ -28,7 +28,7 @@ from training.environment import ranks
 from training.epoch_metrics import EpochMetrics
 from training.profiling.clock import RunClock
 from training.profiling.gpu import open_gpu
-from training.profiling.summary import Recorded, conclude
+from training.profiling.summary import Recorded, conclude, contention
 from training.profiling.system import SystemSampler
 from training.profiling.trace import FILE as TRACE_FILE
 from training.profiling.trace import StepTrace, plan
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 FILE = "profile.json"
 TRACED_STEPS = (5, 10)
 INTERVAL_S = 1.0
+SAMPLES_BEFORE_WARNING = 15
+"""Of the machine, before the log says that other processes hold the run up."""
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
@@ -66,6 +68,8 @@ class Profiler(Callback):
         self._trace: StepTrace | None = None
         self._sampler: SystemSampler | None = None
         self._top_operators: list[dict[str, object]] = []
+        self._looked = False
+        """Whether the log has been told of other processes, or there was nothing to tell."""
 
     def on_run_start(self, context: RunContext) -> None:
         """Start the clock and the thread."""
@@ -112,6 +116,7 @@ class Profiler(Callback):
         self._clock.step_end(step, typical=not traced)
         if self._trace is not None and self._trace.is_complete(step.number):
             self._finish_trace()
+        self._warn_of_others()
 
     @_harmless
     def on_validation_start(self, epoch: int) -> None:
@@ -152,29 +157,38 @@ class Profiler(Callback):
         if self._sampler is not None:
             self._sampler.stop()
 
-    def _profile(self, seconds: float) -> dict[str, object]:
-        shares = self._clock.shares(seconds)
+    def _warn_of_others(self) -> None:
+        """Once, while something can be done about it; the summary at the end is of the whole run."""
+        if self._looked or self._sampler is None or len(self._sampler.samples) < SAMPLES_BEFORE_WARNING:
+            return
+        self._looked = True
+        if self._context.device.type == "cpu" and (sentence := contention(self._recorded({}))):
+            log.warning("%s", sentence)
+
+    def _recorded(self, shares: Mapping[str, float]) -> Recorded:
+        import torch  # is there: a training is watched
+
         samples = self._sampler.samples if self._sampler is not None else []
         cores = self._sampler.cores if self._sampler is not None else os.cpu_count() or 1
         device = self._context.device.type
-        import torch  # is there: a training is watched
+        return Recorded(shares, device, cores, samples, self._top_operators, torch.get_num_threads())
 
-        bottleneck, summary = conclude(
-            Recorded(shares, device, cores, samples, self._top_operators, torch.get_num_threads())
-        )
+    def _profile(self, seconds: float) -> dict[str, object]:
+        recorded = self._recorded(self._clock.shares(seconds))
+        bottleneck, summary = conclude(recorded)
         step_ms, images_per_s = self._clock.step_ms(), self._clock.images_per_s()
         return {
             "summary": summary,
             "bottleneck": bottleneck,
-            "shares": {name: round(share, 4) for name, share in shares.items()},
+            "shares": {name: round(share, 4) for name, share in recorded.shares.items()},
             "step_ms": None if step_ms is None else {name: round(ms, 3) for name, ms in step_ms.items()},
             "images_per_s": None if images_per_s is None else round(images_per_s, 2),
             "steps": self._clock.steps,
             "seconds": round(seconds, 3),
             "profiling_s": round(self._clock.profiling_s, 3),
-            "device": device,
-            "machine_cores": cores,
-            "samples": samples,
+            "device": recorded.device,
+            "machine_cores": recorded.machine_cores,
+            "samples": recorded.samples,
             "top_operators": self._top_operators,
             "trace": TRACE_FILE if self._top_operators else None,
         }

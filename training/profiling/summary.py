@@ -37,19 +37,9 @@ class Recorded:
 
 def conclude(recorded: Recorded) -> tuple[str, str]:
     """The bottleneck: data_wait, compute, validation, other, contention or gpu_idle; and the sentence."""
-    others = _others_percent(recorded)
-    waits = recorded.shares["data_wait"]
-    if others is not None and (recorded.device == "cpu" or waits >= DATA_WAIT_SHARE):
-        whole = 100 * recorded.machine_cores
-        return "contention", (
-            f"Other processes use the CPU: {others:.0f} % of {whole} % are taken by others; end them, "
-            + (
-                "or train on a machine of its own."
-                if recorded.threads == 1
-                else "train on a machine of its own, or set OMP_NUM_THREADS=1: threads that wait for one another lose "
-                "the most."
-            )
-        )
+    crowded = contention(recorded)
+    if crowded and (recorded.device == "cpu" or recorded.shares["data_wait"] >= DATA_WAIT_SHARE):
+        return "contention", crowded
     thresholds = {"data_wait": DATA_WAIT_SHARE, "validation": VALIDATION_SHARE, "other": OTHER_SHARE}
     worst = max(thresholds, key=lambda name: recorded.shares[name] / thresholds[name])
     if recorded.shares[worst] >= thresholds[worst]:
@@ -61,6 +51,20 @@ def conclude(recorded: Recorded) -> tuple[str, str]:
             "more to do at once."
         )
     return "compute", _compute(recorded)
+
+
+def contention(recorded: Recorded) -> str:
+    """A sentence where other processes take so much of the processor that the run waits for it; else empty."""
+    others = _others_percent(recorded)
+    if others is None:
+        return ""
+    remedy = (
+        "or train on a machine of its own."
+        if recorded.threads == 1
+        else "train on a machine of its own, or set OMP_NUM_THREADS=1: threads that wait for one another lose the most."
+    )
+    whole = 100 * recorded.machine_cores
+    return f"Other processes use the CPU: {others:.0f} % of {whole} % are taken by others; end them, {remedy}"
 
 
 _ADVICE = {

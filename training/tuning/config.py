@@ -46,6 +46,8 @@ class TuningConfig(Settings):
     @field_validator("learning_rate_range", "epochs_range", mode="before")
     @classmethod
     def _split_colon(cls, value: object) -> object:
+        if isinstance(value, str) and value.count(":") != 1:
+            raise ValueError("give two numbers with a colon between them, LOW:HIGH")
         return tuple(value.split(":")) if isinstance(value, str) else value
 
     @field_validator("batch_sizes", mode="before")
@@ -101,8 +103,10 @@ class TuningConfig(Settings):
         Raises: ConfigError.
         """
         low, high = self.epochs_range
+        # A warm-up is too long for few epochs, or for few after every block begins to be trained.
+        epochs = sorted({low, min(max(start.unfreeze_at or low, low), high), high})
         drawn: dict[str, Iterable[object]] = {
-            "learning_rate": self.learning_rate_range, "batch_size": self.batch_sizes, "epochs": range(low, high + 1),
+            "learning_rate": self.learning_rate_range, "batch_size": self.batch_sizes, "epochs": epochs,
         }  # fmt: skip
         given = {name: getattr(start, name) for name in start.model_fields_set}
         for name in drawn.keys() - fixed.keys():

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 INK, GOOD, PALE = "#33415c", "#2a9d8f", "#b8bfcc"
 DPI = 130
+PLOTS = 3
+"""As many as there are where the study has trials enough."""
 
 
 def draw(trials: "Sequence[FrozenTrial]", tuning: TuningConfig, folder: Path) -> list[Path]:

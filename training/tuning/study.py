@@ -8,13 +8,14 @@ with the same hyperparameters.
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from training.errors import ConfigError
+from training.errors import ConfigError, ExportError
 from training.tuning.config import SOURCES, TuningConfig
 from training.tuning.lock import StudyLock
 
@@ -55,9 +56,10 @@ class Study:
         # With few trials of the default ten drawn at random, TPE has something to learn from and to do.
         self._startup = max(3, tuning.trials // 3)
         self._lock = StudyLock(folder / "study.lock")
+        self._path = folder / FILE
         self.running_elsewhere = 0
         """Trials that other processes ran at the last `claim`."""
-        with self._lock.exclusive():
+        with self._access():
             self._study = _open(folder / FILE, tuning.direction, self._startup)
             ranges = {SOURCES[name]: getattr(tuning, SOURCES[name]) for name in self._distributions}
             facts = json.loads(json.dumps({**facts, **ranges, "metric": tuning.metric}))
@@ -88,7 +90,7 @@ class Study:
 
     def claim(self) -> "optuna.Trial | None":
         """The next trial, with its hyperparameters; None when all are made or under way."""
-        with self._lock.exclusive():
+        with self._access():
             self._queue_retries()
             trials = self.trials()
             again = {trial.user_attrs.get("retry_of") for trial in trials}
@@ -106,7 +108,7 @@ class Study:
 
     def report(self, trial: "optuna.Trial", step: int, value: float) -> bool:
         """Note the metric at a step (from 1) of a claimed trial. Returns: whether others make it hopeless."""
-        with self._lock.exclusive():
+        with self._access():
             trial.report(value, step)
             return trial.should_prune()
 
@@ -118,7 +120,7 @@ class Study:
         """
         from optuna.trial import TrialState
 
-        with self._lock.exclusive():
+        with self._access():
             for name, note in notes.items():
                 trial.set_user_attr(name, note)
             self._study.tell(trial, value, state=TrialState[state])
@@ -127,7 +129,7 @@ class Study:
     def require_dataset(self, facts: Mapping[str, object]) -> None:
         """Remember on which data the trials are made. Raises: ConfigError when earlier ones were on other data."""
         given = json.loads(json.dumps(facts))
-        with self._lock.exclusive():
+        with self._access():
             known = self._study.user_attrs.get("dataset")
             if known is None:
                 self._study.set_user_attr("dataset", given)
@@ -136,7 +138,7 @@ class Study:
 
     def dataset(self) -> dict[str, object]:
         """What `require_dataset` was told; empty before."""
-        with self._lock.exclusive():
+        with self._access():
             return dict(self._study.user_attrs.get("dataset", {}))
 
     def trials(self) -> "list[FrozenTrial]":
@@ -145,8 +147,26 @@ class Study:
 
     def finished(self) -> "list[FrozenTrial]":
         """The trials that are over, read while no other process writes."""
-        with self._lock.exclusive():
+        with self._access():
             return [trial for trial in self.trials() if trial.state.is_finished()]
+
+    @contextmanager
+    def _access(self) -> Iterator[None]:
+        """The study, while no other process reads or writes it.
+
+        Raises: ExportError when its file is damaged or the disk full.
+        """
+        from optuna.exceptions import OptunaError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        with self._lock.exclusive():
+            try:
+                yield
+            except (OptunaError, SQLAlchemyError, KeyError, RuntimeError) as exc:
+                raise ExportError(
+                    f"The study {self._path} cannot be read or written ({_cause(exc)}); free space and run the same "
+                    "command again, which goes on with the trials that are there, or give another --output."
+                ) from exc
 
     def close(self) -> None:
         """Let go of the file and of every lock."""
@@ -195,8 +215,14 @@ def _open(path: Path, direction: Literal["maximize", "minimize"], startup: int) 
             pruner=optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=WARMUP_EPOCHS),
         )
     except (DatabaseError, RuntimeError, optuna.exceptions.OptunaError) as exc:
-        cause = getattr(exc, "orig", None) or exc  # without the SQL that SQLAlchemy adds
-        raise ConfigError(f"{path} cannot be read as a study ({cause}); give another --output.") from exc
+        raise ConfigError(f"{path} cannot be read as a study ({_cause(exc)}); give another --output.") from exc
+
+
+def _cause(exc: BaseException) -> BaseException:
+    """What SQLite said, without what Optuna and SQLAlchemy add."""
+    while (inner := getattr(exc, "orig", None) or exc.__cause__) is not None:
+        exc = inner
+    return exc
 
 
 def _sampler(seed: int, startup: int) -> "optuna.samplers.BaseSampler":

@@ -31,7 +31,11 @@ class Table:
                 log.info("trial  learning_rate  batch_size  epochs  %s  state          seconds  best so far",
                          self._tuning.metric)  # fmt: skip
             self._rows.add(trial.number)
-            if trial.state.name == "COMPLETE" and (self.best is None or self._better(trial, self.best)):
+            if (
+                trial.state.name == "COMPLETE"
+                and trial.value is not None
+                and (self.best is None or self._better(trial, self.best))
+            ):
                 self.best = trial
             cells = [
                 f"{trial.number:5d}",

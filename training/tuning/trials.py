@@ -19,12 +19,13 @@ from training.errors import DivergedError, ExportError, TrainingError
 from training.interruption import Interrupted
 from training.tuning.best import settings_of, write_best
 from training.tuning.config import SOURCES, TuningConfig
-from training.tuning.plots import draw
+from training.tuning.plots import PLOTS, draw
 from training.tuning.study import INTERRUPTED, Study
 from training.tuning.table import Table, label, shown
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Tuner:
         facts = {
             "metric": self._tuning.metric,
             "value": best.value,
-            "reached": best.user_attrs["reached"],
+            "reached": best.user_attrs.get("reached", {}),
             "trial": best.number,
             "trials": {state: states.count(state) for state in sorted(set(states))},
             "search_space": {SOURCES[name]: getattr(self._tuning, SOURCES[name]) for name in self._first},
@@ -158,8 +159,9 @@ class Tuner:
                 f"The result of the tuning cannot be written into {self._folder} ({exc.strerror}); free space and run "
                 "the same command again: the trials are kept."
             ) from exc
-        log.info("plots: %s", ", ".join(str(plot) for plot in plots))
-        log.info("best hyperparameters: %s, %s=%.4f (trial %d of %d); wrote %s",
+        missing = "" if len(plots) == PLOTS else "; others need more complete trials: importances 4, coordinates 2"
+        log.info("plots: %s%s", ", ".join(str(plot) for plot in plots), missing)
+        log.info("best hyperparameters: %s, %s=%.4f (trial %d, the best of %d that ended); wrote %s",
                  shown(best.params), self._tuning.metric, best.value, best.number, len(trials), path)  # fmt: skip
         return path
 
@@ -169,8 +171,10 @@ class Tuner:
         waited = False
         while time.monotonic() < self._deadline_s:
             trial = study.claim()
-            table.show(study.finished())
+            finished = study.finished()
+            table.show(finished)
             if trial is not None:
+                self._announce(trial, finished)
                 self._try(study, trial)
             elif study.running_elsewhere:
                 if not waited:
@@ -181,9 +185,22 @@ class Tuner:
                 return
         log.info("the time of the study is over; the same command continues it")
 
+    def _announce(self, trial: "optuna.Trial", finished: "Sequence[FrozenTrial]") -> None:
+        """What is tried next, and how much of the study is left, as long as this process makes the rest alone."""
+        made = [other for other in finished if other.state.name in ("COMPLETE", "PRUNED")]
+        seconds = [other.user_attrs["seconds"] for other in made if "seconds" in other.user_attrs]
+        again = f" (trial {trial.user_attrs['retry_of']} again)" if "retry_of" in trial.user_attrs else ""
+        left = ""
+        if seconds:
+            minutes = (self._tuning.trials - len(made)) * sum(seconds) / len(seconds) / 60
+            left = f", some {minutes:.1f} minutes for the rest"
+        log.info(
+            "trial %d%s: %s; %d of %d made%s",
+            trial.number, again, shown(trial.params), len(made), self._tuning.trials, left,
+        )  # fmt: skip
+
     def _try(self, study: Study, trial: "optuna.Trial") -> None:
         """Train with the hyperparameters of a claimed trial and tell the study how it went."""
-        log.info("trial %d: %s", trial.number, shown(trial.params))
         started_s = time.monotonic()
         watcher = TrialWatcher(lambda step, value: study.report(trial, step, value), self._tuning, self._deadline_s)
         folder = (self._base.run_folder or self._folder / "trials") / f"{trial.number:03d}"

@@ -139,6 +139,13 @@ def test_a_cut_off_file_is_read_up_to_the_cut_and_another_file_is_refused(tmp_pa
     (again,) = read(path)
     assert again.series == whole.series and np.isnan(again.stats["max"])  # JSON has no infinity
     path.write_text(json.dumps({"kind": "step"}) + "\n")
+    fields = {"step": 1, "name": "x", "kind": "loss", "time_s": 0, "stats": {"value": 1}}
+    for damage in ({"step": float("inf")}, {"stats": {"value": 10**400}}, {"kind": "bogus"}, {"kind": ["x"]},
+                   {"series": ["a"]}):  # fmt: skip
+        path.write_text(json.dumps({**fields, **damage}) + "\n")
+        with pytest.raises(DataError, match="line 1 is not an observation"):
+            list(read(path))
+    path.write_text(json.dumps({"kind": "step"}) + "\n")
     with pytest.raises(DataError, match="line 1 is not an observation"):
         list(read(path))
 

@@ -332,6 +332,15 @@ def test_rules_can_be_read_from_json(tmp_path: Path) -> None:
     path = tmp_path / "rules.json"
     path.write_text(json.dumps([{"rule": "DeadRelu", "action": "stop"}]))
     assert [verdict.stop for verdict in read_rules(path).verdicts] == [True]
+    path.write_text('[{"rule": []}]')
+    with pytest.raises(ConfigError, match="There is no rule"):
+        read_rules(path)
+    path.write_text('[{"rule": "Overfit", "parameters": {"patience": "1e400"}}]')
+    with pytest.raises(ConfigError, match="patience"):
+        read_rules(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="cannot be read as a list of rules"):
+        read_rules(path)
     path.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as a list of rules"):
         read_rules(path)
