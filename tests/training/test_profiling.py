@@ -28,6 +28,7 @@ from training.callbacks import RunContext, Step, StopTraining, tell
 from training.config import TrainingConfig
 from training.data.dataset import ArrayImages, Dataset
 from training.epoch_metrics import EpochMetrics
+from training.profiling import profiler as profiler_module
 from training.profiling.gpu import Gpu, open_gpu
 from training.profiling.profiler import FILE, Profiler
 from training.profiling.summary import Recorded, conclude
@@ -166,6 +167,21 @@ def test_a_heavy_network_is_bound_by_its_convolutions(tmp_path: Path) -> None:
     assert {"aten::convolution", "aten::convolution_backward", "training step 3"} <= events
     if profile["bottleneck"] == "compute":
         assert profile["top_operators"][0]["name"] in profile["summary"]
+
+
+def test_the_log_warns_once_while_other_processes_hold_the_processor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiler_module, "SAMPLES_BEFORE_WARNING", 5)
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        Training(tmp_path, Small(), steps_per_epoch=40, load_s=0.03).run(Profiler(None, interval_s=0.1))
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and warnings[0].startswith("Other processes use the CPU: ")
 
 
 def test_long_validation_and_long_checkpoints_are_told_apart(tmp_path: Path) -> None:
