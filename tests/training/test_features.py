@@ -515,7 +515,7 @@ def test_of_two_processes_at_once_one_computes_the_cache_and_one_waits(
     for process in [launch(config, log) for config, log in zip(configs, logs, strict=True)]:
         assert process.wait(200) == 0, "".join(log.read_text() for log in logs)
     both = "".join(log.read_text() for log in logs)
-    assert both.count("GB, computed by") == 2  # of training and of validation images, once each
+    assert both.count("MB, computed by") == 2  # of training and of validation images, once each
     assert both.count("MB found and verified") == 2
 
 
