@@ -25,8 +25,6 @@ MAX_TOP_K = 1000
 COLUMNS = ("image", "rank", "label", "index", "probability", "error_code", "error_message")
 """Of the CSV; `image` counts from 0 in the order of the request, `rank` from 1."""
 
-_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each answer
-
 Outcome = Prediction | ImageError
 """Of one image: what it shows, or why it could not be read."""
 
@@ -57,6 +55,9 @@ def _result(outcome: Outcome, top_k: int) -> dict[str, Any]:
             for label, index, probability in outcome.top(top_k)
         ]
     }
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each answer
 
 
 def _json(value: Any) -> bytes:

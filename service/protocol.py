@@ -17,6 +17,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import RETRY_AFTER_S, error_body
+from service.joined_writes import JoinedWrites
 from service.lifeline import IDLE, WAITING, WRITING, Lifeline
 from service.metrics import INVOCATIONS
 from service.options import echoed
@@ -222,7 +223,7 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
-        cycle.transport = _JoinedWrites(cycle, self.loop)
+        cycle.transport = JoinedWrites(cycle, self.loop)
         super()._start_asgi_task(cycle, app)
 
     def _tell_lifeline(self) -> None:
@@ -365,46 +366,6 @@ class Protocol(HttpToolsProtocol):
             headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
         lines = b"".join([b"%s: %s\r\n" % header for header in headers])
         self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[record.status], lines, body))
-
-
-class _JoinedWrites:
-    """The transport as one request's answer is written to it: its head waits for the first of its body.
-
-    uvicorn writes them one after the other and uvloop sends each at once: two calls of the kernel, two packets, and a
-    client that wakes up twice.
-    """
-
-    def __init__(self, cycle: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._cycle = cycle
-        self._transport = cycle.transport
-        self._loop = loop
-        self._head: bytes | None = None
-        self._began = False
-
-    def write(self, data: bytes) -> None:
-        """See `asyncio.WriteTransport`. A head that nothing follows leaves in the next turn of the event loop."""
-        if self._head is not None:
-            head, self._head = self._head, None
-            self._transport.writelines([head, data])
-        elif self._began or not self._cycle.response_started:  # before the answer there is 100 Continue
-            self._transport.write(data)
-        else:
-            self._began, self._head = True, data
-            self._loop.call_soon(self.flush)
-
-    def close(self) -> None:
-        """See `asyncio.BaseTransport`."""
-        self.flush()
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        """See `asyncio.BaseTransport`."""
-        return bool(self._transport.is_closing())
-
-    def flush(self) -> None:
-        head, self._head = self._head, None
-        if head is not None and not self._transport.is_closing():
-            self._transport.write(head)
 
 
 class _Flow(FlowControl):

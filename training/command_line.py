@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from training.environment import write_failure
 from training.errors import ConfigError, TrainingError
@@ -20,14 +21,22 @@ from training.interruption import Interrupted, Terminated, raised
 log = logging.getLogger("training")
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """A full disk or a reader that is gone costs lines, not a trace for each of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """See `logging.Handler`."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def configure_logging() -> None:
     """Plain lines on stdout, where SageMaker reads them; times in UTC, as the service's."""
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a file's name has in it can be written
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.raiseExceptions = False  # a log that nobody takes any more costs lines, not a trace for each
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Handler(sys.stdout)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("torch").setLevel(logging.WARNING)  # it tells of its caches when a process ends

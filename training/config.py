@@ -3,7 +3,6 @@
 Defaults < recipe < tuning's best < SageMaker's hyperparameters < command line (see `training.flags`).
 """
 
-import logging
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,6 @@ from service.model.architecture import BLOCKS, MAX_HIDDEN_UNITS, Block
 from training.data.folder import BrokenFiles
 from training.errors import ConfigError
 from training.flags import Settings
-
-log = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
 FILES = {
@@ -175,9 +172,7 @@ class TrainingConfig(Settings):
     @property
     def folder(self) -> Path:
         """The run's folder: as asked for, else beside the artifact."""
-        return self.run_folder or (place := self.output if self.output.name else self.output.resolve()).with_name(
-            f"{place.name}-run"
-        )
+        return self.run_folder or beside(self.output, "-run")
 
     @property
     def own_checkpoint_folder(self) -> Path:
@@ -224,6 +219,14 @@ class TrainingConfig(Settings):
         return cls.create(merged(values))
 
 
+def beside(place: Path, suffix: str) -> Path:
+    """`artifacts/pets` -> `artifacts/pets-run`. Raises: ConfigError for the root, which has nothing beside it."""
+    named = place if place.name not in ("", "..") else place.resolve()
+    if not named.name:
+        raise ConfigError(f"{place} is no folder for a model; name one below it.")
+    return named.with_name(f"{named.name}{suffix}")
+
+
 def merged(values: Mapping[str, object]) -> dict[str, object]:
     """Recipe < tuning's best < `values`, which name both files. Raises: ConfigError."""
     given = dict(values)
@@ -232,9 +235,7 @@ def merged(values: Mapping[str, object]) -> dict[str, object]:
     if tuned:
         from training.tuning.best import read_best
 
-        found = read_best(Path(str(tuned)))
-        log.info("from %s: %s", tuned, " ".join(f"{name}={value}" for name, value in found.items()))
-        below |= found
+        below |= read_best(Path(str(tuned)))
     return {**below, **given}
 
 

@@ -131,7 +131,10 @@ def sagemaker_job(root: Path = ROOT, environ: Mapping[str, str] = os.environ) ->
     if not isinstance(hosts, list) or host not in hosts:
         raise ConfigError(f"{config / 'resourceconfig.json'}: the hosts {hosts} do not hold the current host {host}.")
     interface = environ.get("SM_NETWORK_INTERFACE_NAME") or resources.get("network_interface_name")
-    checkpoints = Path(str(_json_object(config / "checkpointconfig.json").get("LocalPath") or root / "checkpoints"))
+    local = _json_object(config / "checkpointconfig.json").get("LocalPath") or str(root / "checkpoints")
+    if not isinstance(local, str):
+        raise ConfigError(f"{config / 'checkpointconfig.json'}: LocalPath must be text, given: {local!r}.")
+    checkpoints = Path(local)
     hook = Path(environ.get("SMDEBUG_CONFIG_FILE_PATH", str(config / "debughookconfig.json")))
     hook_wanted = environ.get("USE_SMDEBUG", "true").lower() not in ("false", "0", "no", "off")
     return SageMakerJob(

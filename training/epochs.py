@@ -34,6 +34,7 @@ class Epochs:
         self.history: list[EpochMetrics] = []
         self.evaluation: Evaluation | None = None
         self._from_features = self._began_from_features = prepared.features is not None
+        """Whether epochs are now trained from cached features; and whether the run's first ones were."""
         self._facts: dict[str, Any] = {}
         if checkpoints and group.is_first:
             dataset = prepared.dataset
@@ -53,11 +54,12 @@ class Epochs:
         if state is None:
             return
         self._trainer.load_state_dict(state["trainer"])
-        if state.get("from_features", self._began_from_features) != self._began_from_features:
+        self._began_from_features = state.get("from_features", self._from_features)
+        if self._began_from_features != self._from_features and self._trainer.network.prefix and self._group.is_first:
             log.warning(
                 "the run began %s cached features and goes on %s: the model will differ, by rounding, from that of a "
                 "run that was never stopped",
-                *(("without", "with them") if self._began_from_features else ("from", "without them")),
+                *(("from", "without them") if self._began_from_features else ("without", "with them")),
             )  # fmt: skip
         self.history = [EpochMetrics(**epoch) for epoch in self._trainer.progress.history]
         log.info(

@@ -27,6 +27,7 @@ from service.model.machine import cores
 from service.model.manifest import Manifest
 from service.model.network import network_of
 from training.command_line import add_machine_flags, listed, positive, run_command
+from training.config import beside
 from training.data.dataset import Dataset, LabelledImages, Labels
 from training.data.layouts import open_dataset
 from training.data.loader import Loader
@@ -193,7 +194,7 @@ def runner(artifact: Artifact, engine: str, device: torch.device) -> Callable[[T
 
 def default_output(model: Path, engine: str = "torch") -> Path:
     """`artifacts/pets` and `artifacts/pets.tar.gz` -> `artifacts/pets-evaluation`, with other engines' names behind."""
-    home = model if model.name not in ("", "..") else model.resolve()
+    home = beside(model, "")
     name = home.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
     return home.with_name(f"{name}-evaluation" + (f"-{engine}" if engine != "torch" else ""))
 
@@ -207,7 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="cifar-100-python/ or one folder of images per class")
     parser.add_argument("--validation", type=Path, help="class folders to evaluate on, instead of a part of --data")
     parser.add_argument("--split", choices=("validation", "train"), default="validation", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="folder of the report (default: beside the model, -evaluation)")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the report (default: beside the model, MODEL-evaluation[-ENGINE])"
+    )
     parser.add_argument(
         "--engine", choices=("torch", "openvino-fp32", "openvino-bf16", "openvino-int8"), default="torch",
         help="which network, and in which arithmetic: those that the service runs on processors (default: %(default)s, "

@@ -112,11 +112,12 @@ def open_cache(root: Path, network: Network, loader: Loader, views: Views, engin
             if features is None:
                 raise ConfigError(f"The feature cache {folder} was changed from outside while it was written.")
             log.info(
-                "feature cache: %d views of %d images, %.1f MB, computed by %s in %.1f s, in %s",
-                len(views), len(loader), features.nbytes / 1e6, engine.name, time.monotonic() - started_s, folder,
+                "feature cache: %d views of %d images, %s MB, computed by %s in %.1f s, in %s",
+                len(views), len(loader), f"{features.nbytes / 1e6:,.1f}", engine.name,
+                time.monotonic() - started_s, folder,
             )  # fmt: skip
         else:
-            log.info("feature cache: %.1f MB found and verified in %s", features.nbytes / 1e6, folder)
+            log.info("feature cache: %s MB found and verified in %s", f"{features.nbytes / 1e6:,.1f}", folder)
     return FeatureCache(features, loader.labels, views, folder)
 
 

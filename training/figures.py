@@ -157,7 +157,7 @@ def figures(logits: npt.ArrayLike, labels: npt.ArrayLike) -> Figures:
         predicted[rows], rank[rows], confidence[rows], losses[rows] = _of_rows(scores[rows], truth[rows])
     confusion = np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
     per_class = tuple(_of_class(confusion, k) for k in range(classes))
-    f1 = [each.f1 for each in per_class if each.n and each.f1 is not None]
+    f1 = [each.f1 or 0.0 for each in per_class if each.n]
     bins = _bins(confidence, predicted == truth)
     right = int((predicted == truth).sum())
     return Figures(

@@ -75,8 +75,8 @@ def watched() -> Iterator[Interruption]:
     if threading.current_thread() is not threading.main_thread():
         yield interruption  # signals reach the main thread alone
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: old for number in numbers if (old := signal.getsignal(number)) != signal.SIG_IGN}
 
     def notice(number: int, frame: FrameType | None) -> None:
         interruption.signal_number = number

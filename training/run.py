@@ -36,9 +36,9 @@ from training.report.write import remove_report, write_report
 
 log = logging.getLogger(__name__)
 
-LEAST_MEMORY_BYTES = 3 * 2**29
-"""What a training may take at 32 px: 1.3 GiB were measured (2 cores, batches of 128, int8 and report included), 3.2 GiB
-at 224 px."""
+MEMORY_GIB = {32: 1.4, 224: 3.3}
+"""Side in pixels -> what a training took at most: blocks 1 to 3 frozen, batches of 128, int8 and report included, two
+cores. A line through both tells of other sides."""
 
 
 @dataclass
@@ -64,7 +64,8 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
 
     Returns: the artifact; None in processes other than the first. Raises: TrainingError, Interrupted.
     """
-    new = [folder for folder in (config.folder, config.checkpoint_folder) if group.is_first and not folder.exists()]
+    folders = (config.folder, config.own_checkpoint_folder, config.checkpoint_folder)
+    new = [folder for folder in folders if group.is_first and not folder.exists()]
     try:
         return _checked_run(config, callbacks, group)
     except CheckpointError:  # what is there may be another run's
@@ -77,12 +78,7 @@ def run(config: TrainingConfig, callbacks: Sequence[Callback] = (), group: Group
 
 def _checked_run(config: TrainingConfig, callbacks: Sequence[Callback], group: Group) -> Artifact | None:
     if group.is_first:
-        if (memory := memory_bytes()) < LEAST_MEMORY_BYTES:
-            log.warning(
-                "only %.1f GiB of memory may be used here: a training takes 1.3 GiB at 32 px and 3.2 GiB at 224 px, "
-                "and the kernel ends what takes more than it may without a word (status 137); allow it more",
-                memory / 2**30,
-            )
+        _warn_of_little_memory(config.side, memory_bytes())
         log.info("settings: %s", " ".join(f"{name}={value}" for name, value in config.model_dump(mode="json").items()))
         new = not config.output.exists()
         try:
@@ -109,12 +105,25 @@ def _checked_run(config: TrainingConfig, callbacks: Sequence[Callback], group: G
         group.leave()
 
 
+def _warn_of_little_memory(side_px: int, memory: int) -> None:
+    """Say so before the kernel ends the run without a word. `memory`: bytes that may be used here."""
+    (low_px, low), (high_px, high) = MEMORY_GIB.items()
+    needed = low + (high - low) * max(0, side_px - low_px) / (high_px - low_px)
+    if memory < needed * 2**30:
+        log.warning(
+            "only %.1f GiB of memory may be used here; a training at %d px takes some %.1f GiB, and the kernel ends "
+            "what takes more than it may without a word (status 137): allow it more, or take a smaller --batch-size",
+            memory / 2**30, side_px, needed,
+        )  # fmt: skip
+
+
 @contextmanager
 def _claimed(config: TrainingConfig) -> Iterator[None]:
     """No other training writes into this one's folders while the context lasts. Raises: CheckpointError."""
     with ExitStack() as claims:
-        claims.enter_context(checkpoint.claimed(config.own_checkpoint_folder, "--output"))
-        if config.checkpoint_folder != config.own_checkpoint_folder:
+        flag = "--run-folder" if config.run_folder else "--output"
+        claims.enter_context(checkpoint.claimed(config.own_checkpoint_folder, flag))
+        if config.checkpoint_folder.resolve() != config.own_checkpoint_folder.resolve():
             claims.enter_context(checkpoint.claimed(config.checkpoint_folder, "--checkpoints"))
         yield
 
@@ -230,7 +239,7 @@ def fit(
 
 
 def _forget_watched(folder: Path) -> None:
-    """Remove what rules and profiler wrote of a run before this one, which may be watched by neither."""
+    """Remove what rules and profiler of an earlier run left: this run may have neither."""
     for name in (verdicts.FILE, observations.FILE, profiler.FILE, trace.FILE):
         try:
             (folder / name).unlink(missing_ok=True)

@@ -24,13 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(arguments: Sequence[str]) -> None:
     """One training as the job and `arguments` say. Raises: TrainingError, Interrupted."""
-    values = merged({**sagemaker_values(), **parse_arguments(arguments)})
+    given = {**sagemaker_values(), **parse_arguments(arguments)}
+    values = merged(given)
     require_channel(values)
     watching, training = split(values, Instrumentation)
     instrumentation = Instrumentation.create(watching)
     config = TrainingConfig.create(training)
     place = ranks()
     if place.is_first:
+        if "from_tuning" in given:
+            log.info("hyperparameters and settings are those of %s, unless flags say otherwise", given["from_tuning"])
         log.info("loading PyTorch")
     from training.distributed import Group  # torch takes seconds to import: not before the settings are right
     from training.run import run

@@ -31,7 +31,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with a word where files but results differ; "" without git or its folder."""
+    """The commit that is measured, with a word where files other than results differ; "" without git."""
 
     def asked(*arguments: str) -> str:
         here = Path(__file__).parent

@@ -230,9 +230,12 @@ def test_a_damaged_file_of_the_platform_is_refused_by_name(root: Path, name: str
 
 def test_what_is_strange_in_a_file_of_the_platform_is_refused_or_taken_as_text(root: Path) -> None:
     config_file(root, "resourceconfig.json", {"current_host": "algo-1", "hosts": ["algo-²", "algo-1"]})
-    config_file(root, "checkpointconfig.json", {"LocalPath": 5})
     job = sagemaker_job(root, NOTHING)
-    assert job is not None and job.hosts == ("algo-1", "algo-²") and job.checkpoint_folder is None
+    assert job is not None and job.hosts == ("algo-1", "algo-²")
+    config_file(root, "checkpointconfig.json", {"LocalPath": 5})
+    with pytest.raises(ConfigError, match=r"checkpointconfig\.json: LocalPath must be text, given: 5"):
+        sagemaker_job(root, NOTHING)
+    (root / "input" / "config" / "checkpointconfig.json").unlink()
     for name in ("hyperparameters.json", "resourceconfig.json"):
         (root / "input" / "config" / name).write_text("[" * 100_000)
         with pytest.raises(ConfigError, match=name):

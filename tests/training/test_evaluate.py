@@ -174,3 +174,4 @@ def test_no_model_and_no_data_are_status_1(artifact: Path, sample_root: Path, tm
 def test_the_report_lies_beside_the_model_by_default(tmp_path: Path) -> None:
     assert default_output(tmp_path / "pets") == tmp_path / "pets-evaluation"
     assert default_output(tmp_path / "model.tar.gz") == tmp_path / "model-evaluation"
+    assert default_output(tmp_path / "pets", "openvino-int8") == tmp_path / "pets-evaluation-openvino-int8"

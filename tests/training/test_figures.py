@@ -89,6 +89,12 @@ def test_a_class_without_images_has_no_accuracy_rather_than_zero() -> None:
     assert measured.macro_f1 == pytest.approx(1 / 3)
 
 
+def test_a_class_without_images_that_is_predicted_is_no_part_of_the_mean_f1() -> None:
+    measured = figures(np.array([[3.0, 0, 0], [0, 3.0, 0], [0, 0, 3.0]]), [0, 1, 1])
+    assert [each.f1 for each in measured.classes] == [1.0, pytest.approx(2 / 3), 0.0]
+    assert measured.macro_f1 == pytest.approx(5 / 6)
+
+
 def test_very_large_logits_overflow_nowhere() -> None:
     measured = figures(np.array([[3e38, -3e38], [3e38, -3e38]], np.float32), [0, 1])
     assert measured.confidence.tolist() == [1.0, 1.0]

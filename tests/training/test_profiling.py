@@ -28,7 +28,6 @@ from training.callbacks import RunContext, Step, StopTraining, tell
 from training.config import TrainingConfig
 from training.data.dataset import ArrayImages, Dataset
 from training.epoch_metrics import EpochMetrics
-from training.profiling import profiler as profiler_module
 from training.profiling.gpu import Gpu, open_gpu
 from training.profiling.profiler import FILE, Profiler
 from training.profiling.summary import Recorded, conclude
@@ -170,12 +169,13 @@ def test_a_heavy_network_is_bound_by_its_convolutions(tmp_path: Path) -> None:
 
 
 def test_the_log_warns_once_while_other_processes_hold_the_processor(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(profiler_module, "SAMPLES_BEFORE_WARNING", 5)
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
     try:
-        Training(tmp_path, Small(), steps_per_epoch=40, load_s=0.03).run(Profiler(None, interval_s=0.1))
+        Training(tmp_path, Small(), steps_per_epoch=40, load_s=0.03).run(
+            Profiler(None, interval_s=0.1, samples_before_warning=5)
+        )
     finally:
         for other in others:
             other.kill()

@@ -369,13 +369,18 @@ def test_missing_data_ends_with_a_sentence(tmp_path: Path, caplog: pytest.LogCap
     assert f"--data {tmp_path / 'nowhere'}: there is no such folder." in sentence
 
 
-@pytest.mark.parametrize(("memory", "warned"), [(300 * 2**20, True), (4 * 2**30, False)])
+@pytest.mark.parametrize(
+    ("side_px", "memory", "said"),
+    [(32, 300 * 2**20, "at 32 px takes some 1.4 GiB"), (32, 2 * 2**30, ""), (8, 2**30, "at 8 px takes some 1.4 GiB"),
+     (224, 3 * 2**30, "at 224 px takes some 3.3 GiB"), (224, 4 * 2**30, "")],
+)  # fmt: skip
 def test_where_little_memory_may_be_used_the_log_says_what_a_training_takes(
-    memory: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("training.run.memory_bytes", lambda: memory)  # a container's limit
-    train(tmp_path / "nowhere", tmp_path / "model")
-    assert ("only 0.3 GiB of memory may be used here: a training takes 1.3 GiB" in caplog.text) is warned
+    side_px: int, memory: int, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("training.run.memory_bytes", lambda: memory)  # the container's limit stands in here
+    train(tmp_path / "nowhere", tmp_path / "model", "--side", str(side_px))
+    assert said in caplog.text and bool(said) is ("of memory may be used here" in caplog.text)
 
 
 def test_an_empty_data_folder_ends_with_a_sentence_that_says_what_to_put_there(

@@ -302,7 +302,7 @@ def test_a_study_that_is_damaged_ends_in_a_sentence(tmp_path: Path, table: str) 
 
 def test_a_study_whose_file_takes_no_more_ends_in_a_sentence(tmp_path: Path) -> None:
     tiny.tuner(tmp_path, tiny.preparation(), trials=2).run()
-    with closing(sqlite3.connect(tmp_path / "study.sqlite3")) as base, base:  # as SQLite says it of a full disk
+    with closing(sqlite3.connect(tmp_path / "study.sqlite3")) as base, base:  # stands in for a full disk
         base.execute("create trigger full before insert on trials begin select raise(abort, 'disk is full'); end")
     with pytest.raises(ExportError, match=r"cannot be read or written \(disk is full\); free space and run the same"):
         tiny.tuner(tmp_path, tiny.preparation(), trials=3).run()

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 BrokenFiles = Literal["refuse", "skip"]
 VALIDATION_NAMES = ("validation", "val", "valid", "test")
 MAX_FILE_BYTES = 2**29
-"""Of an image file; the largest that may be decoded, as a bitmap of 32 bits a pixel, has 360 MB."""
+"""Of an image file: more than photographs have. A bitmap of as many pixels as are read has 360 MB, of 32 bits each."""
 LISTED = 1000
 """How many broken files a message names at most."""
 

@@ -117,7 +117,8 @@ class Loader:
         if not self._told:
             self._told = True
             held = "decoded in every epoch" if place is None else f"held in memory ({place})"
-            log.info("%s: %d images, %.1f MB at %d px, %s", self._what, len(self), self._size / 1e6, self.side_px, held)
+            size = f"{self._size / 1e6:,.1f}"
+            log.info("%s: %d images, %s MB at %d px, %s", self._what, len(self), size, self.side_px, held)
         if place is not None:
             self._pixels = _resize_all(self.images, self.side_px, self._what, place)
         return self._pixels

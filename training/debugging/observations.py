@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FILE = "observations.jsonl"
 
 Kind = Literal["start", "scalar", "loss", "weight", "gradient", "activation_input", "activation_output", "labels"]
+KINDS: tuple[str, ...] = get_args(Kind)
 
 COLLECTIONS: dict[str, tuple[Kind, str]] = {
     # Debugger's collections: kind and what the name looks like (smdebug/pytorch/collection.py).
@@ -76,8 +77,8 @@ class Observation:
     def parse(cls, line: str) -> "Observation":
         """The inverse of `line`. Raises: ValueError, KeyError, TypeError, OverflowError."""
         entry = json.loads(line)
-        if entry["kind"] not in get_args(Kind):
-            raise ValueError
+        if entry["kind"] not in KINDS:
+            raise ValueError(f"kind {entry['kind']!r}")
         stats = {name: math.nan if value is None else float(value) for name, value in entry["stats"].items()}
         return cls(
             int(entry["step"]), str(entry["name"]), entry["kind"], float(entry["time_s"]), stats,
@@ -110,7 +111,7 @@ def read(path: Path) -> Iterator[Observation]:
                     return
                 try:
                     yield Observation.parse(line)
-                except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+                except (OverflowError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
                     raise DataError(
                         f"{path}, line {number} is not an observation; {FILE} is written by a training run."
                     ) from exc

@@ -84,9 +84,7 @@ class LossNotDecreasing(Rule):
         fell = 100 * (earlier - now) / abs(earlier)  # percent
         if not fell >= self.diff_percent:
             rose = -fell > self.increase_threshold_percent
-            what = (
-                f"fell by {fell:.3g} % only" if fell > 0 else f"rose by {-fell:.3g} %" if fell else "stayed as it was"
-            )
+            what = f"fell by {fell:.3g} % only" if fell >= 0 else f"rose by {-fell:.3g} %"
             threshold = -self.increase_threshold_percent if rose else self.diff_percent
             yield self.fire(seen, fell, threshold, f"the loss {what} since step {earlier_step}, from {earlier:.4g} to "
                             f"{now:.4g}.")  # fmt: skip

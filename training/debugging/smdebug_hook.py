@@ -196,7 +196,7 @@ class SmdebugHook(Callback):
                 configuration = json.loads(self._config_path.read_text(encoding="utf-8"))
                 if not isinstance(configuration, dict):
                     raise ValueError("not an object")
-            except (OSError, ValueError) as exc:
+            except (OSError, ValueError, RecursionError) as exc:
                 raise ConfigError(f"{self._config_path} cannot be read as Debugger's configuration: {exc}.") from exc
         else:
             configuration = {

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from service.model.files import replace
@@ -39,7 +39,7 @@ FILE = "profile.json"
 TRACED_STEPS = (5, 10)
 INTERVAL_S = 1.0
 SAMPLES_BEFORE_WARNING = 15
-"""Of the machine, before the log says that other processes hold the run up."""
+"""Of the machine, the latest ones, by which the log says that other processes hold the run up."""
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
@@ -60,16 +60,22 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 class Profiler(Callback):
     """Times every step, samples the machine, traces a few steps. Costs: see tests/bench/profiling.py."""
 
-    def __init__(self, traced_steps: tuple[int, int] | None = TRACED_STEPS, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self,
+        traced_steps: tuple[int, int] | None = TRACED_STEPS,
+        interval_s: float = INTERVAL_S,
+        samples_before_warning: int = SAMPLES_BEFORE_WARNING,
+    ) -> None:
         """`traced_steps`: the first and last to trace, counted from 1 where this process starts; None traces none."""
+        self._samples_before_warning = samples_before_warning
         self.is_off = True  # until a run starts
         self._traced_steps = traced_steps
         self._interval_s = interval_s
         self._trace: StepTrace | None = None
         self._sampler: SystemSampler | None = None
         self._top_operators: list[dict[str, object]] = []
-        self._looked = False
-        """Whether the log has been told of other processes, or there was nothing to tell."""
+        self._warned, self._looked_at = False, 0
+        """Whether the log has been told of other processes, and at how many samples that was looked at last."""
 
     def on_run_start(self, context: RunContext) -> None:
         """Start the clock and the thread."""
@@ -80,6 +86,7 @@ class Profiler(Callback):
     def _start(self, context: RunContext) -> None:
         self._context = context
         self._top_operators, self._trace, self._sampler = [], None, None
+        self._warned, self._looked_at = False, 0
         queued = context.device.type != "cpu"
         self._clock = RunClock(queued)
         if self._traced_steps is not None:
@@ -159,22 +166,26 @@ class Profiler(Callback):
 
     def _warn_of_others(self) -> None:
         """Once, while something can be done about it; the summary at the end is of the whole run."""
-        if self._looked or self._sampler is None or len(self._sampler.samples) < SAMPLES_BEFORE_WARNING:
+        if self._warned or self._sampler is None or self._context.device.type != "cpu":
             return
-        self._looked = True
-        if self._context.device.type == "cpu" and (sentence := contention(self._recorded({}))):
+        latest = self._sampler.samples[self._looked_at :]
+        if len(latest) < self._samples_before_warning:
+            return
+        self._looked_at += len(latest)
+        if sentence := contention(self._recorded({}, latest)):
+            self._warned = True
             log.warning("%s", sentence)
 
-    def _recorded(self, shares: Mapping[str, float]) -> Recorded:
+    def _recorded(self, shares: Mapping[str, float], samples: Sequence[Mapping[str, float]]) -> Recorded:
         import torch  # is there: a training is watched
 
-        samples = self._sampler.samples if self._sampler is not None else []
         cores = self._sampler.cores if self._sampler is not None else os.cpu_count() or 1
         device = self._context.device.type
         return Recorded(shares, device, cores, samples, self._top_operators, torch.get_num_threads())
 
     def _profile(self, seconds: float) -> dict[str, object]:
-        recorded = self._recorded(self._clock.shares(seconds))
+        samples = self._sampler.samples if self._sampler is not None else []
+        recorded = self._recorded(self._clock.shares(seconds), samples)
         bottleneck, summary = conclude(recorded)
         step_ms, images_per_s = self._clock.step_ms(), self._clock.images_per_s()
         return {
@@ -188,7 +199,7 @@ class Profiler(Callback):
             "profiling_s": round(self._clock.profiling_s, 3),
             "device": recorded.device,
             "machine_cores": recorded.machine_cores,
-            "samples": recorded.samples,
+            "samples": samples,
             "top_operators": self._top_operators,
             "trace": TRACE_FILE if self._top_operators else None,
         }

@@ -18,7 +18,7 @@ class Recorded:
     """What was measured over a run."""
 
     shares: Mapping[str, float]
-    """`data_wait`, `step`, `validation`, `other`: parts of the run's time that sum to 1."""
+    """`data_wait`, `step`, `validation`, `other`: parts of the run's time that sum to 1; empty while it goes on."""
     device: str
     """`cpu`, `cuda` or `mps`."""
     machine_cores: int = 1

@@ -16,7 +16,7 @@ SHORTEST_S = 0.05
 
 
 class SystemSampler:
-    """Starts with `start`, ends with `stop`; `samples` may be read after that.
+    """Starts with `start`, ends with `stop`; `samples` grow meanwhile, and may be thinned out once there are many.
 
     A sample: `t_s` since the start; `cpu_percent` of the watched process and its children, `machine_cpu_percent`
     of all processes (both: 100 is one core); `memory_gb` of the process alone (children share pages with it),

@@ -39,7 +39,7 @@ def read_best(path: Path) -> dict[str, object]:
         raise ConfigError(f"{path} is missing; `python -m training.hpo --output DIR` writes DIR/best.json.") from exc
     except OSError as exc:
         raise ConfigError(f"{path} cannot be read: {exc.strerror}.") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is not JSON ({exc}); give the best.json of `python -m training.hpo`.") from exc
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(f"{path} is no best.json of format {FORMAT}; `python -m training.hpo` writes one.")

@@ -103,8 +103,8 @@ class TuningConfig(Settings):
         Raises: ConfigError.
         """
         low, high = self.epochs_range
-        # A warm-up is too long for few epochs, or for few after every block begins to be trained.
-        epochs = sorted({low, min(max(start.unfreeze_at or low, low), high), high})
+        # Of `TrainingConfig._warmup_ends`: its warm-up is too long for few epochs, or for few after the unfreezing.
+        epochs = sorted({low, min(max(start.unfreeze_at or low, low), high)})
         drawn: dict[str, Iterable[object]] = {
             "learning_rate": self.learning_rate_range, "batch_size": self.batch_sizes, "epochs": epochs,
         }  # fmt: skip

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 INK, GOOD, PALE = "#33415c", "#2a9d8f", "#b8bfcc"
 DPI = 130
-PLOTS = 3
-"""As many as there are where the study has trials enough."""
+IMPORTANCES_FROM, COORDINATES_FROM = 4, 2
+"""Complete trials from which these pictures say something."""
 
 
 def draw(trials: "Sequence[FrozenTrial]", tuning: TuningConfig, folder: Path) -> list[Path]:
@@ -26,9 +26,9 @@ def draw(trials: "Sequence[FrozenTrial]", tuning: TuningConfig, folder: Path) ->
     complete = [trial for trial in made if trial.state.name == "COMPLETE"]
     written = [_history(made, tuning, folder / "history.png")]
     names = [name for name in SOURCES if any(name in trial.params for trial in complete)]
-    if len(complete) >= 4:
+    if len(complete) >= IMPORTANCES_FROM:
         written.append(_importances(complete, tuning, names, folder / "importances.png"))
-    if len(complete) >= 2:
+    if len(complete) >= COORDINATES_FROM:
         written.append(_parallel(made, tuning, names, folder / "parallel_coordinates.png"))
     return written
 

@@ -162,6 +162,7 @@ class Study:
         with self._lock.exclusive():
             try:
                 yield
+            # KeyError and RuntimeError are Optuna's too, where rows are missing or a trial is not what it was.
             except (OptunaError, SQLAlchemyError, KeyError, RuntimeError) as exc:
                 raise ExportError(
                     f"The study {self._path} cannot be read or written ({_cause(exc)}); free space and run the same "

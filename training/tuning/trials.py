@@ -19,7 +19,7 @@ from training.errors import DivergedError, ExportError, TrainingError
 from training.interruption import Interrupted
 from training.tuning.best import settings_of, write_best
 from training.tuning.config import SOURCES, TuningConfig
-from training.tuning.plots import PLOTS, draw
+from training.tuning.plots import IMPORTANCES_FROM, draw
 from training.tuning.study import INTERRUPTED, Study
 from training.tuning.table import Table, label, shown
 
@@ -159,8 +159,10 @@ class Tuner:
                 f"The result of the tuning cannot be written into {self._folder} ({exc.strerror}); free space and run "
                 "the same command again: the trials are kept."
             ) from exc
-        missing = "" if len(plots) == PLOTS else "; others need more complete trials: importances 4, coordinates 2"
-        log.info("plots: %s%s", ", ".join(str(plot) for plot in plots), missing)
+        log.info("plots: %s", ", ".join(str(plot) for plot in plots))
+        complete = states.count("complete")
+        if complete < IMPORTANCES_FROM:
+            log.info("importances are drawn from %d complete trials on, there are %d", IMPORTANCES_FROM, complete)
         log.info("best hyperparameters: %s, %s=%.4f (trial %d, the best of %d that ended); wrote %s",
                  shown(best.params), self._tuning.metric, best.value, best.number, len(trials), path)  # fmt: skip
         return path
