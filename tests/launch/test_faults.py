@@ -173,7 +173,7 @@ def test_a_failed_job_tells_its_reason_and_its_last_lines(cloud: Rehearsal, data
     # The container finds no such file: an error of its own, which nothing here can foresee.
     stderr = said(cloud, *train(data, "failing", "--rules", "no-such-rules.toml"), status=1)
     assert re.search(r"Job failing-train-\w+-1 failed: AlgorithmError: .*no-such-rules.toml.*exit code: 2", stderr)
-    assert re.search(r"The last lines of its log:\n    .*no-such-rules.toml", stderr)
+    assert re.search(r"The last lines of its log:\n(    .*\n)*    .*no-such-rules.toml", stderr)
     assert "goes on" not in stderr
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,15 +172,15 @@ def test_a_heavy_network_is_bound_by_its_convolutions(tmp_path: Path) -> None:
 def test_the_log_warns_once_while_other_processes_hold_the_processor(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
-    try:
-        Training(tmp_path, Small(), steps_per_epoch=40, load_s=0.03).run(
-            Profiler(None, interval_s=0.1, samples_before_warning=5)
-        )
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
+    busy = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    with ExitStack() as others:
+        for _ in range(2 * (os.cpu_count() or 1)):
+            other = others.enter_context(subprocess.Popen(busy, stdout=subprocess.PIPE))
+            others.callback(other.kill)
+            assert other.stdout is not None
+            other.stdout.readline()
+        training = Training(tmp_path, Small(), steps_per_epoch=150, load_s=0.03)
+        training.run(Profiler(None, interval_s=0.1, samples_before_warning=5))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and warnings[0].startswith("Other processes use the CPU: ")
 
