@@ -187,6 +187,8 @@ class Observer(Callback):
             stats = {figure: value for figure, (value,) in figures.items()}
             if "needed_rtol" in stats:
                 stats |= {"since": float(self._earlier_step), "atol": self._atol}
+            if kind == "weight":
+                stats["rate_share"] = step.learning_rate / self._context.config.learning_rate
             seen.append(Observation(number, name, kind, now, stats, shares))
         self._earlier_step = number
         if "predicted" in first:

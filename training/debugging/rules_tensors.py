@@ -213,12 +213,21 @@ class AllZero(_Streaks):
                 yield self.fire(seen, zeros, self.threshold, f"{zeros:.4g} % of the values are zero.")
 
 
+RESTING_SHARE = 0.1
+"""Of its learning rate, below which a schedule brings a run to rest: that weights hardly move there is its purpose."""
+
+
+def _rests(seen: Observation) -> bool:
+    """Whether the schedule, not a fault, keeps a weight from moving. A rate of zero is a fault; files may not tell."""
+    return 0 < seen.stats.get("rate_share", 1.0) < RESTING_SHARE
+
+
 @dataclass
 class UnchangedTensor(Rule):
     """A tensor is the same, as `numpy.allclose` sees it, in the last `num_steps` observations.
 
     AWS wants `collection_names` or `tensor_regex`; without both, weights and biases are looked at. Only of these are
-    changes known.
+    changes known. Where a schedule has brought the learning rate below a tenth of its own, nothing is judged.
     """
 
     collection_names: str | None = None
@@ -244,6 +253,9 @@ class UnchangedTensor(Rule):
         needed = seen.stats.get("needed_rtol")
         if needed is None or not selected(seen, self.collection_names, self.tensor_regex, "weights,biases"):
             return
+        if _rests(seen):
+            self._same[seen.name] = 1
+            return
         if seen.stats.get("atol", self.atol) != self.atol:
             raise ValueError(
                 f"the observations were made for atol={seen.stats['atol']}, the rule has {self.atol}; give the rule "
@@ -263,7 +275,8 @@ class WeightUpdateRatio(Rule):
     """The update of a weight is too large or too small beside it: ||after - before|| / ||before||.
 
     The update is that of one step, or with `num_steps` that since the observation before, where it is at most
-    `num_steps` steps ago; in smdebug's files it is always the latter. A weight of zeros has no ratio.
+    `num_steps` steps ago; in smdebug's files it is always the latter. A weight of zeros has no ratio, and where a
+    schedule has brought the learning rate below a tenth of its own, no update is too small.
     """
 
     num_steps: int | None = None
@@ -286,7 +299,7 @@ class WeightUpdateRatio(Rule):
         self.judged = True
         if ratio > self.large_threshold:
             yield self.fire(seen, ratio, self.large_threshold, f"the update is {ratio:.3g} times the weight.")
-        elif ratio < self.small_threshold and seen.step > SETTLED_STEP:
+        elif ratio < self.small_threshold and seen.step > SETTLED_STEP and not _rests(seen):
             yield self.fire(seen, ratio, self.small_threshold, f"the update is {ratio:.3g} of the weight, nothing.")
 
 

@@ -112,6 +112,13 @@ def test_weights_that_do_not_move_are_found(train: Any, small: Any, points: Any,
     assert {firing["tensor"] for firing in run.verdicts[rule]["firings"]} >= {"Small_hidden.weight"}
 
 
+@pytest.mark.parametrize("rule", ["UnchangedTensor", "WeightUpdateRatio"])
+def test_weights_that_hardly_move_as_a_schedule_ends_are_none(train: Any, small: Any, points: Any, rule: str) -> None:
+    """The rate is a ten-millionth of the configured one (0.0175), as at a schedule's end."""
+    run = train(small(), points(100), [watched(rule)], epochs=5, learning_rate=1e-9)
+    assert run.verdicts[rule]["count"] == 0
+
+
 def test_updates_far_larger_than_the_weights_are_found(train: Any, small: Any, points: Any) -> None:
     run = train(small(), points(100), [watched("WeightUpdateRatio")], epochs=1, learning_rate=1e4)
     assert run.verdicts["WeightUpdateRatio"]["firings"][0]["threshold"] == 10
