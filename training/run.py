@@ -28,6 +28,7 @@ from training.errors import CheckpointError, ConfigError, DivergedError, Quantiz
 from training.export import export
 from training.figures import Figures, figures
 from training.interruption import watched
+from training.leftovers import remove_leftovers
 from training.logits import logits_of
 from training.loop import Trainer
 from training.preparation import Prepared, new_network, prepare
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 MEMORY_GIB = {32: 1.4, 224: 3.3}
 """Side in pixels -> what a training took at most: blocks 1 to 3 frozen, batches of 128, int8 and report included, two
 cores. A line through both tells of other sides."""
+
+WATCHED = (verdicts.FILE, observations.FILE, profiler.FILE, trace.FILE)
+"""What rules and profiler leave in a run's folder; a run may have neither."""
 
 
 @dataclass
@@ -214,7 +218,7 @@ def fit(
         epochs.resume()
         if group.is_first:
             if checkpoints and not trainer.progress.step:
-                _forget_watched(config.folder)
+                remove_leftovers(config.folder, WATCHED)
             _describe(config, prepared, trainer)
             _write_settings(config)
         steps = trainer.steps_per_epoch
@@ -236,15 +240,6 @@ def fit(
         logits, labels = logits_of(network, prepared.validation, prepared.device, "final validation")
         found = figures(logits, labels)
     return Fitted(network, epochs.history, epochs.evaluation, found, logits, pretrained, epochs.stopped)
-
-
-def _forget_watched(folder: Path) -> None:
-    """Remove what rules and profiler of an earlier run left: this run may have neither."""
-    for name in (verdicts.FILE, observations.FILE, profiler.FILE, trace.FILE):
-        try:
-            (folder / name).unlink(missing_ok=True)
-        except OSError as exc:
-            log.warning("%s is of the run before this one, and cannot be removed: %s", folder / name, exc.strerror)
 
 
 def _write_settings(config: TrainingConfig) -> None:

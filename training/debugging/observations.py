@@ -51,7 +51,8 @@ class Observation:
     """Seconds since 1970 when it was seen."""
     stats: Mapping[str, float] = field(default_factory=dict)
     """Of tensors: size, mean, std, min, max, l2, mean_abs, zeros (share), nan, inf (counts); by kind also
-    p5, p95 (gradients), needed_rtol, change_ratio, update_ratio, atol, since (weights). Of scalars: value, nan, inf;
+    p5, p95 (gradients), needed_rtol, change_ratio, update_ratio, atol, since (weights), rate_share (weights: the
+    step's learning rate, as a share of the configured one). Of scalars: value, nan, inf;
     of losses also mean. Of the start: interval, epoch, batch (see `Pace` in rules.py)."""
     series: tuple[float, ...] = ()
     """activation_output: 101 percentiles over units of the percentage of inputs that a unit is active for.

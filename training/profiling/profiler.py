@@ -39,7 +39,7 @@ FILE = "profile.json"
 TRACED_STEPS = (5, 10)
 INTERVAL_S = 1.0
 SAMPLES_BEFORE_WARNING = 15
-"""Of the machine, the latest ones, by which the log says that other processes hold the run up."""
+"""Enough that a short burst of others is none."""
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
@@ -66,7 +66,10 @@ class Profiler(Callback):
         interval_s: float = INTERVAL_S,
         samples_before_warning: int = SAMPLES_BEFORE_WARNING,
     ) -> None:
-        """`traced_steps`: the first and last to trace, counted from 1 where this process starts; None traces none."""
+        """`traced_steps`: the first and last to trace, counted from 1 where this process starts; None traces none.
+
+        `samples_before_warning`: by so many samples of the machine, `interval_s` apart, the log warns of others.
+        """
         self._samples_before_warning = samples_before_warning
         self.is_off = True  # until a run starts
         self._traced_steps = traced_steps

@@ -23,6 +23,7 @@ from training.data.dataset import LabelledImages
 from training.data.superclasses import superclasses
 from training.errors import ExportError
 from training.figures import Confused, Figures
+from training.leftovers import remove_leftovers
 from training.report import charts
 from training.report.hardware import hardware
 from training.report.headline import findings, headline, uncertainty
@@ -93,11 +94,7 @@ def write_report(
 
 def remove_report(folder: Path) -> None:
     """Remove what `write_report` wrote into `folder`: it is of a model that was there before."""
-    for name in (REPORT, EVALUATION, *PICTURES):
-        try:
-            (folder / name).unlink(missing_ok=True)
-        except OSError as exc:
-            log.warning("%s is of the model before this one, and cannot be removed: %s", folder / name, exc.strerror)
+    remove_leftovers(folder, (REPORT, EVALUATION, *PICTURES))
 
 
 def _evaluation(
