@@ -6,6 +6,7 @@ worker had, so that their clients read a sentence and not a reset.
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import resource
@@ -50,6 +51,9 @@ after which nothing may be put."""
 
 _BEAT = struct.Struct("=d")
 """After the slots: when the worker's event loop last went round (CLOCK_MONOTONIC, which all processes share)."""
+
+_BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ETOOMANYREFS)
+"""The supervisor has yet to read what it was sent before (unix(7)): it is said later."""
 
 _KIND = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
 
@@ -110,20 +114,19 @@ class Lifeline:
         self._notes = mmap.mmap(slots_fd, 0)
         self._count = len(self._notes) - _BEAT.size
         self._free = list(range(self._count - 1, -1, -1))
-        self._unsent: deque[int] = deque()  # slots that were closed while the supervisor was busy
+        # What could not be said while the supervisor was busy. A slot is free again only once it is told as closed.
+        self._unsent_closed: deque[int] = deque()
+        self._unsent_opened: dict[int, int] = {}  # file descriptors by slot
 
     def opened(self, fd: int) -> int | None:
         """A connection was accepted. Returns: its slot, None where it cannot be held."""
         self._send_unsent()
-        if not self._free or self._unsent:
+        if not self._free:
             return None
         slot = self._free.pop()
         self._notes[slot] = IDLE
-        try:
-            socket.send_fds(self._socket, [_MESSAGE.pack(True, slot)], [fd])
-        except OSError:  # the supervisor is busy, or gone
-            self._free.append(slot)
-            return None
+        self._unsent_opened[slot] = fd
+        self._send_unsent()
         return slot
 
     def note(self, slot: int, what: int) -> None:
@@ -133,18 +136,27 @@ class Lifeline:
     def closed(self, slot: int) -> None:
         """The connection is closed here; the client sees it when the supervisor has closed its duplicate too."""
         self._notes[slot] = IDLE
-        self._unsent.append(slot)
+        if self._unsent_opened.pop(slot, None) is not None:  # the supervisor has not heard of it
+            self._free.append(slot)
+            return
+        self._unsent_closed.append(slot)
         self._send_unsent()
 
     def _send_unsent(self) -> None:
-        while self._unsent:
-            try:
-                self._socket.send(_MESSAGE.pack(False, self._unsent[0]))
-            except BlockingIOError:
+        while self._unsent_closed and self._is_said(False, self._unsent_closed[0], []):
+            self._free.append(self._unsent_closed.popleft())
+        while self._unsent_opened:
+            slot, fd = next(iter(self._unsent_opened.items()))
+            if not self._is_said(True, slot, [fd]):
                 return
-            except OSError:  # the supervisor is gone
-                pass
-            self._free.append(self._unsent.popleft())
+            del self._unsent_opened[slot]
+
+    def _is_said(self, is_open: bool, slot: int, fds: list[int]) -> bool:
+        try:
+            socket.send_fds(self._socket, [_MESSAGE.pack(is_open, slot)], fds)
+        except OSError as exc:
+            return exc.errno not in _BUSY  # else the supervisor is gone, and need not hear it
+        return True
 
     def beat(self) -> None:
         """Say that the event loop goes round, and what could not be said before."""

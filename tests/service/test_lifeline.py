@@ -85,6 +85,37 @@ def test_more_connections_than_can_be_held_are_served_all_the_same(both: Pair) -
     both.held.close()
 
 
+def test_connections_made_while_the_supervisor_is_busy_are_held_later() -> None:
+    """More than the socket between them takes in, which the supervisor does not read meanwhile."""
+    both = Pair(60)
+    both.worker._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it its least
+    made = [both.connection() for _ in range(60)]
+    assert 10 < len(both.worker._unsent_opened) < 60
+    for _, served, slot in [*made[:10], *made[-10:]]:  # of the last ten it has not heard, and never does
+        assert slot is not None
+        served.close()
+        both.worker.closed(slot)
+    living = [*made[10:50], *(both.connection() for _ in range(10))]
+    for _ in range(30):
+        both.held.read()
+        both.worker.beat()
+    assert len(both.held._connections) == 50
+    for client, _, _ in [*made[:10], *made[-10:]]:
+        assert until_closed(client) == b""
+    for _, served, slot in living:
+        assert slot is not None
+        both.worker.note(slot, WAITING)
+        served.close()
+    lingering = both.held.answer(lambda *what: None)
+    assert len(lingering) == 50
+    for connection in lingering:
+        connection.close()
+    for client, _, _ in living:
+        assert b"worker_died" in until_closed(client)
+    both.worker._socket.close()
+    both.worker._notes.close()
+
+
 def test_a_worker_that_goes_round_is_not_silent(both: Pair) -> None:
     assert both.held.silent_s() == 0
     both.worker.beat()
