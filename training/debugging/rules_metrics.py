@@ -15,12 +15,13 @@ TRAIN_LOSS, VALIDATION_LOSS = "scalar/epoch_loss", "scalar/validation_loss"
 
 @dataclass
 class LossNotDecreasing(Rule):
-    """The loss fell by less than `diff_percent` over at least `num_steps` steps, or rose.
+    """At more than `patience` checks in a row the loss was not `diff_percent` below its least, or it rose.
 
     AWS compares the losses of two batches, which differ by chance; here means are compared: of all steps since the
     last check, with a check at the end of an epoch, or every `num_steps` in files of smdebug, which keep no epochs.
-    `mode`: GLOBAL and TRAIN look at the training loss, EVAL at the validation loss. A rise of more than
-    `increase_threshold_percent` is reported as one.
+    These differ by chance, too, where images are augmented; `patience`, which AWS does not have, is that of torch's
+    ReduceLROnPlateau. A rise of more than `increase_threshold_percent` since the check before is found at once.
+    `mode`: GLOBAL and TRAIN look at the training loss, EVAL at the validation loss.
     """
 
     collection_names: str | None = None
@@ -30,6 +31,7 @@ class LossNotDecreasing(Rule):
     diff_percent: float = 0.1
     increase_threshold_percent: float = 5.0
     mode: str = "GLOBAL"
+    patience: int = 1
 
     kinds = ("loss",)
     advice = (
@@ -41,11 +43,17 @@ class LossNotDecreasing(Rule):
         self._by_epoch = False
         self._sums: dict[str, tuple[float, int]] = {}
         self._last: dict[str, tuple[int, float]] = {}
+        self._least: dict[str, tuple[int, float]] = {}
+        self._waited: dict[str, int] = {}
+        self._checks: dict[str, int] = {}
 
     def judges_from(self, pace: Pace) -> int:
-        """See `Rule`. Two checks are compared, each at the end of an epoch in which a loss was observed."""
-        apart = max(1, math.ceil(self.num_steps / pace.epoch))
-        return pace.of_epoch(max(1 + apart, math.ceil(pace.interval / pace.epoch)))
+        """See `Rule`. The first check is at the end of the first epoch; for the next, a loss must be observed."""
+        step = pace.epoch
+        for _ in range(1 + self.patience):
+            observed = pace.of_observation(1, after=step)
+            step = pace.of_epoch(math.ceil(max(step + self.num_steps, observed) / pace.epoch))
+        return step
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`."""
@@ -76,18 +84,28 @@ class LossNotDecreasing(Rule):
             return
         now = total / count
         self._sums[seen.name] = 0.0, 0
-        earlier_step, earlier = self._last.get(seen.name, (0, math.nan))
+        last_step, last = self._last.get(seen.name, (0, math.nan))
+        least_step, least = self._least.get(seen.name, (0, math.nan))
         self._last[seen.name] = seen.step, now
-        if math.isnan(earlier) or not earlier:
-            return
-        self.judged = True
-        fell = 100 * (earlier - now) / abs(earlier)  # percent
-        if not fell >= self.diff_percent:
-            rose = -fell > self.increase_threshold_percent
+        fell, rose = _percent(least - now, least), _percent(now - last, last)
+        if fell >= self.diff_percent or math.isnan(fell):
+            self._least[seen.name] = seen.step, now
+            self._waited[seen.name] = -1
+        waited = self._waited[seen.name] = self._waited[seen.name] + 1
+        self._checks[seen.name] = checks = self._checks.get(seen.name, 0) + 1
+        self.judged = self.judged or checks > 1 + self.patience
+        if rose > self.increase_threshold_percent:
+            message = f"the loss rose by {rose:.3g} % since step {last_step}, from {last:.4g} to {now:.4g}."
+            yield self.fire(seen, -rose, -self.increase_threshold_percent, message)
+        elif waited > self.patience:
             what = f"fell by {fell:.3g} % only" if fell >= 0 else f"rose by {-fell:.3g} %"
-            threshold = -self.increase_threshold_percent if rose else self.diff_percent
-            yield self.fire(seen, fell, threshold, f"the loss {what} since step {earlier_step}, from {earlier:.4g} to "
-                            f"{now:.4g}.")  # fmt: skip
+            message = f"the loss {what} since step {least_step}, its least, from {least:.4g} to {now:.4g}."
+            yield self.fire(seen, fell, self.diff_percent, message)
+
+
+def _percent(change: float, of: float) -> float:
+    """NaN where there is nothing to compare with."""
+    return 100 * change / abs(of) if of else math.nan
 
 
 @dataclass

@@ -125,8 +125,31 @@ def test_updates_far_larger_than_the_weights_are_found(train: Any, small: Any, p
 
 
 def test_loss_not_decreasing_fires_when_nothing_is_learned(train: Any, small: Any, points: Any) -> None:
-    run = train(small(), points(200), [watched("LossNotDecreasing")], learning_rate=0.0)
+    run = train(small(), points(200), [watched("LossNotDecreasing")], epochs=6, learning_rate=0.0)
     assert run.verdicts["LossNotDecreasing"]["firings"][0]["tensor"] == "CrossEntropyLoss_output_0"
+
+
+@pytest.mark.parametrize(
+    ("losses", "given", "count", "first"),
+    [
+        ([4, 3.02, 3.04, 2.9, 2.95, 2.8], {}, 0, ""),  # as chance would have it
+        ([4, 3, 3.02, 2.999, 3.01], {}, 2, "fell by 0.0333 % only since step 20, its least, from 3 to 2.999"),
+        ([4, 3, 3.02, 2.9], {"patience": 0}, 1, "rose by 0.667 % since step 20"),
+        ([4, 3, 3.2, 2.9], {}, 1, "rose by 6.67 %"),
+        ([4, 3, 3.2, 2.9], {"increase_threshold_percent": "7"}, 0, ""),
+        ([0.0, 0.0, 0.0], {}, 0, ""),
+    ],
+)
+def test_a_loss_may_rise_a_little_once(losses: list[float], given: dict[str, object], count: int, first: str) -> None:
+    seen = [Observation(1, "run", "start", 0.0, {"interval": 10.0, "epoch": 10.0, "batch": 1.0})]
+    for epoch, value in enumerate(losses, 1):
+        seen += [Observation(10 * epoch, "CrossEntropyLoss_output_0", "loss", 0.0, {"value": value}),
+                 scalar(10 * epoch, "scalar/epoch_loss", value, 0.0)]  # fmt: skip
+    (verdict,) = judge(create_rules([{"rule": "LossNotDecreasing", "parameters": given}]), seen).verdicts
+    assert verdict.count == count
+    assert verdict.rule.judged == (len(losses) > 2)
+    if count:
+        assert first in verdict.firings[0].message
 
 
 def test_overfit_and_overtraining_fire_when_few_points_are_memorised(train: Any, small: Any, points: Any) -> None:
