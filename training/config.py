@@ -83,8 +83,8 @@ class TrainingConfig(Settings):
     )
     augment: Literal["none", "flip", "flip-crop", "rand"] = Field(
         "flip",
-        description="random changes to training images: flip left-right; crop shifts by up to an eighth; rand: both "
-        "and RandAugment",
+        description="random changes to training images: flip left-right; flip-crop: also shifts by up to an eighth; "
+        "rand: both and RandAugment",
     )
     mixup: float = Field(0.0, ge=0, le=10, description="alpha of mixup, which blends pairs of images; 0: off")
     cutmix: float = Field(0.0, ge=0, le=10, description="alpha of cutmix, which patches pairs of images; 0: off")

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -82,15 +82,18 @@ def parse_flags(
         allow_abbrev=False,
     )  # fmt: skip
     described = dict(others)
+    allowed: dict[str, str] = {}
     for model in models:
         for name, field in model.model_fields.items():
             default = (
                 "" if field.is_required() or field.default is None else f" (default: {_shown(name, field.default)})"
             )
             described.setdefault(name, f"{field.description}{default}")
+            if get_origin(field.annotation) is Literal:
+                allowed[name] = f"{{{','.join(get_args(field.annotation))}}}"
     for name, text in described.items():
         flags = [flag(name)] + ([f"--{name}"] if "_" in name else [])
-        parser.add_argument(*flags, dest=name, metavar="X", help=text.replace("%", "%%"))
+        parser.add_argument(*flags, dest=name, metavar=allowed.get(name, "X"), help=text.replace("%", "%%"))
     known, rest = parser.parse_known_args(list(arguments))
     if rest:
         word = rest[0].split("=")[0]

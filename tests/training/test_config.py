@@ -86,6 +86,7 @@ def test_help_names_every_flag_and_its_default(
         assert str(field.description).split(":")[0] in text
     assert "default: stem,layer1,layer2,layer3, but none with --weights none" in text
     assert "(default: 0.017483127170473314)" in text
+    assert "--augment {none,flip,flip-crop,rand}" in text
 
 
 @pytest.mark.parametrize(
