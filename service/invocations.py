@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -27,9 +28,6 @@ from service.errors import (
 from service.media import JSON, negotiate
 from service.options import CUSTOM_ATTRIBUTES, echoed, top_k_of
 from service.runtime import Runtime
-
-WATCH_AFTER_S = 0.05
-"""A request that waits longer than this is watched: it is given up when its client hangs up."""
 
 GONE_S = 1.0
 """How long the server has to see that a client has hung up, once the connection is closing."""
@@ -106,7 +104,7 @@ async def _answer(runtime: Runtime, given: dict[str, str], scope: Scope, receive
                 receive, given.get("content-length"), runtime.settings.max_payload_bytes, timeout_s, memory
             )
             record.bytes_in = len(payload)
-            with runtime.admission.place() as places, _given_up_if_gone(receive):
+            with runtime.admission.place() as places, _given_up_if_gone(state):
                 payloads = await runtime.read(payload, given.get("content-type"))
                 del payload  # a form or JSON, which takes as much again as its images
                 answered = await predictor.predict(payloads, places, require_client)
@@ -170,27 +168,18 @@ async def _disconnected(receive: Receive) -> None:
 
 
 @contextmanager
-def _given_up_if_gone(receive: Receive) -> Iterator[None]:
-    """Cancel what is awaited inside when the client hangs up. Raises: ClientDisconnect in its place.
-
-    Watching costs a task: only requests that wait have one.
-    """
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+def _given_up_if_gone(state: dict[str, Any]) -> Iterator[None]:
+    """Cancel what is awaited inside when the client hangs up. Raises: ClientDisconnect in its place."""
+    task = asyncio.current_task()
     assert task is not None
-    watcher: asyncio.Task[None] | None = None
     gone = False
 
-    async def watch() -> None:
+    def give_up() -> None:
         nonlocal gone
-        await _disconnected(receive)
         gone = True
         task.cancel()
 
-    def start() -> None:
-        nonlocal watcher
-        watcher = loop.create_task(watch())
-
-    timer = loop.call_later(WATCH_AFTER_S, start)
+    state[telemetry.ON_GONE] = give_up
     try:
         yield
     except asyncio.CancelledError:
@@ -198,6 +187,4 @@ def _given_up_if_gone(receive: Receive) -> Iterator[None]:
             raise
         raise ClientDisconnect from None
     finally:
-        timer.cancel()
-        if watcher is not None:
-            watcher.cancel()
+        del state[telemetry.ON_GONE]

@@ -10,19 +10,19 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.errors import RETRY_AFTER_S, error_body
-from service.joined_writes import JoinedWrites
 from service.lifeline import IDLE, WAITING, WRITING, Lifeline
 from service.metrics import INVOCATIONS
 from service.options import echoed
 from service.record import RequestRecord, new_request_id, request_id_of
-from service.telemetry import GONE, REFUSAL, WHOLE, Telemetry
+from service.telemetry import ANSWER, GONE, ON_GONE, REFUSAL, WHOLE, Telemetry
 from service.tracing import Headers
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,9 @@ KEEP_ALIVE_S = 75.0
 send a request into a closed one."""
 
 SWEEP_S = 1.0
+
+NO_BODY = (204, 304)
+"""Answers that have none, whatever their headers say (RFC 9110, 6.4.1)."""
 
 _INVOCATIONS = INVOCATIONS.encode()
 
@@ -127,6 +130,8 @@ class Protocol(HttpToolsProtocol):
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
+                if (on_gone := cycle.scope["state"].get(ON_GONE)) is not None:
+                    on_gone()
         if self._slot is not None and self.lifeline is not None:
             self.lifeline.closed(self._slot)
             self._slot = None
@@ -184,11 +189,22 @@ class Protocol(HttpToolsProtocol):
         self._tell_lifeline()
 
     def on_body(self, body: bytes) -> None:
-        """See `httptools.HttpRequestParser`."""
-        if not self.parser.should_upgrade():
-            self._got_body = True
-            if not self._skips_body:
-                super().on_body(body)
+        """See `httptools.HttpRequestParser`. Most bodies come in one piece, which uvicorn would copy twice."""
+        if self.parser.should_upgrade():
+            return
+        self._got_body = True
+        if self._skips_body or self.cycle.response_complete:
+            return
+        held = self.cycle.body
+        if not held:
+            self.cycle.body = body  # type: ignore[assignment]  # which is then handed on as it is
+        elif isinstance(held, bytearray):
+            held += body
+        else:
+            self.cycle.body = bytearray(held) + body
+        if len(self.cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         """See `httptools.HttpRequestParser`."""
@@ -203,7 +219,6 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer is written, at least into the transport's buffer."""
-        self._running.transport.flush()
         self._due -= 1
         self._note_answer()
         if self.transport.is_closing():
@@ -223,8 +238,41 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
-        cycle.transport = JoinedWrites(cycle, self.loop)
+        cycle.scope["state"][ANSWER] = partial(self._answer, cycle)
         super()._start_asgi_task(cycle, app)
+
+    def _answer(self, cycle: Any, status: int, headers: Headers, body: bytes) -> bool:
+        """Write a whole answer, in one packet: uvicorn's `send` writes head and body each by itself.
+
+        Returns: False, with nothing written, where it takes `send` to write it rightly.
+        """
+        lengths = [value for name, value in headers if name == b"content-length"]
+        if lengths != [b"%d" % len(body)] or cycle.response_started or self.flow.write_paused:
+            return False
+        if cycle.scope["method"] == "HEAD" or status in NO_BODY:
+            return False
+        if cycle.disconnected:
+            return True
+        closes = (b"connection", b"close")
+        cycle.keep_alive = cycle.keep_alive and closes not in headers
+        if not cycle.keep_alive and closes not in headers:
+            headers = [*headers, closes]
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        self.transport.write(self._head(status, headers) + body)
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+        return True
+
+    def _head(self, status: int, headers: Headers) -> bytes:
+        """Raises: ValueError where a header would end its line early."""
+        lines = [b"%s: %s\r\n" % header for header in (*self.server_state.default_headers, *headers)]
+        text = b"".join(lines)
+        if not text.count(b"\r") == text.count(b"\n") == len(lines):
+            raise ValueError("a header has a line break")
+        return b"%s%s\r\n" % (STATUS_LINE[status], text)
 
     def _tell_lifeline(self) -> None:
         """What would become of this connection if the process died now."""
@@ -359,13 +407,12 @@ class Protocol(HttpToolsProtocol):
         """A whole answer, in the one shape of errors."""
         body = error_body(record.status, record.code, message, record.request_id)
         headers = [
-            *self.server_state.default_headers, (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)), (b"x-request-id", record.request_id.encode()), *further,
+            (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
+            (b"x-request-id", record.request_id.encode()), *further,
         ]  # fmt: skip
         if record.status in (429, 503):
             headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
-        lines = b"".join([b"%s: %s\r\n" % header for header in headers])
-        self.transport.write(b"%s%s\r\n%s" % (STATUS_LINE[record.status], lines, body))
+        self.transport.write(self._head(record.status, headers) + body)
 
 
 class _Flow(FlowControl):

@@ -43,6 +43,9 @@ ENGINE_THREADS = 64
 SMALL_FORM_BYTES = 64 * 2**10
 """Forms and JSON up to this size are taken apart on the event loop."""
 
+GC_OBJECTS = 20_000
+"""New objects after which garbage is looked for. Python's 700 are 50 requests: a twelfth of the event loop's time."""
+
 WATCH_S = 1.0
 """How often it is looked whether the engine has come back."""
 
@@ -239,6 +242,7 @@ class Runtime:
         # What lives until the end is looked through no more: with it, a full collection in an overload takes 80 ms (the
         # slowest refusal of each of 6 runs, 2 cores of a Xeon with AMX). What a start leaves is 0.5 MiB of 304.
         gc.freeze()
+        gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
         gc.enable()
         if not self.stopping:
             self._decoders.open()  # not before: starting takes a core for a quarter of a second

@@ -25,6 +25,13 @@ REFUSAL = "refusal"
 GONE = "gone"
 """Of a scope's state: a function that tells whether the client has hung up, from `service.protocol`."""
 
+ON_GONE = "on_gone"
+"""Of a scope's state: a function that `service.protocol` calls when the client hangs up before it has its answer."""
+
+ANSWER = "answer"
+"""Of a scope's state: a function that writes a whole answer (status, headers, body) in one packet, from
+`service.protocol`; it returns False where the answer must go through `send`."""
+
 WHOLE = "whole"
 """Of a scope's state: there once the whole body has been read, from `service.protocol`."""
 
@@ -56,7 +63,11 @@ class Telemetry:
             path = ascii(record.path[:SHOWN_PATH])[1:-1]
             log.debug("request_id=%s arrived: %s %s", record.request_id, record.method, path)
 
+        answer = scope.get("state", {}).get(ANSWER)
+        head: Message | None = None  # until the body is here
+
         async def send_and_note(message: Message) -> None:
+            nonlocal head
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 record.answered_s = time.perf_counter()
@@ -65,6 +76,14 @@ class Telemetry:
                 message["headers"] = [*message["headers"], (b"x-request-id", record.request_id.encode())]
                 if record.path == INVOCATIONS:
                     message["headers"].append((b"server-timing", record.server_timing()))
+                head = message
+                return
+            if head is not None:
+                begun, head = head, None
+                whole = answer is not None and not message.get("more_body", False)
+                if whole and answer(begun["status"], begun["headers"], message.get("body", b"")):
+                    return
+                await send(begun)
             await send(message)
 
         try:
@@ -72,7 +91,7 @@ class Telemetry:
         except Exception:  # the client gets a sentence, the log the trace
             log.exception("request_id=%s failed unexpectedly", record.request_id)
             record.code = "internal_error"
-            if not record.status:
+            if not record.status or head is not None:
                 await _send_internal_error(send_and_note, record)
         finally:
             if (refusal := scope.get("state", {}).get(REFUSAL)) is not None:

@@ -377,10 +377,14 @@ def test_a_client_that_reads_no_refusal_fills_no_memory() -> None:
     with full() as served, connect(served) as client:
         client.settimeout(1)
         sent = 0
-        with pytest.raises(TimeoutError):  # nothing is read of it any more
-            while sent < 200_000_000:
+        full_up: list[Any] = []
+        while not full_up:
+            try:
                 sent += client.send(request() * 1000)
-        (connection,) = [each for each in served.connections() if each.transport.get_write_buffer_size()]
+            except TimeoutError:  # nothing is read of it any more, or the machine is busy
+                full_up = [each for each in served.connections() if each.transport.get_write_buffer_size()]
+            assert sent < 200_000_000
+        (connection,) = full_up
         assert connection.transport.get_write_buffer_size() < 2**17
 
 
