@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from service.model.images import decode
-from tests.bench import inputs, limit, pauses, report, serving, subjects
+from tests.bench import inputs, limit, pauses, report, service_profile, serving, subjects
 from tests.bench.peers.catalogue import MODELS, PEERS, base64_row, form
 from tests.bench.processes import NotStarted, Server
 from tests.bench.table import RESULTS
@@ -288,3 +288,10 @@ def test_what_a_standstill_interrupts_is_measured_again(monkeypatch: pytest.Monk
 def test_an_error_without_a_standstill_is_handed_on() -> None:
     with pytest.raises(ValueError, match="mine"):
         pauses.undisturbed(lambda: (_ for _ in ()).throw(ValueError("mine")))
+
+
+def test_a_profile_counts_lines_by_themselves_and_with_what_they_call() -> None:
+    text = service_profile._summary("main (a.py:1);work (b.py:2) 3\nmain (a.py:4);work (b.py:2);deep (c.py:9) 1\n", 2)
+    assert "4 of 800 samples" in text
+    assert "self  75.0%  work (b.py:2)\n" in text and "self  25.0%  deep (c.py:9)\n" in text
+    assert "cum  100.0%  main (a.py)\n" in text and "cum   25.0%  deep (c.py)\n" in text
