@@ -18,8 +18,11 @@ decode gets 413 like one that is too large: the remedy is the same, a smaller or
 """
 
 import json
+from typing import TypeVar
 
 from service.model.errors import ImageTooCostly, ImageTooLarge, UnreadableImage
+
+Error = TypeVar("Error", bound=Exception)
 
 
 class ServiceError(Exception):
@@ -91,6 +94,17 @@ CONNECTION_ERRORS = {"malformed_http": 400, "head_timeout": 408, "headers_too_la
 
 RETRY_AFTER_S = 1
 """What `Retry-After` says with a 503 or 429: places are free again after the next batch."""
+
+
+def without_frames(exc: Error) -> Error:
+    """`exc`, and what it came from, without tracebacks: an answer's frames lead back to its error, and would keep the
+    request's bytes until the garbage collector comes.
+    """
+    each: BaseException | None = exc
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return exc
 
 
 def error_body(status: int, code: str, message: str, request_id: str) -> bytes:

@@ -24,6 +24,7 @@ from service.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
     error_body,
+    without_frames,
 )
 from service.media import JSON, negotiate
 from service.options import CUSTOM_ATTRIBUTES, echoed, top_k_of
@@ -68,7 +69,7 @@ class Invocations:
                 status = runtime.settings.overload_status
             record = telemetry.current()
             record.code = code
-            body = error_body(status, code, str(exc), record.request_id)
+            body = error_body(status, code, str(without_frames(exc)), record.request_id)
             if status in (429, 503):
                 headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
         headers += [(b"content-type", media_type.encode()), (b"content-length", b"%d" % len(body))]

@@ -57,8 +57,10 @@ def files_of(body: bytes, content_type: str) -> list[bytes]:
         )
         parser.write(body)
         parser.finalize()
+        if not ended:
+            raise MalformedRequest("The multipart/form-data body ends before its closing boundary; send it whole.")
+        return files.copy()
     except FormParserError as exc:
         raise MalformedRequest(f"The body is not valid multipart/form-data: {exc}.") from exc
-    if not ended:
-        raise MalformedRequest("The multipart/form-data body ends before its closing boundary; send it whole.")
-    return files
+    finally:
+        files.clear()  # the parser and its callbacks keep each other, and this list, until garbage is looked for

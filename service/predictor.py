@@ -10,6 +10,7 @@ from service.answers import Outcome
 from service.batcher import Batched, Batcher
 from service.classifier import Classifier, ModelCard, Prediction
 from service.decoding import Decoders
+from service.errors import without_frames
 from service.model.errors import ImageError
 from service.model.images import RgbImage
 from service.payloads import Payloads
@@ -72,7 +73,7 @@ class Predictor:
             try:
                 image = await self.decoders.decode(payload, self.classifier.side_px, patience_s, allowance)
             except ImageError as exc:
-                return exc
+                return without_frames(exc)
             finally:
                 answered.note_decode((time.perf_counter() - started_s) * 1000)
             require_client()

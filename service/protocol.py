@@ -127,6 +127,8 @@ class Protocol(HttpToolsProtocol):
         """See `asyncio.Protocol`."""
         super().connection_lost(exc)
         for cycle in (self._running, *[cycle for cycle, _ in self.pipeline]):  # uvicorn tells the last one alone
+            if cycle is not None:
+                cycle.body = b""  # it and this keep each other until garbage is looked for
             if cycle is not None and not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
@@ -219,6 +221,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """An answer is written, at least into the transport's buffer."""
+        self._running.scope["state"].pop(ANSWER, None)  # else it and its request would keep each other alive
         self._due -= 1
         self._note_answer()
         if self.transport.is_closing():

@@ -1,9 +1,12 @@
 """The app over real sockets: uvicorn in a thread, a fake engine where the model does not matter."""
 
 import asyncio
+import base64
 import gc
 import io
+import json
 import socket
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -280,6 +283,43 @@ def test_a_client_that_hangs_up_while_waiting_never_reaches_the_engine(caplog: p
         assert served.ask("POST", "/invocations", png()).status == 200
         assert len(engine.batch_sizes) == before + 2
     assert "Traceback" not in caplog.text
+
+
+_JUNK = b"\xff\xd8\xff\xe0" + bytes(range(256)) * 2000
+_FORM = b'--b\r\nContent-Disposition: form-data; name="f"; filename="a.jpg"\r\n\r\n%s\r\n--b--\r\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (_JUNK, "image/jpeg", 400),
+        (_JUNK[1:], "text/plain", 415),
+        (_FORM % _JUNK, "multipart/form-data; boundary=b", 400),
+        (_FORM % _JUNK + _JUNK, "multipart/form-data; boundary=other", 400),
+        (json.dumps({"images": [base64.b64encode(_JUNK).decode()] * 2}).encode(), "application/json", 200),
+        (b'{"image": "' + base64.b64encode(_JUNK) + b'!"}', "application/json", 400),
+        (png(), "image/png", 200),
+    ],
+)
+def test_what_a_request_held_is_free_when_it_is_answered(body: bytes, content_type: str, status: int) -> None:
+    """Not only when garbage is looked for: by then it could be gigabytes."""
+    with serve(FakeEngine(256)) as served:
+        served.ask("POST", "/invocations", body, Content_Type=content_type)
+        gc.collect()
+        gc.disable()
+        try:
+            assert served.ask("POST", "/invocations", body, Content_Type=content_type).status == status
+            served.until(lambda: not served.connections())
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            found = [*gc.garbage]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    held = [each for each in gc.get_referents(*found) if isinstance(each, bytes | bytearray) and len(each) > 10_000]
+    assert not held
+    assert not [each for each in found if isinstance(each, types.FrameType)]
 
 
 def test_a_head_request_to_ping_is_answered_like_a_get(service: Served) -> None:
