@@ -24,7 +24,7 @@ from training.launch.errors import AwsError, LaunchError
 from training.launch.experiments import channels, require_addresses, require_here, run_train, run_tune
 from training.launch.flags import options_of
 from training.launch.names import Project
-from training.launch.opening import Options, as_json, opened
+from training.launch.opening import Options, opened
 from training.launch.running import agreed, run_logs, run_stop
 from training.launch.session import Aws
 from training.launch.wait import moment_of
@@ -52,20 +52,13 @@ def run_preflight(options: Options, _: Sequence[str]) -> None:
 def run_iam_role(options: Options, _: Sequence[str]) -> None:
     """Make the role that jobs run as, or bring it up to date."""
     aws, project = opened(options)
-    mlflow = {options.mlflow} if options.mlflow else set()
-    if options.dry_run and not options.policy:
-        mlflow |= roles.mlflow_of(aws, project)
-    allowed = roles.permissions(project, aws.partition, mlflow)
     if options.policy:
+        allowed = roles.permissions(project, aws.partition, [options.mlflow] if options.mlflow else ())
         results.show(json.dumps({"trust policy": roles.trust_policy(), "permissions": allowed}, indent=2))
-        return
-    if options.dry_run:
-        log.info(
-            "would make role %s, taken by %s, which may:\n%s",
-            roles.role_name(project), roles.SERVICE, as_json(allowed["Statement"]),
-        )  # fmt: skip
-        return
-    roles.create_role(aws, project, options.mlflow)
+    elif options.dry_run:
+        roles.tell_plan(aws, project, options.mlflow)
+    else:
+        roles.create_role(aws, project, options.mlflow)
 
 
 def run_upload(options: Options, _: Sequence[str]) -> None:
@@ -119,6 +112,11 @@ def run_delete(options: Options, _: Sequence[str]) -> None:
         log.info("project %s has nothing to remove in %s", project.name, where)
     else:
         log.info("to be removed of project %s in %s:\n%s", project.name, where, _things(found))
+        if any(thing.kind == inventory.ROLE for thing in found):
+            log.warning(
+                "role %s is one for all regions, as IAM is: jobs and endpoints of the project in other regions lose it",
+                roles.role_name(project),
+            )  # fmt: skip
         if not options.dry_run:
             _remove(aws, project, options, found)
     remains.tell(aws, project, options, ended=any(thing.kind in inventory.JOBS for thing in every))

@@ -154,7 +154,9 @@ def parser() -> argparse.ArgumentParser:
     _dry_run(one)
     one = add("delete", "list what the project has at AWS, ask, and remove it")
     one.add_argument("--data", action="store_true", dest="with_data", help="what these commands wrote to S3 too")
-    one.add_argument("--role", action="store_true", dest="with_role", help="the role that iam-role made too")
+    one.add_argument(
+        "--role", action="store_true", dest="with_role", help="the role that iam-role made too, of all regions"
+    )
     one.add_argument("--yes", action="store_true", help="do not ask")
     _dry_run(one)
     return top
