@@ -262,7 +262,7 @@ def test_what_is_mistyped_is_told_without_credentials(
         (("--instance", "g5.xlarge"), "Did you mean ml.g5.xlarge?"),
     ):
         assert said in problem(caplog, *deploy(packed, *more), "--dry-run", status=2)
-    assert "has no folder of images, and at least 2 are needed" in problem(
+    assert "has no folders of images, and at least 2 are needed" in problem(
         caplog, "upload", "--data", tmp_path / "photos"
     )
     sentence = problem(caplog, "upload", "--data", data)
