@@ -68,10 +68,9 @@ def require_place(name: str, place: Path) -> None:
         raise ConfigError(f"--{'data' if name == 'train' else name} {place}: there is no such folder.")
     elif name == "train":
         require_layout(place)
-        _require_classes(place)
 
 
-def _require_classes(place: Path) -> None:
+def require_classes(place: Path) -> None:
     """There are two folders of images at least. Raises: DataError."""
     if place.name == CIFAR100 or (place / CIFAR100).is_dir():
         return

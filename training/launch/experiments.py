@@ -73,6 +73,8 @@ def require_here(options: Options) -> None:
     """What the flags name on this machine is there: told before AWS is asked. Raises: ConfigError, DataError."""
     for name, place in places_of(options)[0].items():
         data.require_place(name, place)
+        if name == "train":
+            data.require_classes(place)
 
 
 def require_addresses(aws: Aws, options: Options) -> None:
