@@ -104,6 +104,8 @@ def test_an_unknown_flag_is_refused_and_the_known_are_listed(arguments: list[str
         parse_arguments(arguments)
     what = "flag" if given.startswith("-") else "argument"
     assert str(refused.value).startswith(f"Unknown {what} {given}.")
+    if "Did you mean" in str(refused.value):  # then that alone is said
+        return
     for name in TrainingConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in str(refused.value)
 
