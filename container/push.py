@@ -45,6 +45,9 @@ log = logging.getLogger("container")
 OUTPUT = ROOT / "artifacts" / "image.json"
 TARGET_LABEL = "resnet34.target"
 VERSION_LABEL = "org.opencontainers.image.version"
+WITHOUT_DOCKER = (
+    "Without docker 'python -m training.launch train --image URI --send-code' trains in AWS's own PyTorch image."
+)
 USER = "AWS"
 """The user that ECR's tokens are for."""
 
@@ -80,7 +83,12 @@ def push(
     image: str, target: str, repository_name: str = NAME, region: str | None = None, profile: str | None = None
 ) -> dict[str, Any]:
     """Push the local `image`. Returns: its entry for the file, see above. Raises: ContainerError."""
-    require_engine()
+    try:
+        require_engine()
+    except ContainerError as exc:
+        if target != "train":
+            raise
+        raise ContainerError(f"{exc} {WITHOUT_DOCKER}") from exc
     inspected = inspect(image, target)
     ecr = Ecr(region, profile)
     log.info("account %s, region %s, as %s", ecr.account, ecr.region, ecr.arn)

@@ -56,11 +56,12 @@ def split(values: Mapping[str, object], model: type[Settings]) -> tuple[dict[str
 
 
 def unknown_name(name: str, known: Sequence[str], what: str = "hyperparameter") -> str:
-    """A sentence that refuses a name and lists the known ones; `what` it would be."""
+    """A sentence that refuses a name and says which is meant, or lists the known ones; `what` it would be."""
     plain = {text.lstrip("-").replace("-", "_"): text for text in known}
     close = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), plain, 1)
-    hint = f" Did you mean {plain[close[0]]}?" if close else ""
-    return f"Unknown {what} {name}.{hint} Known are: {', '.join(known)}."
+    if close:
+        return f"Unknown {what} {name}. Did you mean {plain[close[0]]}?"
+    return f"Unknown {what} {name}. Known are: {', '.join(dict.fromkeys(known))}."
 
 
 def parse_flags(

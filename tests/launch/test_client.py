@@ -307,3 +307,18 @@ def test_a_file_whose_name_is_no_utf_8_is_written_readably(tmp_path: Path) -> No
             output = tmp_path / f"a.{kind}"
             assert main(["invoke", "--url", url, str(path), "--output", str(output)]) == 0
             assert "xff.png" in output.read_text()
+
+
+def test_an_address_may_be_that_of_invocations_as_the_services_log_names_it(server: Server, asked: Path) -> None:
+    for path in ("", "/", "/invocations", "/invocations/"):
+        with closing(UrlTarget(f"http://127.0.0.1:{server.port}{path}")) as target:
+            assert classify_one(target, next(asked.iterdir())).problem is None, path
+
+
+def test_the_number_of_problems_is_told_once(
+    tmp_path: Path, asked: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    with answering((400, {}, {"error": {"code": "no", "message": "no"}})) as (url, _):
+        said = told(caplog, "invoke", "--url", url, asked, "--output", tmp_path / "a.csv", status=1)
+    assert said.count("had a problem") == 1 and "with a problem" not in said
+    assert f"5 of 5 images had a problem; `problem` in {tmp_path / 'a.csv'} says which." in said

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from training.errors import ConfigError
-from training.launch.images import Image, hosting_target, image_for, note
+from training.launch.images import Image, hosting_target, image_for, note, require_region
+
+ECRS = "123456789012.dkr.ecr.eu-central-1.amazonaws.com/d:3"
 
 
 def test_what_make_push_noted_is_taken_and_what_is_given_wins(tmp_path: Path) -> None:
@@ -16,13 +18,17 @@ def test_what_make_push_noted_is_taken_and_what_is_given_wins(tmp_path: Path) ->
     )
     assert image_for("serve", None, pushed) == Image("a/b:1", (13, 0))
     assert image_for("serve-cpu", None, pushed) == Image("a/b:2", None)
-    assert image_for("serve", "c/d:3", pushed) == Image("c/d:3", (13, 0))
+    assert image_for("serve", ECRS, pushed) == Image(ECRS, (13, 0))
     pushing = "`make image TARGET=train && make push TARGET=train`"
     for path, said in ((pushed, "has no train"), (tmp_path / "none", "--image is missing")):
         with pytest.raises(ConfigError, match=f"{said}.*{pushing} first"):
             image_for("train", None, path)
+    for text in ("[]", '{"train": "a/b:1"}'):
+        pushed.write_text(text)
+        with pytest.raises(ConfigError, match=f"not as `make push` writes it, .*{pushing}"):
+            image_for("train", None, pushed)
     pushed.write_text("no json")
-    with pytest.raises(ConfigError, match=f"cannot be read.*{pushing}"):
+    with pytest.raises(ConfigError, match=f'not as `make push` writes it, .*"uri".*{pushing}'):
         image_for("train", None, pushed)
 
 
@@ -40,3 +46,20 @@ def test_a_gpu_needs_the_image_with_cuda_and_nothing_else_does() -> None:
     assert hosting_target("realtime", "ml.g5.xlarge") == "serve"
     assert hosting_target("realtime", "ml.c6i.xlarge") == "serve-cpu"
     assert hosting_target("serverless", "ml.g5.xlarge") == "serve-cpu"
+
+
+@pytest.mark.parametrize("given", ["foo", "docker.io/library/resnet34:1", "123456789012.dkr.ecr.eu.example.com/x"])
+def test_an_image_that_sagemaker_cannot_pull_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=f"--image {given} is not in ECR, where SageMaker pulls from"):
+        image_for("serve", given)
+    require_region(Image(ECRS, None), "eu-central-1")
+    with pytest.raises(ConfigError, match="is in eu-central-1, and jobs and endpoints in us-east-1"):
+        require_region(Image(ECRS, None), "us-east-1")
+
+
+def test_who_has_no_docker_is_told_what_does_without(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Without docker: --image URI --send-code"):
+        image_for("train", None, tmp_path / "none")
+    with pytest.raises(ConfigError) as refused:
+        image_for("serve", None, tmp_path / "none")
+    assert "Without docker" not in str(refused.value)

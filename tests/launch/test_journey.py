@@ -116,7 +116,7 @@ def test_preflight_looks_at_what_the_commands_after_it_take(monkeypatch: pytest.
     flags = tour.preflight_flags(["--instances", 2], ["--instance", "ml.g6.xlarge"], ["--kind", "serverless"])
     asked = vars(parser().parse_args(["preflight", *flags]))
     assert (asked["instances"], asked["instance"], asked["kind"]) == (2, "ml.g6.xlarge", "serverless")
-    assert (asked["spot"], asked["max_count"]) == (False, 1)
+    assert (asked["spot"], asked["max_count"]) == (False, None)
 
 
 def code_of(notebook: Path) -> list[dict[str, Any]]:

@@ -40,7 +40,15 @@ def test_a_dry_run_of_train_tells_job_and_price(here: Account, data: Path, caplo
         cost(said),
     )
     assert re.search(r"would upload \d+ files, 0\.\d MB, to s3://", said)
-    assert '"epochs": "3"' in said and '"train": "s3://sagemaker-eu-central-1-123456789012/planned/data/train-' in said
+    lines = dict(re.findall(r"^  (\S+(?: train)?) +(\S.*)$", said, re.MULTILINE))
+    assert re.fullmatch(r"planned-train-[0-9a-f]{8}-1", lines["job"])
+    assert (lines["image"], lines["role"]) == (IMAGE, ROLE)
+    assert lines["machines"].startswith("1 x ml.g5.xlarge, 50 GB each; ends after 2 h") and lines["spot"].startswith(
+        "yes"
+    )
+    assert lines["channel train"].startswith("s3://sagemaker-eu-central-1-123456789012/planned/data/train-")
+    assert "epochs=3" in lines["hyperparameters"].split()
+    assert lines["output"] == "s3://sagemaker-eu-central-1-123456789012/planned/jobs"
     assert "not in our price table" in cost(dry(here, caplog, *train, "--instance", "ml.g99.xlarge"))
     warm = cost(dry(here, caplog, *train, "--max-hours", 2, "--keep-warm-minutes", 30))
     assert warm.endswith("; at most 3.52 USD in 2 h and 30 min that it is kept warm")
@@ -56,6 +64,7 @@ def test_a_dry_run_of_tune_tells_trials_and_price(here: Account, data: Path, cap
         r"at most 8\.83 USD for all 3 trials of 2 h",
         cost(said),
     )
+    assert re.search(r"  job +planned-t-[0-9a-f]{8}-1\n", said) and "--parallel" not in said
     assert '"MaxNumberOfTrainingJobs": 3' in said and '"MaxParallelTrainingJobs": 2' in said
 
 
@@ -78,6 +87,7 @@ def test_a_dry_run_of_deploy_tells_endpoint_and_price(
     said = dry(here, caplog, "deploy", "--model", packed, "--image", IMAGE, "--role", ROLE, *flags)
     assert re.fullmatch(f"cost: {price}", cost(said))
     assert "would register it and bring endpoint planned to" in said
+    assert re.search(rf"  image +{re.escape(IMAGE)}\n  role +{ROLE}\n  model data +s3://\S+/planned/models/\S+", said)
     assert re.search(r"model: .* version \S+, validation accuracy \d", said)
     assert ("would let it scale" in said) is (0 in flags or flags == ("--max", 3))
 
@@ -159,3 +169,26 @@ def test_the_price_is_told_before_the_job_is_started(
         caplog, "train", "--project", "priced", "--data", data, "--image", IMAGE, "--role", ROLE, *SMALL, "--no-wait"
     )
     assert said.index("cost: ") < said.index("is started")
+
+
+def test_a_dry_run_says_which_job_is_there_and_that_fewer_trials_run_at_once(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learn = ("--project", "there", "--data", data, "--image", IMAGE, "--role", ROLE, *SMALL)
+    told(caplog, "train", *learn, "--no-wait")
+    assert re.search(r"  job +there-train-[0-9a-f]{8}-1, which is there: ", told(caplog, "train", *learn, "--dry-run"))
+    said = told(caplog, "tune", *learn, "--parallel", 20, "--trials", 2, "--dry-run")
+    assert "--parallel 20: of --trials 2 no more run at once" in said
+
+
+def test_the_trainings_own_profiler_and_hook_are_switched_in_a_recipe(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.toml").write_text('profile = false\ndebugger = "on"\n')
+    train = ("train", "--data", data, "--image", IMAGE, "--role", ROLE, *SMALL, "--recipe", tmp_path / "mine.toml")
+    assert re.search(r"hyperparameters +.*profile=false debugger=on", dry(here, caplog, *train))
+    tune = ("tune", "--project", "planned", *train[1:], "--dry-run")
+    assert "profile, debugger: trials are not watched" in told(caplog, *tune, status=2)
+    assert main(["train", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert 'profile = false (no profiler) or debugger = "on"' in said

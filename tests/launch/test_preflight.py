@@ -46,7 +46,9 @@ def pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_the_image_for_training_is_looked_at_as_well(aws: Aws, pushed: Path) -> None:
     Rehearsal.note_images(pushed.parents[1])
-    assert [result for result, *_ in checks(preflight._images(aws, Plan(TRAINING, GPU)))] == ["PASS", "PASS"]
+    assert [result for result, *_ in checks(preflight._images(aws, Plan(TRAINING, GPU)))] == [
+        "PASS"
+    ] * 3  # train, serve, and serve-cpu for batch
     noted = json.loads(pushed.read_text())
     del noted["train"]
     noted["serve-cpu"]["uri"] = IMAGE.replace(":rehearsal", ":other")
@@ -71,6 +73,17 @@ def test_a_manifest_that_createmodel_refuses_is_told(aws: Aws, cloud: Rehearsal)
     uri = IMAGE.replace(":rehearsal", ":oci")
     ((result, found, _),) = checks(preflight._images(aws, Plan(TRAINING, GPU, uri)))
     assert result == "FAIL" and kind in found
+
+
+def test_batch_needs_the_image_for_processors_which_is_named(aws: Aws, pushed: Path) -> None:
+    Rehearsal.note_images(pushed.parents[1])
+    noted = json.loads(pushed.read_text())
+    del noted["serve-cpu"]
+    pushed.write_text(json.dumps(noted))
+    *_, (result, found, how) = checks(preflight._images(aws, Plan(TRAINING, GPU)))
+    assert (result, found) == ("WARN", "none to classify in a batch") and "make push TARGET=serve-cpu" in how
+    *_, (result, found, _) = checks(preflight._images(aws, Plan(TRAINING, CPU)))
+    assert (result, found) == ("FAIL", "none to host")  # the endpoint's as well
 
 
 def test_quotas_are_compared_with_what_is_wanted(aws: Aws, cloud: Rehearsal) -> None:
@@ -133,13 +146,7 @@ def test_without_a_role_preflight_and_train_name_what_makes_one_and_what_prints_
     sentence = problem(caplog, "train", *project, "--data", data, "--image", IMAGE)
     for said in (table, sentence):
         assert "iam-role --project no-role` makes one, or give --role ARN; with --policy it prints" in said
-    assert "sts:AssumeRole" not in sentence
-    policies = [
-        json.loads(found) for found in re.findall(r"^ +(?:Trust policy|Permissions): (.+)$", table, re.MULTILINE)
-    ]
-    assert policies == [
-        trust_policy(), permissions(Project("no-role", "sagemaker-eu-central-1-123456789012"))
-    ]  # fmt: skip
+    assert "sts:AssumeRole" not in sentence + table
     printed = json.loads(shown(caplog, capsys, "iam-role", *project, "--policy"))
     assert printed["trust policy"] == trust_policy()
     allowed = json.dumps(printed["permissions"])
@@ -148,9 +155,9 @@ def test_without_a_role_preflight_and_train_name_what_makes_one_and_what_prints_
 
 
 def test_of_an_image_that_is_not_there_the_driver_does_not_pass(aws: Aws) -> None:
-    for image, result in ((IMAGE, "PASS"), (IMAGE.replace(":rehearsal", ":nothing"), "WARN")):
+    for image, results in ((IMAGE, ["PASS"]), (IMAGE.replace(":rehearsal", ":nothing"), [])):
         found = preflight.run(aws, PROJECT, Plan(TRAINING, GPU, image, "resnet34-sagemaker"))
-        assert [check.result for check in found if check.name == "driver"] == [result]
+        assert [check.result for check in found if check.name == "driver"] == results
 
 
 @pytest.mark.parametrize(
@@ -346,3 +353,21 @@ def test_where_the_project_has_no_role_the_execution_role_of_this_machine_is_tak
     aws = caller(here, "notebook", monkeypatch, [{"Effect": "Allow", "Action": "sagemaker:*", "Resource": "*"}])
     assert aws.identity["Arn"].endswith(":assumed-role/notebook/me")
     assert find_role(aws, Project("has-none", "b"), None) == "arn:aws:iam::123456789012:role/team/notebook"
+
+
+def test_preflight_tells_what_all_instances_cost_as_the_commands_do(
+    here: Account, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "run", lambda _aws, _project, plan: list(preflight._prices(plan)))
+    many = ("--parallel", 5, "--instances", 2, "--min", 2, "--max", 10)
+    said = told(caplog, "preflight", *many)
+    assert "PASS  cost  training 10 x ml.g5.xlarge: about 14.08 USD per hour" in said
+    assert "PASS  cost  endpoint 2 to 10 x ml.g4dn.xlarge: about 1.47 to 7.36 USD per hour, 1,070 to 5,370 a" in said
+    assert said.endswith("\nReady: nothing failed.")
+    said = told(caplog, "preflight", "--hosting-instance", "ml.g5.24xlarge")
+    assert "WARN  cost  endpoint 1 x ml.g5.24xlarge: not in our price table" in said
+    assert said.endswith("\nReady: nothing failed; warnings, which stand above, are of: cost.")
+    assert "--min is at least 1" in problem(caplog, "preflight", "--min", 5, "--max", 3, status=2)
+    serverless = ("preflight", "--kind", "serverless")
+    assert "--max-concurrency says how many" in problem(caplog, *serverless, "--max", 3, status=2)
+    assert "endpoint serverless, 4096 MB" in told(caplog, *serverless)

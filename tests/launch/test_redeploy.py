@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from service.model.artifact import open_artifact
-from service.model.manifest import sealed
+from service.model.manifest import GENERATED_SAMPLE, sealed
 from tests.launch.in_process import ROLE, Account
 from tests.launch.telling import DENIED, ctrl_c, problem, sigterm, told, when
 from tests.rehearsal.start import IMAGE
-from training.launch import autoscaling, endpoint, smoke
+from training.launch import autoscaling, endpoint, registry, smoke
 from training.launch.endpoint import Hosting, Kind
 from training.launch.errors import AwsError
 from training.launch.jobs import pack
@@ -182,3 +182,26 @@ def test_which_version_takes_the_place_of_which_is_told_and_a_worse_one_warned_o
     told(caplog, *deploy("versions", packed))
     said = told(caplog, *deploy("versions", better, "--dry-run"))
     assert "version better (validation accuracy 99.00 %) takes the place of" in said and "falls" not in said
+
+
+def test_other_classes_are_told_and_so_is_a_model_of_the_generated_sample(
+    here: Account, artifact: Path, packed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copied = shutil.copytree(artifact, tmp_path / "model", copy_function=os.link)
+    manifest = open_artifact(copied).manifest
+    names = [name if name == manifest.example.label else f"{name}, else" for name in manifest.classes]
+    (copied / "manifest.json").unlink()
+    (copied / "manifest.json").write_bytes(
+        sealed(
+            manifest.model_copy(
+                update={"version": "other", "classes": tuple(names), "dataset": {"name": GENERATED_SAMPLE}}
+            )
+        )
+    )
+    told(caplog, *deploy("classes", packed))
+    assert "other classes" not in told(caplog, *deploy("classes", packed, "--dry-run"))
+    for more in (("--dry-run",), ()):
+        said = told(caplog, *deploy("classes", copied, *more))
+        count, first, before = len(names), ", ".join(registry.shown(names)), ", ".join(manifest.classes[:3])
+        assert f"other classes: {count} instead of {count} ({first}" in said and f" instead of {before}" in said
+        assert "This model was trained on a generated sample" in said

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.in_process import ROLE, Account
-from tests.launch.telling import problem, told
+from tests.launch.telling import problem, shown, told
 from tests.rehearsal.start import IMAGE, Rehearsal
 from training.errors import ConfigError
 from training.launch.__main__ import main
@@ -80,10 +80,12 @@ def test_what_is_mistyped_is_told_with_what_is_meant(
         caplog, *train(data), "--instance", "ml.g5.xlarg", "--dry-run"
     )
     assert "Did you mean --image?" in refused(here, caplog, *train(data), "--imge", "x")
-    assert "Did you mean --epochs?" in refused(here, caplog, *train(data), "--epohcs", "3")
+    assert refused(here, caplog, *train(data), "--epohcs", "3") == "Unknown flag --epohcs. Did you mean --epochs?"
+    known = refused(here, caplog, *train(data), "--xyzzy", "3").removesuffix(".").split(": ", 1)[1].split(", ")
+    assert len(known) == len(set(known)) > 20
     assert "--dry-run stands before the command" in refused(here, caplog, "--dry-run", *train(data))
     assert "delete ... --data" in refused(here, caplog, "--data", "delete")
-    assert "Unknown --with-data. Did you mean --data? delete knows" in refused(here, caplog, "delete", "--with-data")
+    assert refused(here, caplog, "delete", "--with-data") == "Unknown --with-data. Did you mean --data?"
     assert "Unknown --xyzzy. status knows" in refused(here, caplog, "status", "--xyzzy")
 
 
@@ -231,3 +233,50 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
     closed.mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="nothing may be put into"):
         require_output(closed / "model")
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No credentials, but a region."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+
+
+@pytest.mark.usefixtures("nobody")
+def test_what_is_mistyped_is_told_without_credentials(
+    packed: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "photos" / "empty").mkdir(parents=True)
+    for more, said in (
+        (("--min", 5, "--max", 3), "--min 5 --max 3: --min is at least 1 and not more than --max"),
+        (("--model", "artifacts/nothing"), "--model artifacts/nothing: there is no such folder"),
+        (("--shadow", "artifacts/nothing"), "--shadow artifacts/nothing: there is no such folder"),
+        (("--smoke", "nothing"), "nothing: there is no such file or folder"),
+        (("--project", "My_Project"), "--project My_Project: 1 to 18 small letters"),
+        (("--image", "foo"), "--image foo is not in ECR"),
+        (("--kind", "serverless", "--max", 3), "--max 3: a serverless endpoint has no instances to count; --max-conc"),
+        (("--instance", "g5.xlarge"), "Did you mean ml.g5.xlarge?"),
+    ):
+        assert said in problem(caplog, *deploy(packed, *more), "--dry-run", status=2)
+    assert "has no folders of images, and at least 2 are needed" in problem(
+        caplog, "upload", "--data", tmp_path / "photos"
+    )
+    sentence = problem(caplog, "upload", "--data", data)
+    assert sentence.startswith("There are no AWS credentials; `aws configure`")
+    assert sentence.endswith("`make rehearse` shows the whole journey without an account.")
+
+
+@pytest.mark.usefixtures("nobody")
+def test_the_policies_of_a_role_are_printed_without_credentials_and_without_a_region(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = ("iam-role", "--policy")
+    assert '"arn:aws:s3:::sagemaker-eu-central-1-ACCOUNT/*"' in shown(caplog, capsys, *policy)
+    assert '"arn:aws-cn:s3:::mine/*"' in shown(caplog, capsys, *policy, "--region", "cn-north-1", "--bucket", "mine")
+    assert "--project My_Project" in problem(caplog, *policy, "--project", "My_Project", status=2)
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert '"arn:aws:s3:::sagemaker-REGION-ACCOUNT"' in shown(caplog, capsys, *policy)

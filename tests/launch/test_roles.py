@@ -9,7 +9,7 @@ from tests.launch.in_process import Account
 from tests.launch.telling import told
 from training.launch.errors import LaunchError
 from training.launch.names import Project
-from training.launch.roles import create_role, find_role, mlflow_of, trust_policy, trusts_sagemaker
+from training.launch.roles import create_role, find_role, made_before, permissions, trust_policy, trusts_sagemaker
 
 OURS: dict[str, Any] = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}
 OTHER: dict[str, Any] = {"Effect": "Allow", "Principal": {"AWS": "*"}}
@@ -76,5 +76,43 @@ def test_what_a_role_may_report_to_stays_when_it_is_made_again(here: Account, ca
     said = told(caplog, *command)
     assert f"it may report to {arns[0]}, {arns[1]} as before; `delete --role` takes that away" in said
     assert all(arn in told(caplog, *command, "--dry-run") for arn in arns)
-    assert mlflow_of(here.aws, Project("reports", "b")) == set(arns)
+    made = made_before(here.aws, Project("reports", "b"))
+    assert made and made.mlflow == set(arns)
     assert "as before" not in told(caplog, "iam-role", "--project", "reports-not")
+
+
+def test_the_bucket_of_another_region_stays_the_roles_and_a_dry_run_says_what_would_change(
+    here: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ("iam-role", "--project", "regions")
+    home, away = (f"sagemaker-{region}-123456789012" for region in ("eu-central-1", "us-east-1"))
+    assert "would make role regions-sagemaker" in told(caplog, *command, "--dry-run")
+    told(caplog, *command)
+    assert "regions-sagemaker is there; nothing of it would change" in told(caplog, *command, "--dry-run")
+    said = told(caplog, *command, "--region", "us-east-1", "--dry-run")
+    assert f"it may use bucket {home} as before" in said and "would make" not in said
+    assert (
+        f"is there; it would be allowed to, besides:\n  s3:GetBucketLocation, s3:ListBucket on arn:aws:s3:::{away}\n"
+        in said
+    )
+    assert f" on arn:aws:s3:::{away}/*" in said and "no longer" not in said and f"arn:aws:s3:::{home}" not in said
+    told(caplog, *command, "--region", "us-east-1")
+    made = made_before(here.aws, Project("regions", home))
+    assert made and made.buckets == {home, away}
+    here.client("iam").put_role_policy(
+        RoleName="regions-sagemaker", PolicyName="training-launch",
+        PolicyDocument=json.dumps(
+            {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}}
+        ),
+    )  # fmt: skip
+    assert "it would no longer be allowed to:\n  s3:* on *" in told(caplog, *command, "--dry-run")
+    assert permissions(Project("regions", home), others=[home]) == permissions(Project("regions", home))
+
+
+def test_who_removes_the_role_is_told_that_other_regions_lose_it(
+    here: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    told(caplog, "iam-role", "--project", "global")
+    lost = "role global-sagemaker is one for all regions, as IAM is: jobs and endpoints of the project in other regions"
+    assert lost in told(caplog, "delete", "--project", "global", "--role", "--dry-run")
+    assert "lose it" not in told(caplog, "delete", "--project", "global", "--dry-run")

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -57,15 +57,9 @@ class Jobs:
 
         `wanted`: the arguments of its Create operation but for the name. Raises: AwsError; StoppedWaiting.
         """
-        base = project.of(self.part, {name: value for name, value in wanted.items() if name != "Tags"})
-        attempts = {
-            int(name.rsplit("-", 1)[1]): state
-            for name, state in self.states(aws, project).items()
-            if name.startswith(f"{base}-")
-        }
-        last = max(attempts, default=0)
+        base, last, state = self._last(aws, project, wanted)
         if last:
-            name, state = f"{base}-{last}", attempts[last]
+            name = f"{base}-{last}"
             if state == "Stopping":
                 state = self.wait_until_over(aws, name, poll_s)
             if state == "InProgress" or (state == "Completed" and self.has_output(aws, name)):
@@ -80,10 +74,31 @@ class Jobs:
         except AwsError as exc:
             if not exc.is_there_already:
                 raise
-            log.info("%s %s for this very request was started by another command this moment", self.what, fresh)
+            log.info(
+                "%s %s for this very request was started by another command, or by this one whose answer was lost",
+                self.what, fresh,
+            )  # fmt: skip
             return fresh
         log.info("%s %s is started", self.what, fresh)
         return fresh
+
+    def planned(self, aws: Aws, project: Project, wanted: Mapping[str, Any]) -> str:
+        """What `start` would make or take, in words. Raises: AwsError."""
+        base, last, state = self._last(aws, project, wanted)
+        if state in RUNNING or (state == "Completed" and self.has_output(aws, f"{base}-{last}")):
+            return f"{base}-{last}, which is there: {state}"
+        return f"{base}-{last + 1}"
+
+    def _last(self, aws: Aws, project: Project, wanted: Mapping[str, Any]) -> tuple[str, int, str]:
+        """What all attempts of this request are called, the number of the last (0: there is none) and its state."""
+        base = project.of(self.part, {name: value for name, value in wanted.items() if name != "Tags"})
+        attempts = {
+            int(name.rsplit("-", 1)[1]): state
+            for name, state in self.states(aws, project).items()
+            if name.startswith(f"{base}-")
+        }
+        last = max(attempts, default=0)
+        return base, last, attempts.get(last, "")
 
     def listed(self, aws: Aws, project: Project) -> list[Summary]:
         """Summaries, all pages, of the project's jobs of this kind. Raises: AwsError."""

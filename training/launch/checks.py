@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.launch import batch, images
-from training.launch.endpoint import MAX_CONCURRENCY, STARTUP_S, Kind
+from training.launch.endpoint import MAX_CONCURRENCY, STARTUP_S, Hosting, Kind
 from training.launch.errors import LaunchError
 
 Result = Literal["PASS", "FAIL", "WARN"]
@@ -32,6 +32,9 @@ class Plan:
     training_count: int = 1
     """Instances of all trainings that run at once."""
     hosting_count: int = 1
+    """Instances of the endpoint at most."""
+    hosting_least: int | None = None
+    """At least; None: as many as at most."""
     spot_count: int = 0
     """Instances of a training on spare capacity, besides."""
     ami: str | None = None
@@ -40,6 +43,12 @@ class Plan:
     max_concurrency: int = MAX_CONCURRENCY
     """Of a serverless endpoint."""
     batch_instance: str = batch.INSTANCE
+
+    @property
+    def hosting(self) -> Hosting:
+        """How the endpoint is to run. Raises: ConfigError where it cannot."""
+        least = self.hosting_count if self.hosting_least is None else self.hosting_least
+        return Hosting(self.kind, self.hosting_instance, least, self.hosting_count)
 
     @property
     def hosting_target(self) -> images.Target:
@@ -69,3 +78,9 @@ def require(checks: list[Check]) -> None:
     names = [check.name for check in checks if check.result == "FAIL"]
     if names:
         raise LaunchError(f"Not ready: {', '.join(dict.fromkeys(names))}. What to do stands above.")
+
+
+def ready(checks: list[Check]) -> str:
+    """What to say where no check failed."""
+    warned = list(dict.fromkeys(check.name for check in checks if check.result == "WARN"))
+    return "nothing failed" + (f"; warnings, which stand above, are of: {', '.join(warned)}" if warned else "")

@@ -106,7 +106,7 @@ class UrlTarget:
             host, port = parts.hostname, parts.port
         except ValueError:
             host, port, parts = None, None, urlsplit("")
-        path = f"{parts.path.rstrip('/')}/invocations"
+        path = f"{parts.path.rstrip('/').removesuffix('/invocations')}/invocations"  # the service's log names it whole
         if not host or parts.scheme not in ("http", "https") or not _URL.fullmatch(path) or not _is_host(host):
             raise ConfigError(
                 f"--url {url.rpartition('@')[2]}: give the address of the service, such as http://127.0.0.1:8080."

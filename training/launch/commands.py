@@ -10,6 +10,7 @@ from training.errors import ConfigError
 from training.flags import misplaced
 from training.launch import (
     checks,
+    endpoint,
     inventory,
     live,
     overview,
@@ -24,7 +25,7 @@ from training.launch.errors import AwsError, LaunchError
 from training.launch.experiments import channels, require_addresses, require_here, run_train, run_tune
 from training.launch.flags import options_of
 from training.launch.names import Project
-from training.launch.opening import Options, as_json, opened
+from training.launch.opening import Options, opened, opened_or_placeholders
 from training.launch.running import agreed, run_logs, run_stop
 from training.launch.session import Aws
 from training.launch.wait import moment_of
@@ -35,9 +36,13 @@ log = logging.getLogger("training")
 
 def run_preflight(options: Options, _: Sequence[str]) -> None:
     """Tell what could go wrong. Raises: LaunchError where something is not ready."""
+    least = 1 if options.min_count is None else options.min_count
+    most = options.max_count or max(1, least)
+    endpoint.require_counts(options.kind, options.min_count, options.max_count)
+    endpoint.Hosting(options.kind, options.hosting_instance, least, most)  # refuses what cannot be
     plan = checks.Plan(
         options.instance, options.hosting_instance, options.image, options.role,
-        options.instances * options.parallel, options.max_count, options.instances if options.spot else 0, options.ami,
+        options.instances * options.parallel, most, least, options.instances if options.spot else 0, options.ami,
         options.startup_seconds, options.kind, options.max_concurrency, options.batch_instance,
     )  # fmt: skip
     try:
@@ -47,25 +52,21 @@ def run_preflight(options: Options, _: Sequence[str]) -> None:
         found = [checks.failed("credentials", exc)]
     log.info("preflight of project %s:\n%s", options.project, checks.table(found))
     checks.require(found)
+    log.info("Ready: %s.", checks.ready(found))
 
 
 def run_iam_role(options: Options, _: Sequence[str]) -> None:
     """Make the role that jobs run as, or bring it up to date."""
-    aws, project = opened(options)
-    mlflow = {options.mlflow} if options.mlflow else set()
-    if options.dry_run and not options.policy:
-        mlflow |= roles.mlflow_of(aws, project)
-    allowed = roles.permissions(project, aws.partition, mlflow)
     if options.policy:
+        partition, project = opened_or_placeholders(options)
+        allowed = roles.permissions(project, partition, [options.mlflow] if options.mlflow else ())
         results.show(json.dumps({"trust policy": roles.trust_policy(), "permissions": allowed}, indent=2))
         return
+    aws, project = opened(options)
     if options.dry_run:
-        log.info(
-            "would make role %s, taken by %s, which may:\n%s",
-            roles.role_name(project), roles.SERVICE, as_json(allowed["Statement"]),
-        )  # fmt: skip
-        return
-    roles.create_role(aws, project, options.mlflow)
+        roles.tell_plan(aws, project, options.mlflow)
+    else:
+        roles.create_role(aws, project, options.mlflow)
 
 
 def run_upload(options: Options, _: Sequence[str]) -> None:
@@ -119,6 +120,11 @@ def run_delete(options: Options, _: Sequence[str]) -> None:
         log.info("project %s has nothing to remove in %s", project.name, where)
     else:
         log.info("to be removed of project %s in %s:\n%s", project.name, where, _things(found))
+        if any(thing.kind == inventory.ROLE for thing in found):
+            log.warning(
+                "role %s is one for all regions, as IAM is: jobs and endpoints of the project in other regions lose it",
+                roles.role_name(project),
+            )  # fmt: skip
         if not options.dry_run:
             _remove(aws, project, options, found)
     remains.tell(aws, project, options, ended=any(thing.kind in inventory.JOBS for thing in every))
@@ -150,8 +156,8 @@ def run(options: Options, rest: Sequence[str]) -> None:
         if rest[0].split("=")[0] in known:
             raise ConfigError(misplaced(rest[0].split("=")[0], f"training.launch {options.command}"))
         close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
-        meant = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"Unknown {rest[0]}.{meant} {options.command} knows {', '.join(known)}.")
+        meant = f"Did you mean {close[0]}?" if close else f"{options.command} knows {', '.join(known)}."
+        raise ConfigError(f"Unknown {rest[0]}. {meant}")
     COMMANDS[options.command](options, rest)
 
 

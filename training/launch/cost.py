@@ -25,6 +25,11 @@ NOTE = f"(us-east-1, estimate of {DATE}; {PAGE})"
 UNKNOWN = f"not in our price table; see {PAGE}"
 
 
+def is_known(instance: str) -> bool:
+    """Whether its price is."""
+    return instance in USD_PER_HOUR
+
+
 def hourly(instance: str, count: int = 1) -> str:
     """`2 x ml.g5.xlarge: about 2.82 USD per hour (...)`."""
     price = USD_PER_HOUR.get(instance)

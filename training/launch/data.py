@@ -70,6 +70,18 @@ def require_place(name: str, place: Path) -> None:
         require_layout(place)
 
 
+def require_classes(place: Path) -> None:
+    """There are two folders of images at least. Raises: DataError."""
+    if place.name == CIFAR100 or (place / CIFAR100).is_dir():
+        return
+    classes = {path.parent.name for path in images_below(place)}
+    if len(classes) < 2:
+        raise DataError(
+            f"--data {place} has {len(classes) or 'no'} folder{'' if classes else 's'} of images, and at least 2 are "
+            "needed: one for each class."
+        )
+
+
 def check(data: Path, validation: Path | None, broken_files: BrokenFiles = "refuse") -> Dataset:
     """Open the data as the training will, so that what it would refuse is refused before anything costs.
 
@@ -130,7 +142,8 @@ def put(aws: Aws, place: str, files: list[tuple[str, Path]], sums: dict[str, str
         return True
 
     sent: int = sum(progress(_in_threads(send, files), what, total=len(files)))
-    log.info("%s: %d of %d files sent, the others were there (%s)", what, sent, len(files), place)
+    others = "" if sent == len(files) else ", the others were there"
+    log.info("%s: %d of %d files sent%s (%s)", what, sent, len(files), others, place)
     return sent
 
 

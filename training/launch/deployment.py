@@ -25,7 +25,7 @@ from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
-from training.launch.opening import Options, as_json, command_line, opened
+from training.launch.opening import Options, as_json, as_lines, command_line, connected, opened, project_of
 from training.launch.running import tell_others
 from training.launch.session import Aws
 from training.launch.wait import StoppedWaiting
@@ -42,13 +42,20 @@ STARTUP_MARGIN_S = 30
 
 def run_deploy(options: Options, _: Sequence[str]) -> None:
     """Register the model, bring the endpoint to it, let it scale, and compare its answers with local ones."""
-    aws, project = opened(options)
+    aws = connected(options)
     image = images.image_for(images.hosting_target(options.kind, options.instance), options.image)
-    environment(options)  # what is no variable is told before anything is made
+    # What cannot be is told before anything is made, and before credentials are asked for.
+    variables = environment(options)
+    endpoint.require_counts(options.kind, options.min_count, options.max_count)
+    hosting_of(options, image, None)
+    registry.require_place(options.model)
     if options.shadow:
         endpoint.require_shadow(options.kind)
+        registry.require_place(options.shadow, "--shadow")
     paths = images_in(options.smoke) if options.smoke else []
     smoke.require_images(paths)
+    images.require_region(image, aws.region)
+    project = project_of(aws, options)
     now = live.look(aws, project)
     live.require_kind(project, now, options.kind, command_line(options, "delete"))
     scaling = now.scaling if now else autoscaling.NONE
@@ -60,13 +67,17 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         accuracy = (model.manifest.metrics.get("validation") or {}).get("accuracy")
         shown = f", validation accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
         log.info("model: %s version %s%s", model.manifest.name, model.manifest.version, shown)
+        if model.manifest.caution:
+            log.warning("%s", model.manifest.caution)
         live.tell_replaced(aws, now, model.manifest)
+        role = roles.find_role(aws, project, options.role)
         if options.dry_run:
+            hosts = {"image": image.uri, "role": role, "model data": model.place(project), **variables}
+            log.info("would host it with:\n%s", as_lines(hosts))
             wanted = endpoint.config_request(project, "MODEL", hosting, options.shadow and "SHADOW")
             log.info("would register it and bring endpoint %s to: %s", project.endpoint, as_json([wanted]))
             autoscaling.tell_plan(project, hosting, scaling, kept)
             return
-        role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
         shadow = None
         with registry.new_models(aws) as made:
@@ -253,8 +264,10 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         log.warning("%s is left out: %s", outcome.path, outcome.problem)
     if not good:
         raise LaunchError("None of the images can be read.")
-    image = images.image_for("serve-cpu", options.image).uri
+    image = images.image_for("serve-cpu", options.image)
+    registry.require_place(options.model)
     aws, project = opened(options)
+    images.require_region(image, aws.region)
     log.info("cost: %s", cost.hourly(options.instance, options.instances))
     with registry.located(aws, project, options.model) as model:
         if options.dry_run:
@@ -262,7 +275,7 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
             return
         role = roles.find_role(aws, project, options.role)
         data.ensure_bucket(aws, project)
-        container: dict[str, Any] = {"Image": image, "ModelDataUrl": registry.upload(aws, project, model)}
+        container: dict[str, Any] = {"Image": image.uri, "ModelDataUrl": registry.upload(aws, project, model)}
     if variables:
         container["Environment"] = variables
     place, keys = batch.upload(aws, project, good)

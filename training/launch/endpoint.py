@@ -70,8 +70,8 @@ class Hosting:
         least = 0 if self.kind == "async" else 1
         if not least <= self.min_count <= self.max_count or self.max_count < 1:
             raise ConfigError(
-                f"--min {self.min_count} --max {self.max_count}: at least {least} and not more than --max; only an "
-                "asynchronous endpoint can go down to 0 instances."
+                f"--min {self.min_count} --max {self.max_count}: --min is at least {least} and not more than --max; "
+                "only an asynchronous endpoint can go down to 0 instances."
             )
         if self.kind == "serverless" and self.memory_mb not in range(1024, 6145, 1024):
             raise ConfigError(f"--memory {self.memory_mb}: serverless endpoints have 1024, 2048, ... or 6144 MB.")
@@ -81,6 +81,16 @@ class Hosting:
         if self.kind == "serverless":
             return cost.serverless(self.memory_mb)
         return cost.endpoint(self.instance, self.min_count, self.max_count, shadow)
+
+
+def require_counts(kind: Kind, least: int | None, most: int | None) -> None:
+    """`least`, `most`: as they were given. Raises: ConfigError where an endpoint of this kind has no instances."""
+    given = [f"{flag} {count}" for flag, count in (("--min", least), ("--max", most)) if count is not None]
+    if kind == "serverless" and given:
+        raise ConfigError(
+            f"{' '.join(given)}: a serverless endpoint has no instances to count; --max-concurrency says how many "
+            "requests it takes at once."
+        )
 
 
 def require_shadow(kind: Kind) -> None:
@@ -306,7 +316,11 @@ def _create(aws: Aws, project: Project, config: str) -> None:
                 f"Endpoint {name} is being made by another command this moment, and not as this one asks; wait for "
                 "that, and repeat this command where it is to be as asked here."
             ) from exc
-        log.info("endpoint %s with this very configuration is being made by another command", name)
+        log.info(
+            "endpoint %s with this very configuration is being made by another command, or by this one whose answer "
+            "was lost",
+            name,
+        )
 
 
 def wait_while_changing(aws: Aws, name: str, poll_s: float = POLL_S, tail: LogTail | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from training.launch import amis, cost, data, debugger, images, jobs, places, ro
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.flags import options_of
 from training.launch.names import Project, split_uri
-from training.launch.opening import Options, as_json, command_line, opened
+from training.launch.opening import Options, as_json, as_lines, command_line, opened
 from training.launch.running import tell_others
 from training.launch.session import Aws
 from training.tuning.config import SOURCES, TuningConfig, split_tuning
@@ -73,6 +73,8 @@ def require_here(options: Options) -> None:
     """What the flags name on this machine is there: told before AWS is asked. Raises: ConfigError, DataError."""
     for name, place in places_of(options)[0].items():
         data.require_place(name, place)
+        if name == "train":
+            data.require_classes(place)
 
 
 def require_addresses(aws: Aws, options: Options) -> None:
@@ -112,6 +114,8 @@ def hyperparameters(
     tuning_values, values = split_tuning(given) if tune else ({}, given)
     watching, values = split(merged(values), Instrumentation)
     Instrumentation.create(watching)
+    if tune and watching:
+        raise ConfigError(f"{', '.join(watching)}: trials are not watched, so leave it out of --recipe.")
     config = TrainingConfig.create({**values, "data": ".", "output": "."})
     if options.weights and options.weights not in ("imagenet", "none"):
         values.pop("weights", None)  # the channel says it
@@ -132,6 +136,25 @@ def effective(options: Options, config: TrainingConfig, tuned: Collection[str] =
     return " ".join(f"{name}={value}" for name, value in found.items())
 
 
+def told(project: Project, training: jobs.Training) -> dict[str, object]:
+    """What a job would run, for people to read."""
+    machines = training.machines
+    ends = f"ends after {machines.max_hours:g} h"
+    if machines.spot:
+        ends += f", {machines.wait_hours:g} h later where it waits for capacity"
+    if machines.keep_warm_minutes:
+        ends += f", then is kept warm for {machines.keep_warm_minutes} min"
+    found: dict[str, object] = {
+        "image": training.image, "role": training.role,
+        "machines": f"{machines.count} x {machines.instance}, {machines.volume_gb} GB each; {ends}",
+        "spot": "yes, on spare capacity" if machines.spot else "no",
+    }  # fmt: skip
+    found |= {f"channel {name}": uri for name, uri in training.channels.items()}
+    found["hyperparameters"] = " ".join(f"{n}={v}" for n, v in training.hyperparameters.items()) or "none but defaults"
+    found["output"] = project.uri("jobs")
+    return found
+
+
 def machines_of(options: Options, keep_warm_minutes: int = 0) -> jobs.Machines:
     """What the flags say the job runs on. Raises: ConfigError."""
     return jobs.Machines(
@@ -147,8 +170,9 @@ def training_of(
     """What the job runs, with which data (uploaded now). Raises: TrainingError."""
     if options.send_code and not options.image:
         raise ConfigError("--send-code is for an image without our code: give its URI with --image.")
-    role = roles.find_role(aws, project, options.role)
     image = images.image_for("train", options.image)
+    images.require_region(image, aws.region)
+    role = roles.find_role(aws, project, options.role)
     if options.image:
         amis.family(options.instance)  # what it brings is not known
     elif image.cuda:
@@ -172,13 +196,14 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
     values, config, _ = hyperparameters(options, rest, "train", tune=False)
     places.require_output(options.output)
     require_here(options)
+    machines = machines_of(options, options.keep_warm_minutes)
     if options.mlflow:
         values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
     aws, project = opened(options)
     if options.debugger:
         debugger.rules_image(aws.region)  # a region without is told before anything is uploaded
     training = training_of(
-        aws, project, options, values, machines_of(options, options.keep_warm_minutes),
+        aws, project, options, values, machines,
         config=config, debugger=options.debugger, mlflow=options.mlflow,
     )  # fmt: skip
     wanted = jobs.request(project, training, aws.region)
@@ -190,7 +215,10 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
         ),
     )  # fmt: skip
     if options.dry_run:
-        log.info("would start a training job with: %s", as_json([training.hyperparameters, training.channels]))
+        log.info(
+            "would start a training job:\n%s",
+            as_lines({"job": TRAINING_JOBS.planned(aws, project, wanted), **told(project, training)}),
+        )  # fmt: skip
         log.info("would train with: %s", effective(options, config))
         return
     name = TRAINING_JOBS.start(aws, project, wanted, options.poll_seconds)
@@ -208,9 +236,11 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     values, config, settings = hyperparameters(options, rest, "tune", tune=True)
     places.require_output(options.output / "model")
     require_here(options)
-    aws, project = opened(options)
     search = tuning.Search(settings, options.parallel, options.strategy, not options.no_early_stopping)
     tuning.ranges(settings, values)  # what cannot be tuned is said before anything is uploaded
+    if options.parallel > settings.trials:
+        log.warning("--parallel %d: of --trials %d no more run at once", options.parallel, settings.trials)
+    aws, project = opened(options)
     training = training_of(aws, project, options, values, machines_of(options), config=config)
     wanted = tuning.request(project, training, search, aws.region)
     log.info(
@@ -218,7 +248,11 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
         cost.job(options.instance, options.instances, options.max_hours, options.spot, settings.trials),
     )  # fmt: skip
     if options.dry_run:
-        log.info("would start a tuning job with: %s", as_json([wanted["HyperParameterTuningJobConfig"]]))
+        log.info(
+            "would start a tuning job:\n%s",
+            as_lines({"job": TUNING_JOBS.planned(aws, project, wanted), **told(project, training)}),
+        )  # fmt: skip
+        log.info("would search with: %s", as_json([wanted["HyperParameterTuningJobConfig"]]))
         tuned = [name for name in SOURCES if name not in values]
         log.info("would try them with: %s", effective(options, config, tuned))
         return

@@ -11,8 +11,13 @@ from training.launch.names import DEFAULT_PROJECT
 from training.launch.wait import POLL_S
 
 TRAINING_HELP = (
-    "Every flag of training.train_model (--epochs, --learning-rate, --weights none, ...) may follow; it becomes a "
-    "hyperparameter of the job, checked here first."
+    "Settings of the training (--epochs, --learning-rate, --weights none, ...) may follow, as `python -m {0} --help` "
+    "lists them; each becomes a hyperparameter of the job, checked here first. Places are the container's: --output is "
+    "where the model comes to here, and --checkpoints, --cache-folder, --device and the like are left out. "
+)
+WATCHING_HELP = (
+    "Two have other meanings here, --profile (of ~/.aws) and --debugger (SageMaker's): the training's own are set in a "
+    'recipe, --recipe FILE.toml with the lines profile = false (no profiler) or debugger = "on" (smdebug\'s hook).'
 )
 
 SEARCHED_HELP = (
@@ -45,7 +50,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--parallel", type=positive, default=1, help="trainings at once (default: %(default)s)")
     one.add_argument("--spot", action="store_true", help="look at the quota of one training on spare capacity as well")
     one.add_argument("--kind", choices=KINDS, default="realtime", help="of the endpoint (default: %(default)s)")
-    one.add_argument("--max", type=positive, default=1, dest="max_count", help="of the endpoint (default: %(default)s)")
+    one.add_argument(
+        "--min", type=between(0, 1000), dest="min_count", help="instances of the endpoint at least (default: 1)"
+    )  # fmt: skip
+    one.add_argument(
+        "--max", type=positive, dest="max_count", help="instances of the endpoint at most (default: --min)"
+    )  # fmt: skip
     one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
     one.add_argument(
         "--max-concurrency", type=positive, default=endpoint.MAX_CONCURRENCY,
@@ -70,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _dry_run(one)
 
-    one = add("train", "train on SageMaker, follow the log, bring the model home", epilog=TRAINING_HELP)
+    one = add("train", "train on SageMaker, follow the log, bring the model home",
+        epilog=TRAINING_HELP.format("training.train_model") + WATCHING_HELP,
+    )  # fmt: skip
     _job(one)
     one.add_argument("--output", type=Path, default=Path("artifacts/sagemaker"), help="default: %(default)s")
     one.add_argument(
@@ -82,7 +94,11 @@ def parser() -> argparse.ArgumentParser:
         help="SageMaker MLflow app or tracking server to report to (`iam-role --mlflow ARN` permits it)",
     )  # fmt: skip
 
-    one = add("tune", "search learning rate, batch size and epochs in parallel jobs", epilog=TRAINING_HELP)
+    one = add(
+        "tune",
+        "search learning rate, batch size and epochs in parallel jobs",
+        epilog=TRAINING_HELP.format("training.hpo"),
+    )
     one.add_argument_group("what is searched (`python -m training.hpo --help` tells more)", SEARCHED_HELP)
     _job(one)
     one.add_argument(
@@ -90,12 +106,18 @@ def parser() -> argparse.ArgumentParser:
         help="folder of best.json and of the best trial's model (default: %(default)s)",
     )  # fmt: skip
     one.add_argument("--parallel", type=positive, default=2, help="trials at once (default: %(default)s)")
-    one.add_argument("--strategy", choices=("Bayesian", "Random"), default="Bayesian")
+    one.add_argument(
+        "--strategy", choices=("Bayesian", "Random"), default="Bayesian", help="of the search (default: %(default)s)"
+    )
     one.add_argument("--no-early-stopping", action="store_true", help="let trials that fall behind go on")
 
     one = add("deploy", "register the model, create or update the endpoint, scale it, test it with real images")
     _model(one)
-    one.add_argument("--kind", choices=KINDS, default="realtime")
+    one.add_argument(
+        "--kind", choices=KINDS, default="realtime",
+        help="realtime answers within 60 s on instances that always run, serverless costs nothing while it waits, "
+        "async takes long requests through S3 and may go down to 0 instances (default: %(default)s)",
+    )  # fmt: skip
     one.add_argument("--instance", default=endpoint.INSTANCE, help="default: %(default)s")
     one.add_argument(
         "--min",
@@ -122,7 +144,10 @@ def parser() -> argparse.ArgumentParser:
         help="of serverless and async (default: %(default)s)",
     )  # fmt: skip
     one.add_argument("--shadow", metavar="MODEL", help="a second model that gets a copy of every request")
-    one.add_argument("--approval", choices=("Approved", "PendingManualApproval"), default="Approved")
+    one.add_argument(
+        "--approval", choices=("Approved", "PendingManualApproval"), default="Approved",
+        help="of the model's version in the registry; one that is pending is not deployed (default: %(default)s)",
+    )  # fmt: skip
     one.add_argument(
         "--smoke", type=Path, nargs="*", default=[], help="images or folders to test with, in place of its own example"
     )
@@ -154,7 +179,9 @@ def parser() -> argparse.ArgumentParser:
     _dry_run(one)
     one = add("delete", "list what the project has at AWS, ask, and remove it")
     one.add_argument("--data", action="store_true", dest="with_data", help="what these commands wrote to S3 too")
-    one.add_argument("--role", action="store_true", dest="with_role", help="the role that iam-role made too")
+    one.add_argument(
+        "--role", action="store_true", dest="with_role", help="the role that iam-role made too, of all regions"
+    )
     one.add_argument("--yes", action="store_true", help="do not ask")
     _dry_run(one)
     return top
@@ -268,4 +295,6 @@ def _model(one: argparse.ArgumentParser) -> None:
 def _images(one: argparse.ArgumentParser) -> None:
     one.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
     one.add_argument("--output", type=Path, help="file.csv or file.jsonl (default: CSV on stdout)")
-    one.add_argument("--format", choices=("csv", "jsonl"))
+    one.add_argument(
+        "--format", choices=("csv", "jsonl"), help="of the results (default: by --output's ending, else csv)"
+    )

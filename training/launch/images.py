@@ -12,8 +12,12 @@ from training.launch.amis import IMAGE_CUDA, has_gpu
 
 PUSHED = Path("artifacts/image.json")
 """Written by `make push`: {"train": {"uri", "cuda", ...}, "serve": ..., "serve-cpu": ...}."""
+FORM = '{"train": {"uri": "...", "cuda": "13.0"}, ...}'
 PUSH = "make image TARGET={0} && make push TARGET={0}"
 """What brings an image there. Each can one thing: `serve` and `serve-cpu` refuse `train`."""
+
+ECR = re.compile(r"(\d{12})\.dkr\.ecr\.([\w-]+)\.amazonaws\.com(?:\.cn)?/([^:@]+)(?:[:@](.+))?")
+"""An image's address: account, region, repository, and tag or digest. SageMaker pulls from nowhere else."""
 
 Target = Literal["train", "serve", "serve-cpu"]
 
@@ -28,20 +32,49 @@ class Image:
 
 
 def image_for(target: Target, given: str | None, pushed: Path = PUSHED) -> Image:
-    """The image to use for `target`. Raises: ConfigError where none is given and none was pushed."""
+    """The image to use for `target`. Raises: ConfigError where none is given and none was pushed, or what is given is
+    none.
+    """
     if given:
+        if not ECR.fullmatch(given):
+            raise ConfigError(
+                f"--image {given} is not in ECR, where SageMaker pulls from: give the URI of one there, such as "
+                f"123456789012.dkr.ecr.eu-central-1.amazonaws.com/NAME:TAG; `{PUSH.format(target)}` brings one."
+            )
         return Image(given, None if target == "serve-cpu" else IMAGE_CUDA)
     try:
         entry = json.loads(pushed.read_bytes())[target]
         return Image(str(entry["uri"]), _version(entry.get("cuda")))
     except FileNotFoundError as exc:
-        raise ConfigError(f"--image is missing: give the URI of one in ECR, or `{PUSH.format(target)}` first.") from exc
+        raise ConfigError(
+            f"--image is missing: give the URI of one in ECR, or `{PUSH.format(target)}` first."
+            f"{_without_docker(target)}"
+        ) from exc
     except KeyError as exc:
         raise ConfigError(
-            f"--image is missing, and {pushed} has no {target}: give a URI, or `{PUSH.format(target)}` first."
+            f"--image is missing, and {pushed} has no {target} with a uri: give a URI, or `{PUSH.format(target)}` "
+            f"first.{_without_docker(target)}"
         ) from exc
-    except (OSError, ValueError, TypeError) as exc:
-        raise ConfigError(f"{pushed} cannot be read ({exc}); `{PUSH.format(target)}` again, or give --image.") from exc
+    except OSError as exc:
+        raise ConfigError(f"{pushed} cannot be read ({exc.strerror}); mend that, or give --image.") from exc
+    except (ValueError, TypeError) as exc:
+        raise ConfigError(
+            f"{pushed} is not as `make push` writes it, {FORM}: `{PUSH.format(target)}` again, or give --image."
+        ) from exc
+
+
+def require_region(image: Image, region: str) -> None:
+    """Raises: ConfigError where the image is in another region than what is to pull it."""
+    found = ECR.fullmatch(image.uri)
+    if found and found[2] != region:
+        raise ConfigError(f"The image {image.uri} is in {found[2]}, and jobs and endpoints in {region}: push it there.")
+
+
+def _without_docker(target: Target) -> str:
+    """What does without an image of ours; nothing does for hosting."""
+    if target != "train":
+        return ""
+    return " Without docker: --image URI --send-code, with the URI of AWS's PyTorch training image."
 
 
 def note(uris: Mapping[str, str], pushed: Path = PUSHED) -> None:
@@ -59,7 +92,9 @@ def note(uris: Mapping[str, str], pushed: Path = PUSHED) -> None:
         pushed.parent.mkdir(parents=True, exist_ok=True)
         pushed.write_text(f"{json.dumps(noted, indent=2)}\n")
     except (OSError, ValueError, TypeError) as exc:
-        raise ConfigError(f"{pushed} cannot be read or written ({exc}).") from exc
+        raise ConfigError(
+            f"{pushed} cannot be read or written ({getattr(exc, 'strerror', None) or f'it is not {FORM}'})."
+        ) from exc
 
 
 def hosting_target(kind: str, instance: str) -> Target:

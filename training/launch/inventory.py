@@ -17,7 +17,7 @@ from training.launch.wait import POLL_S, StoppedWaiting
 
 log = logging.getLogger("training")
 
-OBJECTS = "objects in S3"
+OBJECTS, ROLE = "objects in S3", "role"
 JOBS = ("tuning job", "training job", "batch transform")
 OF_JOBS = ("batch", "checkpoints", "debugger", "jobs", "profiler", "tensorboard")
 """The parts of the project's prefix that jobs write, also the first time in the last two minutes before they end."""
@@ -264,4 +264,4 @@ def _role(aws: Aws, project: Project) -> Iterator[Thing]:
         return
     if ownership.has_tags(project, role.get("Tags", ())):
         gone = _at_once(roles.delete_role, aws, project)
-        yield Thing("role", name, "", gone, needed_by_jobs=True, created=role.get("CreateDate"))
+        yield Thing(ROLE, name, "", gone, needed_by_jobs=True, created=role.get("CreateDate"))

@@ -72,7 +72,9 @@ def require_kind(project: Project, now: Live | None, wanted: Kind, remove: str) 
 
 
 def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
-    """Say which version is replaced by which, and where the measured accuracy falls. Raises: AwsError."""
+    """Say which version is replaced by which, where the classes are others, and where the measured accuracy falls.
+    Raises: AwsError.
+    """
     facts: dict[str, str] = {}
     if now is not None and now.config is not None:
         _, facts = registry.registered(aws, now.config["ProductionVariants"][0]["ModelName"])
@@ -84,11 +86,23 @@ def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
     log.info(
         "version %s%s takes the place of %s%s", new.version, _shown(after), facts["version"], _shown(before)
     )  # fmt: skip
+    classes = registry.class_facts(new.classes)
+    if facts.get("classes_digest", classes["classes_digest"]) != classes["classes_digest"]:
+        log.warning(
+            "other classes: %s instead of %s (%s instead of %s): whoever calls the endpoint gets other labels",
+            classes["classes"], facts["classes"], _named(classes), _named(facts),
+        )  # fmt: skip
     if before is not None and after is not None and after < before:
         log.warning(
             "the measured accuracy falls from %.2f %% to %.2f %%; `deploy --model` with the model of before goes back",
             100 * before, 100 * after,
         )  # fmt: skip
+
+
+def _named(facts: Mapping[str, str]) -> str:
+    """`apple, bear, can, ...`, of what `registry.class_facts` noted."""
+    more = ", ..." if int(facts["classes"]) > registry.SHOWN_CLASSES else ""
+    return facts["first_classes"].replace(" / ", ", ") + more
 
 
 def _shown(accuracy: float | None) -> str:

@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import logging
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.errors import ConfigError
 from training.launch import instances
+from training.launch.errors import AwsError
 from training.launch.names import DEFAULT_PROJECT, Project
 from training.launch.session import Aws, connect
+
+log = logging.getLogger("training")
 
 Options = argparse.Namespace
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
@@ -19,14 +23,52 @@ BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 
 def opened(options: Options) -> tuple[Aws, Project]:
     """The account and the project that the flags name. Raises: ConfigError, AwsError."""
-    aws = connect(options.region, options.profile)
+    aws = connected(options)
+    return aws, project_of(aws, options)
+
+
+def connected(options: Options) -> Aws:
+    """AWS in the region that the flags name; what is mistyped is told. No credentials are needed. Raises: ConfigError,
+    AwsError.
+    """
+    _project(options, "")
     if options.bucket and not BUCKET.fullmatch(options.bucket):
         raise ConfigError(
             f"--bucket {options.bucket}: give a name alone, of 3 to 63 small letters, digits, dots and hyphens."
         )
+    aws = connect(options.region, options.profile)
     instances.look_at(aws, vars(options))
-    bucket = options.bucket or f"sagemaker-{aws.region}-{aws.account}"
-    return aws, Project(options.project, bucket)
+    return aws
+
+
+def project_of(aws: Aws, options: Options) -> Project:
+    """The project that the flags name, whose bucket is the account's unless one is given. Raises: AwsError."""
+    return _project(options, options.bucket or f"sagemaker-{aws.region}-{aws.account}")
+
+
+def opened_or_placeholders(options: Options) -> tuple[str, Project]:
+    """AWS's partition and the project; where AWS cannot be asked, words in capitals stand for what it would tell.
+
+    Raises: ConfigError.
+    """
+    _project(options, "")
+    try:
+        aws = connected(options)
+    except ConfigError:
+        if options.region or options.profile or options.bucket:
+            raise
+        log.info("no region is set: REGION and ACCOUNT stand for yours")
+        return "aws", _project(options, "sagemaker-REGION-ACCOUNT")
+    try:
+        return aws.partition, project_of(aws, options)
+    except AwsError as exc:
+        log.info("AWS cannot be asked (%s): ACCOUNT stands for your account's number", exc.code)
+        bucket = options.bucket or f"sagemaker-{aws.region}-ACCOUNT"
+        return aws.boto.get_partition_for_region(aws.region), _project(options, bucket)
+
+
+def _project(options: Options, bucket: str) -> Project:
+    return Project(options.project, bucket)
 
 
 def command_line(options: Options, words: str) -> str:
@@ -38,7 +80,17 @@ def command_line(options: Options, words: str) -> str:
     return " ".join(["python -m training.launch", words, *named])
 
 
+def as_lines(values: Mapping[str, object]) -> str:
+    """Names and values below each other, for people to read, without passwords in addresses."""
+    width = max(map(len, values))
+    return _masked("\n".join(f"  {name:<{width}}  {value}" for name, value in values.items()))
+
+
 def as_json(values: Sequence[Any]) -> str:
     """The values as indented JSON, for people to read, without passwords in addresses."""
     shown = "\n".join(json.dumps(value, indent=2, default=str) for value in values)
-    return re.sub(r"://[^/@\s]+@", "://***@", shown)  # the name and password of an address
+    return _masked(shown)
+
+
+def _masked(text: str) -> str:
+    return re.sub(r"://[^/@\s]+@", "://***@", text)  # the name and password of an address

@@ -2,12 +2,12 @@
 
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from container.registry import SCHEMA_2
 from training.errors import ConfigError, TrainingError
-from training.launch import amis, cost, data, endpoint, images, quotas, rights, roles
+from training.launch import amis, cost, data, images, quotas, rights, roles
 from training.launch.checks import Check, Plan, failed
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
@@ -17,7 +17,7 @@ log = logging.getLogger("training")
 
 PAYLOAD_MB, SERVERLESS_PAYLOAD_MB, TIMEOUT_S = 25, 4, 60
 """AWS's, in MiB and for an answer: https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html"""
-_ECR = re.compile(r"(\d{12})\.dkr\.ecr\.([\w-]+)\.amazonaws\.com(?:\.cn)?/([^:@]+)(?:[:@](.+))?")
+BATCH = "classify in a batch"
 
 
 def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
@@ -38,13 +38,9 @@ def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
             if name == "credentials":
                 break  # nothing else can be asked
     if any(check.name == "image" and check.result == "FAIL" for check in checks):
-        checks = [_unsure(check) if check.name == "driver" and check.result == "PASS" else check for check in checks]
+        # Of an image that is not there nobody knows what it brings.
+        checks = [check for check in checks if (check.name, check.result) != ("driver", "PASS")]
     return checks
-
-
-def _unsure(driver: Check) -> Check:
-    """Of an image that is not there nobody knows what it brings."""
-    return Check("driver", "WARN", "cannot be told without the image", f"It is so once that is there: {driver.found}.")
 
 
 def _identity(aws: Aws) -> Iterator[Check]:
@@ -70,9 +66,7 @@ def _role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
     except LaunchError as exc:
         if isinstance(exc, AwsError) and not exc.is_missing:
             raise
-        allowed = roles.permissions(project, aws.partition)
-        policies = f"Trust policy: {json.dumps(roles.trust_policy())}\nPermissions: {json.dumps(allowed)}"
-        yield Check("role", "FAIL", str(exc), policies)
+        yield Check("role", "FAIL", str(exc))  # which says what makes one, and what prints its policies
         return
     name = arn.rsplit("/", 1)[1]
     try:
@@ -91,19 +85,21 @@ def _role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
 
 
 def _images(aws: Aws, plan: Plan) -> Iterator[Check]:
-    """One that is given is both; those that were pushed are two."""
-    targets: tuple[images.Target, ...] = (plan.hosting_target,) if plan.image else ("train", plan.hosting_target)
-    for target in targets:
+    """One that is given is all; those that were pushed are one for each use. Who makes no batch needs none for that."""
+    if plan.image:
+        yield _image(aws, plan.image, images.PUSH.format(plan.hosting_target))
+        return
+    uses: dict[images.Target, str] = {"train": "train", plan.hosting_target: "host"}
+    for target, use in {**uses, "serve-cpu": uses.get("serve-cpu", BATCH)}.items():
         try:
-            uri = images.image_for(target, plan.image).uri
+            found = _image(aws, images.image_for(target, None).uri, images.PUSH.format(target))
         except ConfigError as exc:
-            yield Check("image", "FAIL", f"none to {'train' if target == 'train' else 'host'}", str(exc))
-        else:
-            yield _image(aws, uri, images.PUSH.format(target))
+            found = Check("image", "FAIL", f"none to {use}", str(exc))
+        yield replace(found, result="WARN") if use == BATCH and found.result == "FAIL" else found
 
 
 def _image(aws: Aws, uri: str, push: str) -> Check:
-    parts = _ECR.fullmatch(uri)
+    parts = images.ECR.fullmatch(uri)
     if not parts:
         return Check("image", "FAIL", f"{uri} is not in ECR", f"SageMaker pulls from there; `{push}` brings one.")
     account, region, repository, reference = parts.groups()
@@ -169,6 +165,12 @@ def _limits(plan: Plan) -> Iterator[Check]:
 
 
 def _prices(plan: Plan) -> Iterator[Check]:
-    yield Check("cost", "PASS", f"training {cost.hourly(plan.training_instance)}")
-    hosting = cost.serverless(endpoint.MEMORY_MB) if plan.kind == "serverless" else cost.hourly(plan.hosting_instance)
-    yield Check("cost", "PASS", f"endpoint {hosting}")
+    """All instances at once: those of every training in parallel, the endpoint's from at least to at most."""
+    yield _price("training", plan.training_instance, cost.hourly(plan.training_instance, plan.training_count))
+    yield _price("endpoint", None if plan.kind == "serverless" else plan.hosting_instance, plan.hosting.price())
+
+
+def _price(what: str, instance: str | None, shown: str) -> Check:
+    if instance is None or cost.is_known(instance):
+        return Check("cost", "PASS", f"{what} {shown}")
+    return Check("cost", "WARN", f"{what} {shown}", "Look there what it costs before anything is started.")

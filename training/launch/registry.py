@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from training.launch import data, ownership, roles
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.errors import AwsError, LaunchError
 from training.launch.jobs import describe, pack
-from training.launch.names import Project, split_uri
+from training.launch.names import Project, digest, split_uri
 from training.launch.places import kind_at
 from training.launch.session import Aws
 
@@ -29,6 +29,8 @@ log = logging.getLogger("training")
 
 Approval = Literal["Approved", "PendingManualApproval"]
 ARCHIVE = "model.tar.gz"
+SHOWN_CLASSES = 3
+"""So many classes are named where a model has others than the one before."""
 JOB_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 """What AWS allows."""
 
@@ -62,19 +64,17 @@ def located(aws: Aws, project: Project, given: str | None, flag: str = "--model"
     project's newest training job that ended well. `flag`: what it was given with. Raises: LaunchError, ConfigError,
     AwsError.
     """
+    require_place(given, flag)
     with TemporaryDirectory(prefix="launch-", ignore_cleanup_errors=True) as scratch:
         archive, uri = Path(scratch) / ARCHIVE, None
         is_s3 = given is not None and given.startswith("s3://")
         path = None if given is None or is_s3 else Path(given)
         kind = None if path is None else kind_at(path)
         if path is not None and kind == "folder":
-            _require_artifact(path, flag)
             _pack(path, archive, flag)
         elif path is not None and kind == "file":
             archive = path
         elif given is not None and is_s3:
-            if not split_uri(given)[1] or given.endswith("/"):
-                raise ConfigError(f"{flag} {given}: give the address of an archive, s3://bucket/folder/model.tar.gz.")
             archive, uri = data.fetch(aws, given, archive), given
         else:
             uri = archive_of_job(aws, project, given, flag)
@@ -88,6 +88,21 @@ def located(aws: Aws, project: Project, given: str | None, flag: str = "--model"
         except ArtifactError as exc:
             raise LaunchError(f"{given or uri}: {exc}") from exc
         yield Located(folder, archive, _sha256(archive), artifact.manifest, uri)
+
+
+def require_place(given: str | None, flag: str = "--model") -> None:
+    """What `located` is given may be a model; AWS is not asked. Raises: ConfigError."""
+    if given is None:
+        return
+    if given.startswith("s3://"):
+        if not split_uri(given)[1] or given.endswith("/"):
+            raise ConfigError(f"{flag} {given}: give the address of an archive, s3://bucket/folder/model.tar.gz.")
+        return
+    kind = kind_at(Path(given))
+    if kind == "folder":
+        _require_artifact(Path(given), flag)
+    elif kind is None and not JOB_NAME.fullmatch(given):  # AWS would say what names of jobs look like, not of folders
+        raise _no_such(given, flag)
 
 
 def archive_of_job(aws: Aws, project: Project, name: str | None, flag: str = "--model") -> str:
@@ -104,8 +119,6 @@ def archive_of_job(aws: Aws, project: Project, name: str | None, flag: str = "--
                 f"--model FOLDER, or train first.{tuned}"
             )
         log.info("model: of the newest job, %s", name)
-    if not JOB_NAME.fullmatch(name):  # AWS would say what names of jobs look like, and nothing of folders
-        raise _no_such(name, flag)
     try:
         job = describe(aws, name)
     except AwsError as exc:
@@ -187,7 +200,7 @@ def register(aws: Aws, project: Project, model: Located, image: str, approval: A
         },
         ModelApprovalStatus=approval,
         ModelMetrics={"ModelQuality": {"Statistics": _statistics(aws, project, model)}},
-        CustomerMetadataProperties={**facts, **_figures(model.manifest)},
+        CustomerMetadataProperties={**facts, **_figures(model.manifest), **class_facts(model.manifest.classes)},
     )
     log.info("registered %s (%s)", made["ModelPackageArn"], approval)
     return str(made["ModelPackageArn"]), approval
@@ -302,6 +315,19 @@ def _figures(manifest: Manifest) -> dict[str, str]:
     found = manifest.metrics.get("validation") or {}
     names = ("accuracy", "top5_accuracy", "loss", "n")
     return {f"validation_{name}": f"{found[name]:.6g}" for name in names if isinstance(found.get(name), int | float)}
+
+
+def class_facts(classes: Sequence[str]) -> dict[str, str]:
+    """What the registry notes of the classes, for the next deployment to compare; it takes few characters besides
+    letters, 256 in all.
+    """
+    noted = {"classes": str(len(classes)), "classes_digest": digest(list(classes))}
+    return {**noted, "first_classes": " / ".join(shown(classes))}
+
+
+def shown(classes: Sequence[str]) -> list[str]:
+    """The first of the classes, in characters that the registry takes."""
+    return [re.sub(r"[^\w .:=+@-]", "_", name)[:60] for name in classes[:SHOWN_CLASSES]]
 
 
 def _statistics(aws: Aws, project: Project, model: Located) -> dict[str, str]:

@@ -71,10 +71,10 @@ def show(text: str) -> None:
 def report(counts: tuple[int, int], output: Path | None) -> None:
     """Say how it went. Raises: LaunchError where images had a problem."""
     count, bad = counts
-    if output:
-        log.info("%d images, %d with a problem; in %s", count, bad, output)
     if bad:
-        raise LaunchError(f"{bad} of {count} images had a problem; `problem` in the results says which.")
+        raise LaunchError(f"{bad} of {count} images had a problem; `problem` in {output or 'the results'} says which.")
+    if output:
+        log.info("%d images, 0 with a problem; in %s", count, output)
 
 
 def _row(outcome: Outcome) -> list[str]:

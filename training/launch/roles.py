@@ -4,7 +4,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from training.errors import ConfigError
@@ -24,6 +25,8 @@ https://docs.aws.amazon.com/autoscaling/application/userguide/application-auto-s
 """
 POLICY = "training-launch"
 _MLFLOW = "sagemaker-mlflow:*"
+_OBJECTS = ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload")
+_OF_BUCKET = re.compile(r"arn:[^:]+:s3:::([^/*?]+)/\*")
 ARN = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
 """What SageMaker takes for a role."""
 
@@ -149,69 +152,115 @@ def trust_policy() -> dict[str, Any]:
     return {"Version": "2012-10-17", "Statement": [statement]}
 
 
-def permissions(project: Project, partition: str = "aws", mlflow: Collection[str] = ()) -> dict[str, Any]:
+def permissions(
+    project: Project, partition: str = "aws", mlflow: Collection[str] = (), others: Collection[str] = ()
+) -> dict[str, Any]:  # fmt: skip
     """What jobs and endpoints of the project may do, and no more: its bucket, its images, logs, metrics.
 
-    `mlflow`: ARNs of the MLflow apps or tracking servers that jobs report to.
+    `mlflow`: ARNs of the MLflow apps or tracking servers that jobs report to; `others`: further buckets, such as the
+    project has in other regions.
     """
-    bucket = f"arn:{partition}:s3:::{project.bucket}"
-    statements: list[tuple[list[str], str | list[str]]] = [
-        (["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"], f"{bucket}/*"),
-        (["s3:ListBucket", "s3:GetBucketLocation"], bucket),
+    buckets = [f"arn:{partition}:s3:::{name}" for name in (project.bucket, *sorted(set(others) - {project.bucket}))]
+    statements: list[tuple[list[str], list[str]]] = [
+        (list(_OBJECTS), [f"{bucket}/*" for bucket in buckets]),
+        (["s3:ListBucket", "s3:GetBucketLocation"], buckets),
         # DescribeAlarms: an update goes back by them.
         # https://docs.aws.amazon.com/sagemaker/latest/dg/deployment-guardrails-configuration.html
-        (["ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "cloudwatch:DescribeAlarms"], "*"),
+        (["ecr:GetAuthorizationToken", "cloudwatch:PutMetricData", "cloudwatch:DescribeAlarms"], ["*"]),
         (
             ["ecr:BatchCheckLayerAvailability", "ecr:GetDownloadUrlForLayer", "ecr:BatchGetImage"],
-            f"arn:{partition}:ecr:*:*:repository/*",
+            [f"arn:{partition}:ecr:*:*:repository/*"],
         ),
         (
             ["logs:CreateLogGroup", "logs:CreateLogStream", "logs:PutLogEvents", "logs:DescribeLogStreams"],
-            f"arn:{partition}:logs:*:*:log-group:/aws/sagemaker/*",
+            [f"arn:{partition}:logs:*:*:log-group:/aws/sagemaker/*"],
         ),
     ]
+    listed = [
+        {"Effect": "Allow", "Action": actions, "Resource": resources if resources[1:] else resources[0]}
+        for actions, resources in statements
+    ]
     if mlflow:  # an app asks for both
-        statements.append((["sagemaker:CallMlflowAppApi", _MLFLOW], sorted(mlflow)))
-    listed = [{"Effect": "Allow", "Action": actions, "Resource": resource} for actions, resource in statements]
+        actions = ["sagemaker:CallMlflowAppApi", _MLFLOW]
+        listed.append({"Effect": "Allow", "Action": actions, "Resource": sorted(mlflow)})
     return {"Version": "2012-10-17", "Statement": listed}
 
 
-def mlflow_of(aws: Aws, project: Project) -> set[str]:
-    """The ARNs of MLflow that the project's role may report to already. Raises: AwsError."""
+@dataclass(frozen=True)
+class Made:
+    """The project's role as `iam-role` made it earlier."""
+
+    arn: str
+    trust: Any
+    """Its trust policy."""
+    policy: Mapping[str, Any]
+    """What it may do; empty where that was taken from it."""
+
+    @property
+    def mlflow(self) -> set[str]:
+        """The ARNs of MLflow that it may report to."""
+        return {resource for resource, actions in pairs(self.policy) if _MLFLOW in actions}
+
+    @property
+    def buckets(self) -> set[str]:
+        """The names of the buckets that its jobs may write to."""
+        found = {resource for resource, actions in pairs(self.policy) if set(_OBJECTS) <= actions}
+        return {match[1] for match in map(_OF_BUCKET.fullmatch, found) if match}
+
+
+def made_before(aws: Aws, project: Project) -> Made | None:
+    """The project's role; None where there is none. Raises: LaunchError where somebody else made it; AwsError."""
+    iam, name = aws.client("iam"), role_name(project)
     try:
-        found = aws.client("iam").get_role_policy(RoleName=role_name(project), PolicyName=POLICY)["PolicyDocument"]
+        found = iam.get_role(RoleName=name)["Role"]
     except AwsError as exc:
         if exc.is_missing:
-            return set()
+            return None
         raise
-    statements = _listed(found.get("Statement"))
-    return {arn for each in statements if _MLFLOW in _listed(each.get("Action")) for arn in _listed(each["Resource"])}
+    arn = str(found["Arn"])
+    if not has_tags(project, found.get("Tags", [])):
+        raise LaunchError(
+            f"The role {arn} was not made by these commands, so it is left as it is; use it with --role {arn}, or "
+            "give another --project."
+        )
+    try:
+        policy = iam.get_role_policy(RoleName=name, PolicyName=POLICY)["PolicyDocument"]
+    except AwsError as exc:
+        if not exc.is_missing:
+            raise
+        policy = {}
+    return Made(arn, found.get("AssumeRolePolicyDocument"), policy)
+
+
+def allowed(aws: Aws, project: Project, before: Made | None, mlflow: str | None = None) -> dict[str, Any]:
+    """What `create_role` lets the role do: what the project takes in this region, and the buckets and MLflow that it
+    might use `before`, as by another region's `iam-role`. Raises: AwsError.
+    """
+    given: set[str] = {mlflow} if mlflow else set()
+    reports, buckets = (before.mlflow - given, before.buckets - {project.bucket}) if before else (set(), set())
+    if reports:
+        log.info("it may report to %s as before; `delete --role` takes that away", ", ".join(sorted(reports)))
+    if buckets:
+        log.info(
+            "it may use bucket %s as before, as of another region; `delete --role` takes that away",
+            ", ".join(sorted(buckets)),
+        )  # fmt: skip
+    return permissions(project, aws.partition, given | reports, buckets)
 
 
 def create_role(aws: Aws, project: Project, mlflow: str | None = None) -> str:
-    """Make the role, or bring it up to date; returns its ARN. What MLflow it could report to before, it still can.
+    """Make the role, or bring it up to date; returns its ARN. What MLflow and which buckets it could use before, it
+    still can.
 
     Raises: LaunchError where somebody else made the role of that name; AwsError.
     """
     iam, name = aws.client("iam"), role_name(project)
-    reports: set[str] = {mlflow} if mlflow else set()
-    try:
-        found = iam.get_role(RoleName=name)["Role"]
-        arn = str(found["Arn"])
-        if not has_tags(project, found.get("Tags", [])):
-            raise LaunchError(
-                f"The role {arn} was not made by these commands, so it is left as it is; use it with --role {arn}, or "
-                "give another --project."
-            )
-        kept = mlflow_of(aws, project) - reports
-        if kept:
-            log.info("it may report to %s as before; `delete --role` takes that away", ", ".join(sorted(kept)))
-        reports |= kept
+    before = made_before(aws, project)
+    policy = allowed(aws, project, before, mlflow)
+    if before:
         iam.update_assume_role_policy(RoleName=name, PolicyDocument=json.dumps(trust_policy()))
-        what = "was there, its policies are up to date"
-    except AwsError as exc:
-        if not exc.is_missing:
-            raise
+        arn, what = before.arn, "was there, its policies are up to date"
+    else:
         made = iam.create_role(
             RoleName=name,
             AssumeRolePolicyDocument=json.dumps(trust_policy()),
@@ -219,11 +268,47 @@ def create_role(aws: Aws, project: Project, mlflow: str | None = None) -> str:
             Tags=project.tags,
         )
         arn, what = str(made["Role"]["Arn"]), "is made (IAM takes some seconds to tell SageMaker of it)"
-    iam.put_role_policy(
-        RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(permissions(project, aws.partition, reports))
-    )  # fmt: skip
+    iam.put_role_policy(RoleName=name, PolicyName=POLICY, PolicyDocument=json.dumps(policy))
     log.info("role %s %s", arn, what)
     return arn
+
+
+def tell_plan(aws: Aws, project: Project, mlflow: str | None = None) -> None:
+    """Say what `create_role` would do. Raises: as it does."""
+    before = made_before(aws, project)
+    policy = allowed(aws, project, before, mlflow)
+    if before is None:
+        log.info("would make role %s, taken by %s, which may:\n%s", role_name(project), SERVICE, _told(pairs(policy)))
+        return
+    had, has = ({(to, do) for to, actions in pairs(each) for do in actions} for each in (before.policy, policy))
+    gains, loses = (_told(_grouped(each)) for each in (has - had, had - has))
+    parts = [f"it would be allowed to, besides:\n{gains}"] if gains else []
+    parts += [f"it would no longer be allowed to:\n{loses}"] if loses else []
+    if _document(before.trust) != trust_policy():
+        parts.append(f"its trust policy would become {json.dumps(trust_policy())}")
+    log.info("role %s is there; %s", before.arn, "\n".join(parts) or "nothing of it would change")
+
+
+def pairs(policy: Mapping[str, Any]) -> list[tuple[str, set[str]]]:
+    """A policy's resources, each with the actions that are allowed on it."""
+    return _grouped(
+        (resource, action)
+        for statement in _listed(policy.get("Statement"))
+        if statement.get("Effect") == "Allow"
+        for resource in _listed(statement.get("Resource"))
+        for action in _listed(statement.get("Action"))
+    )
+
+
+def _grouped(found: Iterable[tuple[str, str]]) -> list[tuple[str, set[str]]]:
+    by_resource: dict[str, set[str]] = {}
+    for resource, action in found:
+        by_resource.setdefault(resource, set()).add(action)
+    return sorted(by_resource.items())
+
+
+def _told(found: Iterable[tuple[str, set[str]]]) -> str:
+    return "\n".join(f"  {', '.join(sorted(actions))} on {resource}" for resource, actions in found)
 
 
 def delete_role(aws: Aws, project: Project) -> None:
@@ -289,14 +374,18 @@ def until_role_is_known(call: Callable[[], object]) -> None:
 
 def trusts_sagemaker(role: dict[str, Any]) -> bool:
     """Whether the role's trust policy lets SageMaker take it. Services must be named: a principal `*` is no service."""
-    policy = role.get("AssumeRolePolicyDocument") or {}
-    document = json.loads(policy) if isinstance(policy, str) else policy
-    for statement in _listed(document.get("Statement")):
+    for statement in _listed(_document(role.get("AssumeRolePolicyDocument")).get("Statement")):
         principal = statement.get("Principal")
         services = principal.get("Service") if isinstance(principal, dict) else None
         if statement.get("Effect") == "Allow" and SERVICE in _listed(services):
             return True
     return False
+
+
+def _document(policy: Any) -> dict[str, Any]:
+    """A policy, which may come as text."""
+    found: dict[str, Any] = json.loads(policy) if isinstance(policy, str) else policy or {}
+    return found
 
 
 def _listed(value: Any) -> list[Any]:

@@ -61,7 +61,8 @@ def unreachable(service: str, operation: str, exc: Exception) -> AwsError:
     """The sentence for a call that got no answer, or was not made."""
     if isinstance(exc, NoCredentialsError):
         return AwsError(
-            "There are no AWS credentials; `aws configure`, `aws sso login`, or a role of this machine give some.",
+            "There are no AWS credentials; `aws configure`, `aws sso login`, or a role of this machine give some. "
+            "`make rehearse` shows the whole journey without an account.",
             "NoCredentials", operation,
         )  # fmt: skip
     if isinstance(exc, PartialCredentialsError):

@@ -43,9 +43,9 @@ def preflight_flags(tune: Sequence[object], train: Sequence[object], deploy: Seq
     given = {
         "--instance": training.instance, "--instances": max(tuning.instances, training.instances),
         "--parallel": tuning.parallel, "--kind": endpoint.kind, "--hosting-instance": endpoint.instance,
-        "--max": endpoint.max_count or endpoint.min_count or 1, "--max-concurrency": endpoint.max_concurrency,
+        "--min": endpoint.min_count, "--max": endpoint.max_count, "--max-concurrency": endpoint.max_concurrency,
     }  # fmt: skip
-    flags = [text for name, value in given.items() for text in (name, str(value))]
+    flags = [text for name, value in given.items() if value is not None for text in (name, str(value))]
     return [*flags, "--spot"] if tuning.spot or training.spot else flags
 
 
