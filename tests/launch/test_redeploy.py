@@ -108,6 +108,22 @@ def test_scaling_stays_until_someone_says_otherwise_and_each_change_is_told(
     assert "scales" not in told(caplog, *command, *elsewhere)
 
 
+def test_an_end_of_scaling_that_broke_off_is_finished_by_repeating_it(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = deploy("broke-off", packed)
+    told(caplog, *command, "--max", 3)
+    here.records.endpoints["broke-off"].production_variants[0]["DesiredInstanceCount"] = 3  # what scaling has reached
+    here.order(operation="UpdateEndpointWeightsAndCapacities", **DENIED)
+    assert "is missing" in problem(caplog, *command, "--max", 1)
+    assert bounds(here, "broke-off") is None
+    said = told(caplog, *command, "--max", 1)
+    assert "endpoint broke-off had 3 instances and does not scale; now: 1" in said
+    found = here.client("sagemaker").describe_endpoint(EndpointName="broke-off")
+    assert found["ProductionVariants"][0]["DesiredInstanceCount"] == 1
+    assert "had" not in told(caplog, *command, "--max", 1)
+
+
 def test_an_asynchronous_endpoint_goes_on_waking_from_0(
     here: Account, packed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

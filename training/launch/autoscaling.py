@@ -133,9 +133,16 @@ def bring(aws: Aws, project: Project, hosting: Hosting, was: Scaling, kept: bool
         return
     before = bounds(was)
     apply(aws, project, hosting, before)
-    if before and not scales(hosting):
-        _set_count(aws, project, hosting.min_count, poll_s)
-        log.info("endpoint %s no longer scales%s; instances: %d", project.endpoint, _told(before), hosting.min_count)
+    if hosting.kind != "serverless" and not scales(hosting):
+        # Without `before` too: a command that broke off may have ended the scaling, and not have got to the count.
+        was = _set_count(aws, project, hosting.min_count, poll_s)
+        if before:
+            log.info(
+                "endpoint %s no longer scales%s; instances: %d", project.endpoint, _told(before), hosting.min_count
+            )  # fmt: skip
+        elif was is not None:
+            log.info("endpoint %s had %d instances and does not scale; now: %d", project.endpoint, was,
+                     hosting.min_count)  # fmt: skip
 
 
 def bounds(scaling: Scaling) -> tuple[int, int] | None:
@@ -148,15 +155,21 @@ def _told(before: tuple[int, int] | None) -> str:
     return "" if before is None else f", before from {before[0]} to {before[1]}"
 
 
-def _set_count(aws: Aws, project: Project, count: int, poll_s: float) -> None:
-    """So many instances, whatever scaling had reached: that stays when the scaling is removed."""
+def _set_count(aws: Aws, project: Project, count: int, poll_s: float) -> int | None:
+    """So many instances, whatever scaling had reached: that stays when the scaling is removed.
+
+    Returns: how many there were; None where they were as many.
+    """
     client, name = aws.client("sagemaker"), project.endpoint
     variants = client.describe_endpoint(EndpointName=name).get("ProductionVariants") or []
-    if any(each["VariantName"] == VARIANT and each.get("DesiredInstanceCount", count) != count for each in variants):
-        client.update_endpoint_weights_and_capacities(
-            EndpointName=name, DesiredWeightsAndCapacities=[{"VariantName": VARIANT, "DesiredInstanceCount": count}]
-        )
-        wait_while_changing(aws, name, poll_s)
+    counts = [each.get("DesiredInstanceCount", count) for each in variants if each["VariantName"] == VARIANT]
+    if not counts or counts[0] == count:
+        return None
+    client.update_endpoint_weights_and_capacities(
+        EndpointName=name, DesiredWeightsAndCapacities=[{"VariantName": VARIANT, "DesiredInstanceCount": count}]
+    )
+    wait_while_changing(aws, name, poll_s)
+    return int(counts[0])
 
 
 def wake(project: Project) -> str:
