@@ -12,6 +12,7 @@ import pytest
 from service.model.archive import MAX_MEMBERS
 from tests.rehearsal.start import REGION, Rehearsal
 from training.errors import ConfigError
+from training.launch import jobs
 from training.launch.errors import LaunchError
 from training.launch.jobs import bring_home, pack
 from training.launch.session import Aws
@@ -90,3 +91,31 @@ def test_files_of_others_beside_it_stay(job: Callable[[int], dict[str, Any]], aw
     (home / "other.tar.gz").write_text("mine")
     with pytest.raises(ConfigError, match=r"other\.tar\.gz, where its archive goes, is another file"):
         bring_home(aws, {"ModelArtifacts": {"S3ModelArtifacts": "s3://home/output/model.tar.gz"}}, home / "other")
+
+
+@pytest.mark.parametrize("ended_by", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("at", range(5))
+def test_what_lay_there_is_put_back_where_the_replacing_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: BaseException, at: int
+) -> None:
+    home = tmp_path / "home"
+    (home / "model" / ".git").mkdir(parents=True)
+    for name in (".git/HEAD", "manifest.json", "weights.old"):
+        (home / "model" / name).write_text("of before")
+    (home / "model.tar.gz").write_text("of before")
+    before = {path: path.is_dir() or path.read_text() for path in sorted(home.rglob("*"))}
+    rename, renamed = Path.rename, []
+
+    def broken_off(path: Path, target: Path) -> Path:
+        renamed.append(path)
+        if len(renamed) == at + 1:
+            raise ended_by
+        return rename(path, target)
+
+    with pytest.raises(type(ended_by)), jobs._beside(home / "model") as scratch:
+        (scratch / "new").mkdir()
+        for name in ("new/manifest.json", "new/weights.new", "model.tar.gz"):
+            (scratch / name).write_text("new")
+        monkeypatch.setattr(Path, "rename", broken_off)
+        jobs._replace(home / "model", scratch, {scratch / "model.tar.gz": home / "model.tar.gz"})
+    assert {path: path.is_dir() or path.read_text() for path in sorted(home.rglob("*"))} == before

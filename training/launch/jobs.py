@@ -3,10 +3,11 @@
 import gzip
 import json
 import logging
+import os
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,7 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
         with _beside(output) as scratch:
             packed = data.fetch(aws, uri, scratch / archive.name)
             manifest = _unpacked(packed, scratch / "new")
-            packed.replace(archive)
-            _replace(output, scratch)
+            _replace(output, scratch, {packed: archive})
     except ArtifactError as exc:
         raise LaunchError(
             f"{uri}: {exc} Where the object is damaged, remove it, and the same command runs the job again."
@@ -207,15 +207,38 @@ def _unpacked(archive: Path, folder: Path) -> Manifest:
     return artifact.manifest
 
 
-def _replace(folder: Path, scratch: Path) -> None:
-    """`scratch`/new takes the place of `folder`; what else lay in it (.git, notes) stays in it. Raises: OSError."""
-    old = scratch / "old"
+def _replace(folder: Path, scratch: Path, also: Mapping[Path, Path] | None = None) -> None:
+    """What is in `scratch`/new takes the place of its like in `folder`; what else lies there (.git, notes) is not
+    touched. Where it breaks off, by a signal too, what was there is put back. `also`: new file -> its place.
+
+    Raises: OSError.
+    """
+    old, new = _made(scratch / "old"), scratch / "new"
+    moves: list[tuple[Path, Path]] = []
+    for source, target in (also or {}).items():
+        if target.exists():
+            moves.append((target, scratch / f"old-{target.name}"))
+        moves.append((source, target))
     if folder.exists():
-        folder.rename(old)
-    (scratch / "new").rename(folder)
-    for path in old.iterdir() if old.is_dir() else ():
-        if not path.name.startswith(places.OURS) and not (folder / path.name).exists():
-            path.rename(folder / path.name)
+        # The manifest goes first and comes last: without it, what a kill leaves half is taken for no model.
+        coming = sorted(new.iterdir(), key=lambda path: path.name == "manifest.json")
+        names = {path.name for path in coming}
+        going = [path for path in folder.iterdir() if path.name in names or path.name.startswith(places.OURS)]
+        moves += [(path, old / path.name) for path in sorted(going, key=lambda path: path.name != "manifest.json")]
+        moves += [(path, folder / path.name) for path in coming]
+    else:
+        moves.append((new, folder))
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            done.append((source, target))
+            source.rename(target)
+    except BaseException:
+        for source, target in reversed(done):
+            with suppress(OSError):  # what ended it must be told
+                if not os.path.lexists(source):
+                    target.rename(source)
+        raise
 
 
 def pack(folder: Path, archive: Path) -> Path:
