@@ -124,6 +124,28 @@ def test_an_end_of_scaling_that_broke_off_is_finished_by_repeating_it(
     assert "had" not in told(caplog, *command, "--max", 1)
 
 
+class Killed(BaseException):
+    """As of kill -9: nothing of the command runs any more."""
+
+
+def test_scaling_that_a_killed_update_took_off_is_turned_on_again_by_the_repeat(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = deploy("killed", packed)
+    told(caplog, *command, "--max", 3)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(endpoint, "create_or_update", lambda *_: (_ for _ in ()).throw(Killed()))
+        told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+    assert bounds(here, "killed") is None
+    said = told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+    assert "left endpoint killed without its autoscaling, from 1 to 3 instances" in said
+    assert "endpoint killed scales from 1 to 3 instances as before" in said and bounds(here, "killed") == (1, 3)
+    assert len(autoscaling.found(here.aws, Project("killed", BUCKET))[1]) == 2
+    told(caplog, *command, "--instance", "ml.g4dn.2xlarge", "--max", 1)
+    assert bounds(here, "killed") is None
+    assert "autoscaling" not in told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+
+
 def test_an_asynchronous_endpoint_goes_on_waking_from_0(
     here: Account, packed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

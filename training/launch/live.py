@@ -36,7 +36,14 @@ def look(aws: Aws, project: Project) -> Live | None:
     found = endpoint.find_ours(aws, project)
     if found is None or found["EndpointStatus"] in GONE:
         return None if found is None else Live(found)
-    return Live(found, endpoint.config_of(aws, found), autoscaling.found(aws, project))
+    scaling, noted = autoscaling.found(aws, project), autoscaling.taken_off(aws, project)
+    if noted is not None and scaling[0] is None:
+        log.warning(
+            "an update that broke off left endpoint %s without its autoscaling, from %d to %d instances; a deployment "
+            "that says nothing else turns it on again", project.endpoint, *noted,
+        )  # fmt: skip
+        scaling = ({"MinCapacity": noted[0], "MaxCapacity": noted[1]}, scaling[1])
+    return Live(found, endpoint.config_of(aws, found), scaling)
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
