@@ -1,9 +1,11 @@
 """Training jobs: the request, start or find again, wait with the log's lines, bring the model home."""
 
+import glob
 import gzip
 import json
 import logging
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -159,14 +161,20 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
 
     Raises: LaunchError where the artifact is damaged; ConfigError where `output` holds something else; AwsError.
     """
-    uri, archive = str(job["ModelArtifacts"]["S3ModelArtifacts"]), output.with_name(f"{output.name}.tar.gz")
     places.require_output(output)
+    output = places.resolved(output)
+    uri, archive = str(job["ModelArtifacts"]["S3ModelArtifacts"]), output.with_name(f"{output.name}.tar.gz")
     try:
         with _beside(output) as scratch:
             packed = data.fetch(aws, uri, scratch / archive.name)
             manifest = _unpacked(packed, scratch / "new")
             _replace(output, scratch, {packed: archive})
     except ArtifactError as exc:
+        if isinstance(exc.__cause__, OSError):  # of this machine, not of the object
+            why = exc.__cause__.strerror or exc.__cause__
+            raise LaunchError(
+                f"{output} cannot be written: {why}. Mend that (is there room on the disk?), and repeat the command."
+            ) from exc
         raise LaunchError(
             f"{uri}: {exc} Where the object is damaged, remove it, and the same command runs the job again."
         ) from exc
@@ -188,10 +196,37 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
 
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
-    """A scratch folder on the same disk. Raises: OSError."""
+    """A scratch folder on the same disk; in the end, those of commands that were killed are removed. Raises: OSError."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        yield Path(scratch)
+        with _held(Path(scratch), must=False):
+            yield Path(scratch)
+    for left in output.parent.glob(f".{glob.escape(output.name)}-{'[a-z0-9_]' * 8}"):
+        with suppress(OSError):  # another user's, say
+            names = {path.name.removesuffix(".part") for path in left.iterdir()}
+            if names - {"new", "old"} - {path for path in names if path.endswith(".tar.gz")} or not names:
+                continue
+            with _held(left):
+                shutil.rmtree(left)
+
+
+@contextmanager
+def _held(scratch: Path, must: bool = True) -> Iterator[None]:
+    """Hold the folder, which the operating system lets go of with the process. Raises: OSError where it `must` be, and
+    another holds it, or the disk knows no locks.
+    """
+    import fcntl
+
+    folder = os.open(scratch, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if must:
+                raise
+        yield
+    finally:
+        os.close(folder)
 
 
 def _made(folder: Path) -> Path:
