@@ -12,7 +12,7 @@ from service.model.manifest import sealed
 from tests.launch.in_process import ROLE, Account
 from tests.launch.telling import DENIED, ctrl_c, problem, sigterm, told, when
 from tests.rehearsal.start import IMAGE
-from training.launch import autoscaling, endpoint, smoke
+from training.launch import autoscaling, endpoint, registry, smoke
 from training.launch.endpoint import Hosting, Kind
 from training.launch.errors import AwsError
 from training.launch.jobs import pack
@@ -220,3 +220,9 @@ def test_which_version_takes_the_place_of_which_is_told_and_a_worse_one_warned_o
     told(caplog, *deploy("versions", packed))
     said = told(caplog, *deploy("versions", better, "--dry-run"))
     assert "version better (validation accuracy 99.00 %) takes the place of" in said and "falls" not in said
+
+
+def test_an_accuracy_that_someone_made_no_number_of_is_none() -> None:
+    for noted in ("n/a", "", "nan", "97"):
+        assert registry.accuracy_of({"validation_accuracy": noted}) is None
+    assert registry.accuracy_of({}) is None and registry.accuracy_of({"validation_accuracy": "0.97"}) == 0.97

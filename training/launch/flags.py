@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--parallel", type=positive, default=1, help="trainings at once (default: %(default)s)")
     one.add_argument("--spot", action="store_true", help="look at the quota of one training on spare capacity as well")
     one.add_argument("--kind", choices=KINDS, default="realtime", help="of the endpoint (default: %(default)s)")
-    one.add_argument("--max", type=positive, default=1, dest="max_count", help="of the endpoint (default: %(default)s)")
+    one.add_argument("--max", type=between(1, 1000), default=1, dest="max_count", help="of the endpoint (default: %(default)s)")
     one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
     one.add_argument(
         "--max-concurrency", type=positive, default=endpoint.MAX_CONCURRENCY,
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
         help="instances at least (default: 1; without --min and --max as it scales)",
     )
     one.add_argument(
-        "--max", type=positive, dest="max_count",
+        "--max", type=between(1, 1000), dest="max_count",
         help="instances at most (default: --min, no autoscaling; without either it scales on as it does)",
     )  # fmt: skip
     one.add_argument("--ami", help="InferenceAmiVersion (default: the one CUDA 13 needs)")
@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     one = add("invoke", "classify images with an endpoint, or with a service at an address")
     where = one.add_mutually_exclusive_group()
     where.add_argument("--url", help="address of a service, such as http://127.0.0.1:8080")
-    where.add_argument("--endpoint", help="endpoint's name (default: the project's)")
+    where.add_argument("--endpoint", type=endpoint_name, help="endpoint's name (default: the project's)")
     one.add_argument(
         "--asynchronous", action="store_true", help="the endpoint is asynchronous, where that may not be looked up"
     )
@@ -198,6 +198,16 @@ def between(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def endpoint_name(text: str) -> str:
+    """A flag's name of an endpoint, as AWS allows them. Raises: argparse.ArgumentTypeError."""
+    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", text):
+        raise argparse.ArgumentTypeError(
+            f"given {text}, allowed are up to 63 letters and digits, with hyphens between them; `status` names "
+            "the project's"
+        )
+    return text
 
 
 def mlflow_arn(text: str) -> str:

@@ -85,8 +85,7 @@ def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
         _, facts = registry.registered(aws, now.config["ProductionVariants"][0]["ModelName"])
     if "version" not in facts or facts["version"] == new.version:
         return
-    measured = facts.get("validation_accuracy")
-    before = None if measured is None else float(measured)
+    before = registry.accuracy_of(facts)
     after = (new.metrics.get("validation") or {}).get("accuracy")
     log.info(
         "version %s%s takes the place of %s%s", new.version, _shown(after), facts["version"], _shown(before)
