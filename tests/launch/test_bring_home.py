@@ -148,7 +148,7 @@ def test_a_full_disk_is_not_blamed_on_the_object(
 
     done = job(2)
     monkeypatch.setattr("shutil.copyfileobj", full)
-    with pytest.raises(LaunchError, match="cannot be written: No space left on device.*room on the disk") as told:
+    with pytest.raises(LaunchError, match=r"cannot be written: No space left on device.*room on the disk") as told:
         bring_home(aws, done, tmp_path / "out" / "model")
     assert "remove it" not in str(told.value)
 

@@ -392,9 +392,12 @@ def test_ctrl_c_gives_up_requests_that_hang(picture: Path, caplog: pytest.LogCap
     try:
         threading.Thread(target=press, daemon=True).start()
         start_s = time.monotonic()
-        with caplog.at_level("INFO", "training"), closing(UrlTarget(f"http://127.0.0.1:{server.server_port}")) as target:
-            with pytest.raises(KeyboardInterrupt):
-                list(classify(target, [picture]))
+        with (
+            caplog.at_level("INFO", "training"),
+            closing(UrlTarget(f"http://127.0.0.1:{server.server_port}")) as target,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            list(classify(target, [picture]))
         assert time.monotonic() - start_s < 30
     finally:
         signal.signal(signal.SIGINT, before)

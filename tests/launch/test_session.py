@@ -168,16 +168,15 @@ def test_a_proxys_page_in_place_of_awss_answer_is_a_sentence(monkeypatch: pytest
 LOGIN = b'<?xml version="1.0"?><html><body>Please log in</body></html>'
 CALLS = [
     ("sts", "get_caller_identity", {}), ("sagemaker", "describe_endpoint", {"EndpointName": "a"}),
-    ("s3", "put_object", {"Bucket": "abc", "Key": "k", "Body": b"x"}), ("s3", "head_object", {"Bucket": "abc", "Key": "k"}),
+    ("s3", "put_object", {"Bucket": "abc", "Key": "k", "Body": b"x"}),
+    ("s3", "head_object", {"Bucket": "abc", "Key": "k"}),
     ("s3", "create_multipart_upload", {"Bucket": "abc", "Key": "k"}), ("s3", "list_objects_v2", {"Bucket": "abc"}),
     ("cloudwatch", "describe_alarms", {}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("body", [LOGIN, b"{}", b"null", b"[]", b""])
-def test_an_answer_that_is_well_formed_and_not_awss_is_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, body: bytes
-) -> None:
+def test_an_answer_that_is_well_formed_and_not_awss_is_a_sentence(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -203,7 +202,7 @@ def test_an_answer_that_is_well_formed_and_not_awss_is_a_sentence(
 
 def test_a_program_that_gives_no_credentials_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "config").write_text("[default]\ncredential_process = echo []\n")
-    with pytest.raises(AwsError, match="credential_process in ~/.aws, say.* gives none that can be read"):
+    with pytest.raises(AwsError, match=r"credential_process in ~/.aws, say.* gives none that can be read"):
         connect("eu-central-1").identity  # noqa: B018
 
 

@@ -168,7 +168,7 @@ def _sentence(service: str, operation: str, code: str, text: str) -> str:
 
 def _what_to_do(code: str) -> str:
     """About a refusal that has no sentence of its own."""
-    if code in AT_FAULT or code.isdecimal() and code.startswith("5"):
+    if code in AT_FAULT or (code.isdecimal() and code.startswith("5")):
         return f"That is AWS's own fault; wait a minute, {AGAIN}"
     if code == "BucketAlreadyExists":
         return "Buckets of all accounts share their names: give another --bucket."

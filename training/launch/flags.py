@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--parallel", type=positive, default=1, help="trainings at once (default: %(default)s)")
     one.add_argument("--spot", action="store_true", help="look at the quota of one training on spare capacity as well")
     one.add_argument("--kind", choices=KINDS, default="realtime", help="of the endpoint (default: %(default)s)")
-    one.add_argument("--max", type=between(1, 1000), default=1, dest="max_count", help="of the endpoint (default: %(default)s)")
+    one.add_argument(
+        "--max", type=between(1, 1000), default=1, dest="max_count", help="of the endpoint (default: %(default)s)"
+    )
     one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
     one.add_argument(
         "--max-concurrency", type=positive, default=endpoint.MAX_CONCURRENCY,

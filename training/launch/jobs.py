@@ -196,11 +196,11 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
 
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
-    """A scratch folder on the same disk; in the end, those of commands that were killed are removed. Raises: OSError."""
+    """A scratch folder on the same disk; in the end those that killed commands left are removed. Raises: OSError."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        with _held(Path(scratch), must=False):
-            yield Path(scratch)
+    beside = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-")
+    with beside as scratch, _held(Path(scratch), must=False):
+        yield Path(scratch)
     for left in output.parent.glob(f".{glob.escape(output.name)}-{'[a-z0-9_]' * 8}"):
         with suppress(OSError):  # another user's, say
             names = {path.name.removesuffix(".part") for path in left.iterdir()}

@@ -44,9 +44,7 @@ def require_output(output: Path) -> None:
     asked, output = output, real
     archive = output.with_name(f"{output.name}.tar.gz")
     if kind_at(archive) and not _is_model(archive):
-        raise ConfigError(
-            f"--output {asked}: {archive}, where its archive goes, is another file; name another folder."
-        )
+        raise ConfigError(f"--output {asked}: {archive}, where its archive goes, is another file; name another folder.")
     require_writable(output)
 
 

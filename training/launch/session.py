@@ -99,8 +99,7 @@ class _Explaining:
 
 
 def _is_of_nobody(exc: ClientError) -> bool:
-    """Whether the refusal has no code of AWS's and no number of a request, as botocore makes it of answers that are none.
-    """
+    """Whether botocore made the refusal of an answer that has neither a code of AWS's nor a request's number."""
     headers = exc.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     code = str(exc.response.get("Error", {}).get("Code", ""))
     return code in ("500", "502", "503", "504") and not {"x-amz-request-id", "x-amzn-requestid"} & set(headers)
@@ -249,7 +248,7 @@ class Aws:
                         user_agent_extra="resnet34-sagemaker",
                     ),
                 )
-            except _UNREAD + (BotoCoreError,) as exc:
+            except (*_UNREAD, BotoCoreError) as exc:
                 if not isinstance(exc, BotoCoreError) and _is_of_credentials(exc):
                     raise _credentials("cannot be called", exc) from exc
                 if not isinstance(exc, BotoCoreError | ValueError):
