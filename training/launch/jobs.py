@@ -170,7 +170,7 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
             manifest = _unpacked(packed, scratch / "new")
             _replace(output, scratch, {packed: archive})
     except ArtifactError as exc:
-        if isinstance(exc.__cause__, OSError):  # of this machine, not of the object
+        if isinstance(exc.__cause__, OSError) and exc.__cause__.errno:  # of this machine; gzip's have no number
             why = exc.__cause__.strerror or exc.__cause__
             raise LaunchError(
                 f"{output} cannot be written: {why}. Mend that (is there room on the disk?), and repeat the command."
