@@ -271,7 +271,7 @@ class Outcome:
 def classify(target: Target, paths: Iterable[Path], *, concurrency: int = 8, tries: int = TRIES) -> Iterator[Outcome]:
     """Send each image; outcomes in the order of `paths`, failures among them. Raises: AwsError (of access, say).
 
-    Who stops reading outcomes (Ctrl-C) gives up the requests under way at an address and waits for those at an endpoint;
+    Who stops reading outcomes (Ctrl-C) gives up those under way at an address and waits for those at an endpoint;
     those to come are not made.
     """
     stop = threading.Event()
