@@ -143,13 +143,13 @@ def bring(aws: Aws, project: Project, hosting: Hosting, was: Scaling, kept: bool
     forget(aws, project)
     if hosting.kind != "serverless" and not scales(hosting):
         # Without `before` too: a command that broke off may have ended the scaling, and not have got to the count.
-        was = _set_count(aws, project, hosting.min_count, poll_s)
+        had = _set_count(aws, project, hosting.min_count, poll_s)
         if before:
             log.info(
                 "endpoint %s no longer scales%s; instances: %d", project.endpoint, _told(before), hosting.min_count
             )  # fmt: skip
-        elif was is not None:
-            log.info("endpoint %s had %d instances and does not scale; now: %d", project.endpoint, was,
+        elif had is not None:
+            log.info("endpoint %s had %d instances and does not scale; now: %d", project.endpoint, had,
                      hosting.min_count)  # fmt: skip
 
 
