@@ -12,6 +12,7 @@ import pytest
 from service.model.archive import MAX_MEMBERS
 from tests.rehearsal.start import REGION, Rehearsal
 from training.errors import ConfigError
+from training.launch import jobs, places
 from training.launch.errors import LaunchError
 from training.launch.jobs import bring_home, pack
 from training.launch.session import Aws
@@ -90,3 +91,77 @@ def test_files_of_others_beside_it_stay(job: Callable[[int], dict[str, Any]], aw
     (home / "other.tar.gz").write_text("mine")
     with pytest.raises(ConfigError, match=r"other\.tar\.gz, where its archive goes, is another file"):
         bring_home(aws, {"ModelArtifacts": {"S3ModelArtifacts": "s3://home/output/model.tar.gz"}}, home / "other")
+
+
+@pytest.mark.parametrize("ended_by", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("at", range(5))
+def test_what_lay_there_is_put_back_where_the_replacing_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: BaseException, at: int
+) -> None:
+    home = tmp_path / "home"
+    (home / "model" / ".git").mkdir(parents=True)
+    for name in (".git/HEAD", "manifest.json", "weights.old"):
+        (home / "model" / name).write_text("of before")
+    (home / "model.tar.gz").write_text("of before")
+    before = {path: path.is_dir() or path.read_text() for path in sorted(home.rglob("*"))}
+    rename, renamed = Path.rename, []
+
+    def broken_off(path: Path, target: Path) -> Path:
+        renamed.append(path)
+        if len(renamed) == at + 1:
+            raise ended_by
+        return rename(path, target)
+
+    with pytest.raises(type(ended_by)), jobs._beside(home / "model") as scratch:
+        (scratch / "new").mkdir()
+        for name in ("new/manifest.json", "new/weights.new", "model.tar.gz"):
+            (scratch / name).write_text("new")
+        monkeypatch.setattr(Path, "rename", broken_off)
+        jobs._replace(home / "model", scratch, {scratch / "model.tar.gz": home / "model.tar.gz"})
+    assert {path: path.is_dir() or path.read_text() for path in sorted(home.rglob("*"))} == before
+
+
+def test_a_link_stays_one_and_the_model_goes_where_it_leads(
+    job: Callable[[int], dict[str, Any]], aws: Aws, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere" / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "model")
+    bring_home(aws, job(2), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "model" / "manifest.json").is_file()
+    assert (tmp_path / "elsewhere" / "model.tar.gz").is_file()
+
+
+def test_where_a_disk_is_mounted_is_refused_before_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.setattr("os.path.ismount", lambda place: Path(place) == tmp_path / "disk")
+    for name in ("disk", "link"):
+        with pytest.raises(ConfigError, match=rf"{name} is where a disk is mounted.*such as .*{name}/model"):
+            places.require_output(tmp_path / name)
+
+
+def test_a_full_disk_is_not_blamed_on_the_object(
+    job: Callable[[int], dict[str, Any]], aws: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    done = job(2)
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(LaunchError, match=r"cannot be written: No space left on device.*room on the disk") as told:
+        bring_home(aws, done, tmp_path / "out" / "model")
+    assert "remove it" not in str(told.value)
+
+
+def test_what_a_killed_command_left_beside_it_is_removed_by_the_next(tmp_path: Path) -> None:
+    output, left = tmp_path / "model", tmp_path / ".model-0abc_xyz"
+    (left / "new").mkdir(parents=True)
+    (left / "model.tar.gz.part").touch()
+    (tmp_path / ".model-mynotes1").mkdir()
+    (tmp_path / ".model-mynotes1" / "notes").touch()
+    with jobs._held(left), jobs._beside(output):
+        pass
+    assert left.is_dir()  # of a command that is at work
+    with jobs._beside(output):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".model-mynotes1"]

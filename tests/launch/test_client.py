@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,9 +19,18 @@ from tests.conftest import Server
 from tests.launch.telling import told
 from training import progress
 from training.errors import ConfigError
-from training.launch import results
+from training.launch import batch, results, smoke
 from training.launch.__main__ import main
-from training.launch.client import Outcome, Reply, UrlTarget, classify, classify_one, images_in, retry_after_s
+from training.launch.client import (
+    Outcome,
+    Reply,
+    UrlTarget,
+    classify,
+    classify_one,
+    images_in,
+    retry_after_s,
+    understood,
+)
 from training.launch.errors import LaunchError
 
 ROOT = Path(__file__).parents[2]
@@ -322,3 +332,91 @@ def test_the_number_of_problems_is_told_once(
         said = told(caplog, "invoke", "--url", url, asked, "--output", tmp_path / "a.csv", status=1)
     assert said.count("had a problem") == 1 and "with a problem" not in said
     assert f"5 of 5 images had a problem; `problem` in {tmp_path / 'a.csv'} says which." in said
+
+
+@pytest.fixture
+def huge(tmp_path: Path) -> Path:
+    """A file that is said to be larger than any memory, and takes none of the disk."""
+    path = tmp_path / "huge.jpg"
+    with path.open("wb") as file:
+        file.truncate(2**39)
+    return path
+
+
+def test_a_file_of_no_images_size_is_its_own_problem(picture: Path, huge: Path) -> None:
+    with answering((200, {}, GOOD)) as (url, _), closing(UrlTarget(url)) as target:
+        good, bad = classify(target, [picture, huge])
+    assert good.problem is None and bad.problem and "at most 536,870,912 are read" in bad.problem
+    (left_out,) = batch.readable([huge])[1]
+    assert left_out.problem and "are read" in left_out.problem
+    with pytest.raises(ConfigError, match=r"--smoke \S+huge\.jpg: it has 549,755,813,888 bytes, at most"):
+        smoke.require_images([huge])
+
+
+NESTED = b"[" * 100_000
+FULL = {"label": "a", "index": 0}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        NESTED, b'{"predictions": []}', json.dumps({"predictions": [{**FULL, "probability": 10**400}]}).encode(),
+        b'{"predictions": [{"label": "a", "index": 0, "probability": NaN}]}',
+    ],
+)  # fmt: skip
+def test_garbage_is_that_images_problem(body: bytes, picture: Path) -> None:
+    outcome = understood(picture, Reply(200, {}, body))
+    assert outcome.problem and "the answer is none of this service" in outcome.problem
+    assert Reply(503, {}, NESTED).problem.startswith("[[[") and retry_after_s(Reply(503, {}, NESTED)) is None
+
+
+def test_a_label_that_is_no_text_is_written_readably(picture: Path, tmp_path: Path) -> None:
+    with answering((200, {}, {"predictions": [{"label": "\ud800", "index": 0, "probability": 0.9}]})) as (url, _):
+        for kind in ("csv", "jsonl"):
+            output = tmp_path / f"a.{kind}"
+            assert main(["invoke", "--url", url, str(picture), "--output", str(output)]) == 0
+            assert r"\ud800" in output.read_text()
+
+
+def test_a_stdout_of_another_encoding_takes_every_label(picture: Path) -> None:
+    with answering((200, {}, {"predictions": [{"label": "\u732b", "index": 0, "probability": 0.9}]})) as (url, _):
+        variables = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        with command("invoke", "--url", url, picture, stdout=subprocess.PIPE, env=variables) as process:
+            stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and r"\u732b" in stdout and "Traceback" not in stderr
+
+
+def test_ctrl_c_gives_up_requests_that_hang(picture: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    class Hangs(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            begun.set()
+            end.wait(60)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hangs)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def press() -> None:
+        begun.wait(60)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=press, daemon=True).start()
+        start_s = time.monotonic()
+        with (
+            caplog.at_level("INFO", "training"),
+            closing(UrlTarget(f"http://127.0.0.1:{server.server_port}")) as target,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            list(classify(target, [picture]))
+        assert time.monotonic() - start_s < 30
+    finally:
+        signal.signal(signal.SIGINT, before)
+        end.set()
+        server.shutdown()
+        server.server_close()
+    assert "it stops when the requests under way are given up" in caplog.text

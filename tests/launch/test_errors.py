@@ -12,6 +12,10 @@ SENTENCES = [
     ("ExpiredTokenException", "The security token included in the request is expired", "have expired"),
     ("UnrecognizedClientException", "The security token is invalid", "does not know these credentials"),
     ("ResourceInUse", "It exists", "was refused: ResourceInUse: It exists"),
+    ("ResourceInUse", "It exists", "`status` shows what is there. Then the same command goes on"),
+    ("InternalFailure", "An error.", "InternalFailure: An error. That is AWS's own fault; wait a minute, the same"),
+    ("BucketAlreadyExists", "Taken", "give another --bucket"),
+    ("ValidationException", "1 error", "Mend what AWS names there (a flag, or a setting of the account), then the"),
     ("CapacityError", "Unable to provision", "try again later"),
 ]
 

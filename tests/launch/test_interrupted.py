@@ -464,7 +464,7 @@ def test_a_terminal_that_is_closed_ends_the_waiting_and_not_the_job(
     assert (tmp_path / "model" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("answer", ["n\n", "", "y\n"])
+@pytest.mark.parametrize("answer", ["n\n", "", "\xff\n", "y\n"])
 def test_delete_asks_and_takes_only_a_yes(
     here: Account, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
@@ -479,6 +479,8 @@ def test_delete_asks_and_takes_only_a_yes(
     monkeypatch.setattr("sys.stdin", None)  # as it is with <&-
     assert "There is no one to ask" in problem(caplog, *delete, status=2)
     monkeypatch.setattr("sys.stdin", Terminal(answer))
+    if answer == "\xff\n":  # as a terminal of UTF-8 gives a byte that is none
+        monkeypatch.setattr("builtins.input", lambda _: b"\xff".decode())
     if answer == "y\n":
         assert "all of it is removed" in told(caplog, *delete)
     else:

@@ -108,6 +108,44 @@ def test_scaling_stays_until_someone_says_otherwise_and_each_change_is_told(
     assert "scales" not in told(caplog, *command, *elsewhere)
 
 
+def test_an_end_of_scaling_that_broke_off_is_finished_by_repeating_it(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = deploy("broke-off", packed)
+    told(caplog, *command, "--max", 3)
+    here.records.endpoints["broke-off"].production_variants[0]["DesiredInstanceCount"] = 3  # what scaling has reached
+    here.order(operation="UpdateEndpointWeightsAndCapacities", **DENIED)
+    assert "is missing" in problem(caplog, *command, "--max", 1)
+    assert bounds(here, "broke-off") is None
+    said = told(caplog, *command, "--max", 1)
+    assert "endpoint broke-off had 3 instances and does not scale; now: 1" in said
+    found = here.client("sagemaker").describe_endpoint(EndpointName="broke-off")
+    assert found["ProductionVariants"][0]["DesiredInstanceCount"] == 1
+    assert "had" not in told(caplog, *command, "--max", 1)
+
+
+class Killed(BaseException):
+    """As of kill -9: nothing of the command runs any more."""
+
+
+def test_scaling_that_a_killed_update_took_off_is_turned_on_again_by_the_repeat(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = deploy("killed", packed)
+    told(caplog, *command, "--max", 3)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(endpoint, "create_or_update", lambda *_: (_ for _ in ()).throw(Killed()))
+        told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+    assert bounds(here, "killed") is None
+    said = told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+    assert "left endpoint killed without its autoscaling, from 1 to 3 instances" in said
+    assert "endpoint killed scales from 1 to 3 instances as before" in said and bounds(here, "killed") == (1, 3)
+    assert len(autoscaling.found(here.aws, Project("killed", BUCKET))[1]) == 2
+    told(caplog, *command, "--instance", "ml.g4dn.2xlarge", "--max", 1)
+    assert bounds(here, "killed") is None
+    assert "autoscaling" not in told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+
+
 def test_an_asynchronous_endpoint_goes_on_waking_from_0(
     here: Account, packed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,3 +243,9 @@ def test_other_classes_are_told_and_so_is_a_model_of_the_generated_sample(
         count, first, before = len(names), ", ".join(registry.shown(names)), ", ".join(manifest.classes[:3])
         assert f"other classes: {count} instead of {count} ({first}" in said and f" instead of {before}" in said
         assert "This model was trained on a generated sample" in said
+
+
+def test_an_accuracy_that_someone_made_no_number_of_is_none() -> None:
+    for noted in ("n/a", "", "nan", "97"):
+        assert registry.accuracy_of({"validation_accuracy": noted}) is None
+    assert registry.accuracy_of({}) is None and registry.accuracy_of({"validation_accuracy": "0.97"}) == 0.97

@@ -220,6 +220,9 @@ def test_a_password_in_an_address_is_not_shown(here: Account, data: Path, caplog
         ("train", "--data", "d", "--max-hours", "1e308"),
         ("train", "--data", "d", "--retries", "31"),
         ("invoke", "x", "--concurrency", "1000000"),
+        ("deploy", "--max", "99999999999999"),
+        ("preflight", "--max", "99999999999999"),
+        ("invoke", "x", "--endpoint", "a b"),
     ],
 )
 def test_numbers_beyond_all_bounds_are_refused(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from training.errors import ConfigError
+from training.launch import session
 from training.launch.client import EndpointTarget, Unanswered
 from training.launch.data import fetch
 from training.launch.errors import AwsError
@@ -54,6 +56,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> Iterator[Aws]:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(200)
             self.send_header("Content-Length", "100")
+            self.send_header("ETag", '"of-the-whole"')
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(b"0123456789")
@@ -160,3 +163,84 @@ def test_a_proxys_page_in_place_of_awss_answer_is_a_sentence(monkeypatch: pytest
         pytest.raises(AwsError, match=r"sts was answered by something that is not AWS: a proxy, or a login page"),
     ):
         connect("eu-central-1").identity  # noqa: B018
+
+
+LOGIN = b'<?xml version="1.0"?><html><body>Please log in</body></html>'
+CALLS = [
+    ("sts", "get_caller_identity", {}), ("sagemaker", "describe_endpoint", {"EndpointName": "a"}),
+    ("s3", "put_object", {"Bucket": "abc", "Key": "k", "Body": b"x"}),
+    ("s3", "head_object", {"Bucket": "abc", "Key": "k"}),
+    ("s3", "create_multipart_upload", {"Bucket": "abc", "Key": "k"}), ("s3", "list_objects_v2", {"Bucket": "abc"}),
+    ("cloudwatch", "describe_alarms", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [LOGIN, b"{}", b"null", b"[]", b""])
+def test_an_answer_that_is_well_formed_and_not_awss_is_a_sentence(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_POST = do_PUT = do_HEAD = answer  # noqa: N815  # http.server's names
+
+        def log_message(self, *_: Any) -> None: ...
+
+    monkeypatch.setattr(session, "TRIES", 1)
+    with aws_answered_by(Handler, monkeypatch):
+        account = connect("eu-central-1")
+        for service, call, given in CALLS:
+            with pytest.raises(AwsError, match=f"{service} was answered by something that is not AWS") as told:
+                answer = getattr(account.client(service), call)(**given)
+                answer["MetricAlarms"]
+            assert told.value.code == "Unreachable"
+
+
+def test_a_program_that_gives_no_credentials_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text("[default]\ncredential_process = echo []\n")
+    with pytest.raises(AwsError, match=r"credential_process in ~/.aws, say.* gives none that can be read"):
+        connect("eu-central-1").identity  # noqa: B018
+
+
+def test_credentials_that_are_no_text_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for name in KEYS:
+        for other in KEYS:
+            monkeypatch.setenv(other, "abc\udcff" if other == name else "abc")
+        with pytest.raises(AwsError, match="credentials hold what is no text; set them anew"):
+            connect("eu-central-1").identity  # noqa: B018
+
+
+def test_a_code_that_nobody_can_type_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(
+        "[profile codes]\nrole_arn = arn:aws:iam::123456789012:role/r\nsource_profile = keys\n"
+        "mfa_serial = arn:aws:iam::123456789012:mfa/ann\n[profile keys]\naws_access_key_id = a\n"
+        "aws_secret_access_key = b\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "training.launch", "status", "--profile", "codes", "--region", "eu-central-1"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1 and "asks for a code (mfa_serial)" in ended.stderr, ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_address_that_hangs_is_told_when_it_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            time.sleep(0.5)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    monkeypatch.setattr(session, "READ_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(session, "TRIES", 2)
+    with aws_answered_by(Handler, monkeypatch), pytest.raises(AwsError, match="sts cannot be reached"):
+        connect("eu-central-1").identity  # noqa: B018
+    assert caplog.text.count("sts has not answered GetCallerIdentity in time") == 1
+    assert "it is asked again, 2 times in all" in caplog.text

@@ -4,6 +4,7 @@ Exit status: 0 done; 1 a step failed, and what to do; 2 wrong settings; 130 stop
 terminal that was closed: what AWS runs goes on, the same command waits for it again.
 """
 
+import io
 import logging
 import os
 import re
@@ -40,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     # Results go to stdout (`invoke | sort`), so what is told of them goes beside.
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever a result has in it can be written, in any locale
+        sys.stdout.reconfigure(errors="backslashreplace")
     for noisy in ("botocore", "boto3", "s3transfer", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("botocore.credentials").setLevel(logging.ERROR)  # what fails is raised besides, and told
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options, rest = parser().parse_known_args(given)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from training.launch import ownership
-from training.launch.endpoint import VARIANT, Hosting, wait_while_changing
+from training.launch.endpoint import VARIANT, Hosting, find, wait_while_changing
 from training.launch.errors import AwsError
 from training.launch.names import Project
 from training.launch.session import Aws
@@ -27,6 +27,10 @@ POLICY_FIELDS = (
     "PolicyName", "PolicyType", "TargetTrackingScalingPolicyConfiguration", "StepScalingPolicyConfiguration",
 )  # fmt: skip
 """What PutScalingPolicy takes of what DescribeScalingPolicies tells."""
+
+TAKEN_OFF = "autoscaling-taken-off"
+"""The endpoint's tag that tells between how many instances it scaled before an update for which that was taken off:
+`1-3`; `no`: it was turned on again."""
 
 Scaling = tuple[Mapping[str, Any] | None, Sequence[Mapping[str, Any]]]
 """A scalable target, None where there is none, and its policies."""
@@ -123,8 +127,11 @@ def bring(aws: Aws, project: Project, hosting: Hosting, was: Scaling, kept: bool
     Raises: LaunchError as `apply` does; AwsError; StoppedWaiting.
     """
     if kept:
-        if found(aws, project)[0] is None:
+        if taken_off(aws, project) is not None:  # by a command that was killed, perhaps in the midst of it
+            apply(aws, project, hosting, bounds(was))
+        elif found(aws, project)[0] is None:
             restore(aws, project, *was)
+        forget(aws, project)
         end = "--max 1" if hosting.min_count == 1 else "--min {0} --max {0}".format(max(1, hosting.min_count))
         log.info(
             "endpoint %s scales from %d to %d instances as before; %s ends that",
@@ -133,9 +140,52 @@ def bring(aws: Aws, project: Project, hosting: Hosting, was: Scaling, kept: bool
         return
     before = bounds(was)
     apply(aws, project, hosting, before)
-    if before and not scales(hosting):
-        _set_count(aws, project, hosting.min_count, poll_s)
-        log.info("endpoint %s no longer scales%s; instances: %d", project.endpoint, _told(before), hosting.min_count)
+    forget(aws, project)
+    if hosting.kind != "serverless" and not scales(hosting):
+        # Without `before` too: a command that broke off may have ended the scaling, and not have got to the count.
+        had = _set_count(aws, project, hosting.min_count, poll_s)
+        if before:
+            log.info(
+                "endpoint %s no longer scales%s; instances: %d", project.endpoint, _told(before), hosting.min_count
+            )  # fmt: skip
+        elif had is not None:
+            log.info("endpoint %s had %d instances and does not scale; now: %d", project.endpoint, had,
+                     hosting.min_count)  # fmt: skip
+
+
+def remember(aws: Aws, project: Project, arn: str, scaling: Scaling) -> None:
+    """Note on the endpoint how it scales, before that is taken off: a command may be killed, the tag stays.
+
+    Raises: AwsError.
+    """
+    between = bounds(scaling)
+    if between is not None:
+        tag = {"Key": TAKEN_OFF, "Value": "{}-{}".format(*between)}
+        aws.client("sagemaker").add_tags(ResourceArn=arn, Tags=[tag])
+
+
+def taken_off(aws: Aws, project: Project) -> tuple[int, int] | None:
+    """What `remember` noted, None where nothing is to be turned on again. Raises: AwsError."""
+    noted = _noted(aws, project)
+    return None if noted is None else noted[1]
+
+
+def forget(aws: Aws, project: Project) -> None:
+    """It scales as it is to: the note is crossed out, for which AWS asks no other right than for the note."""
+    noted = _noted(aws, project)
+    if noted is not None:
+        aws.client("sagemaker").add_tags(ResourceArn=noted[0], Tags=[{"Key": TAKEN_OFF, "Value": "no"}])
+
+
+def _noted(aws: Aws, project: Project) -> tuple[str, tuple[int, int]] | None:
+    """The endpoint's ARN and what its tag says; None where that is nothing."""
+    there = find(aws, project.endpoint)
+    if there is None:
+        return None
+    low, _, high = ownership.tags_of(aws, there["EndpointArn"]).get(TAKEN_OFF, "").partition("-")
+    if not (low.isdecimal() and high.isdecimal()):
+        return None
+    return str(there["EndpointArn"]), (int(low), int(high))
 
 
 def bounds(scaling: Scaling) -> tuple[int, int] | None:
@@ -148,15 +198,21 @@ def _told(before: tuple[int, int] | None) -> str:
     return "" if before is None else f", before from {before[0]} to {before[1]}"
 
 
-def _set_count(aws: Aws, project: Project, count: int, poll_s: float) -> None:
-    """So many instances, whatever scaling had reached: that stays when the scaling is removed."""
+def _set_count(aws: Aws, project: Project, count: int, poll_s: float) -> int | None:
+    """So many instances, whatever scaling had reached: that stays when the scaling is removed.
+
+    Returns: how many there were; None where they were as many.
+    """
     client, name = aws.client("sagemaker"), project.endpoint
     variants = client.describe_endpoint(EndpointName=name).get("ProductionVariants") or []
-    if any(each["VariantName"] == VARIANT and each.get("DesiredInstanceCount", count) != count for each in variants):
-        client.update_endpoint_weights_and_capacities(
-            EndpointName=name, DesiredWeightsAndCapacities=[{"VariantName": VARIANT, "DesiredInstanceCount": count}]
-        )
-        wait_while_changing(aws, name, poll_s)
+    counts = [each.get("DesiredInstanceCount", count) for each in variants if each["VariantName"] == VARIANT]
+    if not counts or counts[0] == count:
+        return None
+    client.update_endpoint_weights_and_capacities(
+        EndpointName=name, DesiredWeightsAndCapacities=[{"VariantName": VARIANT, "DesiredInstanceCount": count}]
+    )
+    wait_while_changing(aws, name, poll_s)
+    return int(counts[0])
 
 
 def wake(project: Project) -> str:
@@ -216,6 +272,7 @@ def restore(aws: Aws, project: Project, target: Mapping[str, Any] | None, listed
             continue
         given = {name: policy[name] for name in POLICY_FIELDS if policy.get(name)}
         client.put_scaling_policy(**place, **given)
+    forget(aws, project)
 
 
 def _delete_policy(aws: Aws, project: Project, name: str) -> None:

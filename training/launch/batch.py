@@ -17,7 +17,7 @@ from service.model.errors import ImageError
 from service.model.images import MEDIA_TYPES, decode
 from training.errors import DataError
 from training.launch import data
-from training.launch.client import Outcome, Reply, understood
+from training.launch.client import Outcome, Reply, content_of, understood
 from training.launch.errors import AwsError, JobFailed, failure_advice
 from training.launch.jobs import OVER
 from training.launch.logs import TRANSFORM, LogTail
@@ -37,7 +37,7 @@ def readable(paths: Sequence[Path]) -> tuple[list[Path], list[Outcome]]:
     good, bad = [], []
     for path in paths:
         try:
-            content = path.read_bytes()
+            content = content_of(path)
             decode(content)
             if len(content) > MAX_PAYLOAD_MB * 2**20:
                 raise DataError(f"it is larger than the {MAX_PAYLOAD_MB} MB that a job takes")

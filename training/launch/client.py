@@ -11,6 +11,7 @@ body are taken out again. "Later" (429, 503, 504) is tried again, after what Ret
 import http.client
 import json
 import logging
+import math
 import random
 import re
 import socket
@@ -29,7 +30,8 @@ from urllib.parse import urlsplit
 from botocore.exceptions import ClientError
 
 from service.model.images import MEDIA_TYPES
-from training.errors import ConfigError
+from training.data.folder import MAX_FILE_BYTES
+from training.errors import ConfigError, DataError
 from training.launch.errors import THROTTLED, AwsError, LaunchError
 from training.launch.names import split_uri
 from training.launch.places import kind_at
@@ -73,7 +75,7 @@ class Reply:
         try:
             error = json.loads(self.body)["error"]
             return f"{error['code']}: {error['message']}"
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return self.body[:300].decode(errors="replace") or f"status {self.status}"
 
 
@@ -121,8 +123,12 @@ class UrlTarget:
         self._answered = False
 
     def close(self) -> None:
-        """Close the connections of all threads."""
+        """Close the connections of all threads; one that waits for an answer gets none any more."""
         for connection in self._connections:
+            under_way = connection.sock
+            if under_way is not None:
+                with suppress(OSError):  # it may have ended by itself
+                    socket.socket.shutdown(under_way, socket.SHUT_RDWR)
             connection.close()
 
     def ask(
@@ -265,12 +271,19 @@ class Outcome:
 def classify(target: Target, paths: Iterable[Path], *, concurrency: int = 8, tries: int = TRIES) -> Iterator[Outcome]:
     """Send each image; outcomes in the order of `paths`, failures among them. Raises: AwsError (of access, say).
 
-    Who stops reading outcomes (Ctrl-C) waits for the requests under way, not for those to come.
+    Who stops reading outcomes (Ctrl-C) gives up those under way at an address and waits for those at an endpoint;
+    those to come are not made.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(concurrency) as threads:
         try:
             yield from threads.map(lambda path: classify_one(target, path, tries, stop), paths)
+        except (KeyboardInterrupt, GeneratorExit) as exc:
+            stop.set()
+            target.close()
+            if isinstance(exc, KeyboardInterrupt):
+                log.info("it stops when the requests under way are given up, which takes %d s at most", READ_TIMEOUT_S)
+            raise
         finally:
             stop.set()
             threads.shutdown(wait=True, cancel_futures=True)
@@ -280,9 +293,11 @@ def classify_one(target: Target, path: Path, tries: int = TRIES, stop: threading
     """One image's outcome, tried again where the service says later. Raises: AwsError where no image would do."""
     stop = stop or threading.Event()
     try:
-        body = path.read_bytes()
+        body = content_of(path)
     except OSError as exc:
         return Outcome(path, problem=f"cannot be read: {exc.strerror}")
+    except DataError as exc:
+        return Outcome(path, problem=str(exc))
     media_type = MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
     for attempt in range(1, tries + 1):
         try:
@@ -301,6 +316,14 @@ def classify_one(target: Target, path: Path, tries: int = TRIES, stop: threading
     return Outcome(path, problem=f"{problem} (tried {tries} times)", tries=tries)
 
 
+def content_of(path: Path) -> bytes:
+    """An image file's bytes. Raises: DataError where they are more than any image has; OSError."""
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise DataError(f"it has {size:,} bytes, at most {MAX_FILE_BYTES:,} are read")
+    return path.read_bytes()
+
+
 def understood(path: Path, reply: Reply, attempt: int = 1) -> Outcome:
     """What came of an image that was answered with 200; a problem where another service answered."""
     try:
@@ -309,8 +332,10 @@ def understood(path: Path, reply: Reply, attempt: int = 1) -> Outcome:
             {**each, "label": str(each["label"]), "probability": float(each["probability"])}
             for each in answer["predictions"]
         ]
+        if not found or not all(math.isfinite(each["probability"]) for each in found):
+            raise ValueError
         return Outcome(path, tuple(found), None, attempt, dict(answer.get("model") or {}))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return Outcome(path, problem=f"the answer is none of this service: {reply.body[:100]!r}", tries=attempt)
 
 
@@ -320,7 +345,7 @@ def retry_after_s(reply: Reply) -> float | None:
     if text is None:
         try:
             text = json.loads(reply.body)["error"].get("retry_after_s")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
     try:
         return max(0.0, float(str(text)))

@@ -176,6 +176,7 @@ def bring(
     try:
         if before is not None and endpoint.changes_machines(aws, before, wanted):
             scaled = autoscaling.found(aws, project)
+            autoscaling.remember(aws, project, before["EndpointArn"], scaled)
             autoscaling.remove(aws, project)  # AWS updates no variant to other machines while it scales
         return endpoint.create_or_update(aws, project, wanted, hosting, poll_s)
     except LaunchError:

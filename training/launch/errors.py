@@ -30,6 +30,10 @@ MISSING = frozenset(
      "ResourceNotFoundException", "ObjectNotFoundException", "RepositoryNotFoundException", "ImageNotFoundException"}
 )  # fmt: skip
 
+AT_FAULT = frozenset(
+    {"InternalFailure", "InternalError", "InternalServerError", "InternalServiceException", "ServiceUnavailable",
+     "ServiceUnavailableException", "ServerException", "ServiceException", "OperationAborted"}
+)  # fmt: skip
 TAKEN = frozenset({"ResourceInUse", "EntityAlreadyExists", "BucketAlreadyOwnedByYou"})
 
 _PREFIXES = {
@@ -159,4 +163,15 @@ def _sentence(service: str, operation: str, code: str, text: str) -> str:
         return f"{quota} ({text}). Raise it at {QUOTAS} (takes hours to days), or take another --instance."
     if code in CAPACITY:
         return f"{call}: {text or code}. {failure_advice('CapacityError')}"
-    return f"{call} was refused: {code}: {text}"
+    return f"{call} was refused: {code}: {text.rstrip('.')}. {_what_to_do(code)}"
+
+
+def _what_to_do(code: str) -> str:
+    """About a refusal that has no sentence of its own."""
+    if code in AT_FAULT or (code.isdecimal() and code.startswith("5")):
+        return f"That is AWS's own fault; wait a minute, {AGAIN}"
+    if code == "BucketAlreadyExists":
+        return "Buckets of all accounts share their names: give another --bucket."
+    if code in TAKEN:
+        return f"Something else is at work on it, or of that name; `status` shows what is there. Then {AGAIN}"
+    return f"Mend what AWS names there (a flag, or a setting of the account), then {AGAIN}"

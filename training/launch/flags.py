@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--min", type=between(0, 1000), dest="min_count", help="instances of the endpoint at least (default: 1)"
     )  # fmt: skip
     one.add_argument(
-        "--max", type=positive, dest="max_count", help="instances of the endpoint at most (default: --min)"
+        "--max", type=between(1, 1000), dest="max_count", help="instances of the endpoint at most (default: --min)"
     )  # fmt: skip
     one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
     one.add_argument(
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
         help="instances at least (default: 1; without --min and --max as it scales)",
     )
     one.add_argument(
-        "--max", type=positive, dest="max_count",
+        "--max", type=between(1, 1000), dest="max_count",
         help="instances at most (default: --min, no autoscaling; without either it scales on as it does)",
     )  # fmt: skip
     one.add_argument("--ami", help="InferenceAmiVersion (default: the one CUDA 13 needs)")
@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     one = add("invoke", "classify images with an endpoint, or with a service at an address")
     where = one.add_mutually_exclusive_group()
     where.add_argument("--url", help="address of a service, such as http://127.0.0.1:8080")
-    where.add_argument("--endpoint", help="endpoint's name (default: the project's)")
+    where.add_argument("--endpoint", type=endpoint_name, help="endpoint's name (default: the project's)")
     one.add_argument(
         "--asynchronous", action="store_true", help="the endpoint is asynchronous, where that may not be looked up"
     )
@@ -225,6 +225,16 @@ def between(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def endpoint_name(text: str) -> str:
+    """A flag's name of an endpoint, as AWS allows them. Raises: argparse.ArgumentTypeError."""
+    if not re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", text):
+        raise argparse.ArgumentTypeError(
+            f"given {text}, allowed are up to 63 letters and digits, with hyphens between them; `status` names "
+            "the project's"
+        )
+    return text
 
 
 def mlflow_arn(text: str) -> str:

@@ -1,12 +1,15 @@
 """Training jobs: the request, start or find again, wait with the log's lines, bring the model home."""
 
+import glob
 import gzip
 import json
 import logging
+import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,15 +161,20 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
 
     Raises: LaunchError where the artifact is damaged; ConfigError where `output` holds something else; AwsError.
     """
-    uri, archive = str(job["ModelArtifacts"]["S3ModelArtifacts"]), output.with_name(f"{output.name}.tar.gz")
     places.require_output(output)
+    output = places.resolved(output)
+    uri, archive = str(job["ModelArtifacts"]["S3ModelArtifacts"]), output.with_name(f"{output.name}.tar.gz")
     try:
         with _beside(output) as scratch:
             packed = data.fetch(aws, uri, scratch / archive.name)
             manifest = _unpacked(packed, scratch / "new")
-            packed.replace(archive)
-            _replace(output, scratch)
+            _replace(output, scratch, {packed: archive})
     except ArtifactError as exc:
+        if isinstance(exc.__cause__, OSError) and exc.__cause__.errno:  # of this machine; gzip's have no number
+            why = exc.__cause__.strerror or exc.__cause__
+            raise LaunchError(
+                f"{output} cannot be written: {why}. Mend that (is there room on the disk?), and repeat the command."
+            ) from exc
         raise LaunchError(
             f"{uri}: {exc} Where the object is damaged, remove it, and the same command runs the job again."
         ) from exc
@@ -188,10 +196,37 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
 
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
-    """A scratch folder on the same disk. Raises: OSError."""
+    """A scratch folder on the same disk; in the end those that killed commands left are removed. Raises: OSError."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+    beside = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-")
+    with beside as scratch, _held(Path(scratch), must=False):
         yield Path(scratch)
+    for left in output.parent.glob(f".{glob.escape(output.name)}-{'[a-z0-9_]' * 8}"):
+        with suppress(OSError):  # another user's, say
+            names = {path.name.removesuffix(".part") for path in left.iterdir()}
+            if names - {"new", "old"} - {path for path in names if path.endswith(".tar.gz")} or not names:
+                continue
+            with _held(left):
+                shutil.rmtree(left)
+
+
+@contextmanager
+def _held(scratch: Path, must: bool = True) -> Iterator[None]:
+    """Hold the folder, which the operating system lets go of with the process. Raises: OSError where it `must` be, and
+    another holds it, or the disk knows no locks.
+    """
+    import fcntl
+
+    folder = os.open(scratch, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if must:
+                raise
+        yield
+    finally:
+        os.close(folder)
 
 
 def _made(folder: Path) -> Path:
@@ -207,15 +242,38 @@ def _unpacked(archive: Path, folder: Path) -> Manifest:
     return artifact.manifest
 
 
-def _replace(folder: Path, scratch: Path) -> None:
-    """`scratch`/new takes the place of `folder`; what else lay in it (.git, notes) stays in it. Raises: OSError."""
-    old = scratch / "old"
+def _replace(folder: Path, scratch: Path, also: Mapping[Path, Path] | None = None) -> None:
+    """What is in `scratch`/new takes the place of its like in `folder`; what else lies there (.git, notes) is not
+    touched. Where it breaks off, by a signal too, what was there is put back. `also`: new file -> its place.
+
+    Raises: OSError.
+    """
+    old, new = _made(scratch / "old"), scratch / "new"
+    moves: list[tuple[Path, Path]] = []
+    for source, target in (also or {}).items():
+        if target.exists():
+            moves.append((target, scratch / f"old-{target.name}"))
+        moves.append((source, target))
     if folder.exists():
-        folder.rename(old)
-    (scratch / "new").rename(folder)
-    for path in old.iterdir() if old.is_dir() else ():
-        if not path.name.startswith(places.OURS) and not (folder / path.name).exists():
-            path.rename(folder / path.name)
+        # The manifest goes first and comes last: without it, what a kill leaves half is taken for no model.
+        coming = sorted(new.iterdir(), key=lambda path: path.name == "manifest.json")
+        names = {path.name for path in coming}
+        going = [path for path in folder.iterdir() if path.name in names or path.name.startswith(places.OURS)]
+        moves += [(path, old / path.name) for path in sorted(going, key=lambda path: path.name != "manifest.json")]
+        moves += [(path, folder / path.name) for path in coming]
+    else:
+        moves.append((new, folder))
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            done.append((source, target))
+            source.rename(target)
+    except BaseException:
+        for source, target in reversed(done):
+            with suppress(OSError):  # what ended it must be told
+                if not os.path.lexists(source):
+                    target.rename(source)
+        raise
 
 
 def pack(folder: Path, archive: Path) -> Path:

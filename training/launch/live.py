@@ -36,7 +36,14 @@ def look(aws: Aws, project: Project) -> Live | None:
     found = endpoint.find_ours(aws, project)
     if found is None or found["EndpointStatus"] in GONE:
         return None if found is None else Live(found)
-    return Live(found, endpoint.config_of(aws, found), autoscaling.found(aws, project))
+    scaling, noted = autoscaling.found(aws, project), autoscaling.taken_off(aws, project)
+    if noted is not None and scaling[0] is None:
+        log.warning(
+            "an update that broke off left endpoint %s without its autoscaling, from %d to %d instances; a deployment "
+            "that says nothing else turns it on again", project.endpoint, *noted,
+        )  # fmt: skip
+        scaling = ({"MinCapacity": noted[0], "MaxCapacity": noted[1]}, scaling[1])
+    return Live(found, endpoint.config_of(aws, found), scaling)
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
@@ -80,8 +87,7 @@ def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
         _, facts = registry.registered(aws, now.config["ProductionVariants"][0]["ModelName"])
     if "version" not in facts or facts["version"] == new.version:
         return
-    measured = facts.get("validation_accuracy")
-    before = None if measured is None else float(measured)
+    before = registry.accuracy_of(facts)
     after = (new.metrics.get("validation") or {}).get("accuracy")
     log.info(
         "version %s%s takes the place of %s%s", new.version, _shown(after), facts["version"], _shown(before)

@@ -100,8 +100,8 @@ def _model(aws: Aws, name: str) -> str:
     if not package:
         return name
     version = f"version {facts['version']}" if "version" in facts else "a version of the registry"
-    accuracy = facts.get("validation_accuracy")
-    shown = f", validation accuracy {100 * float(accuracy):.2f} %" if accuracy else ""
+    accuracy = registry.accuracy_of(facts)
+    shown = "" if accuracy is None else f", validation accuracy {100 * accuracy:.2f} %"
     return f"{version}{shown} ({package.rsplit(':model-package/', 1)[-1]} in the registry, {name})"
 
 

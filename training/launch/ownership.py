@@ -16,12 +16,18 @@ def has_tags(project: Project, tags: Iterable[Mapping[str, str]]) -> bool:
 
 def is_ours(aws: Aws, project: Project, arn: str) -> bool:
     """Whether this endpoint or model package group of SageMaker's carries the project's tags. Raises: AwsError."""
+    given = tags_of(aws, arn)
+    return has_tags(project, [{"Key": key, "Value": value} for key, value in given.items()])
+
+
+def tags_of(aws: Aws, arn: str) -> dict[str, str]:
+    """The tags of something of SageMaker's; none where it is not there. Raises: AwsError."""
     pages = aws.client("sagemaker").get_paginator("list_tags").paginate(ResourceArn=arn)
     try:
-        return has_tags(project, [tag for page in pages for tag in page["Tags"]])
+        return {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
     except AwsError as exc:
         if exc.is_missing:  # it went away just now
-            return False
+            return {}
         raise
 
 

@@ -33,12 +33,24 @@ def require_output(output: Path) -> None:
     if output.name in ("", ".."):
         raise ConfigError(f"--output {output}: give a folder with a name of its own, such as artifacts/sagemaker.")
     require_replaceable(output)
+    real = resolved(output)
+    if os.path.ismount(real):
+        raise ConfigError(
+            f"--output {output} is where a disk is mounted, in whose place nothing can be put; give a folder in it, "
+            f"such as {output / 'model'}."
+        )
+    if real != output:
+        require_replaceable(real)
+    asked, output = output, real
     archive = output.with_name(f"{output.name}.tar.gz")
     if kind_at(archive) and not _is_model(archive):
-        raise ConfigError(
-            f"--output {output}: {archive}, where its archive goes, is another file; name another folder."
-        )
+        raise ConfigError(f"--output {asked}: {archive}, where its archive goes, is another file; name another folder.")
     require_writable(output)
+
+
+def resolved(output: Path) -> Path:
+    """Where a link leads, which stays one: the model and all that lies beside it go there."""
+    return Path(os.path.realpath(output)) if output.is_symlink() else output
 
 
 def require_replaceable(folder: Path, of_run: bool = False) -> None:

@@ -344,6 +344,15 @@ def _statistics(aws: Aws, project: Project, model: Located) -> dict[str, str]:
     return {"ContentType": "application/json", "S3Uri": f"s3://{project.bucket}/{key}"}
 
 
+def accuracy_of(facts: Mapping[str, str]) -> float | None:
+    """The measured accuracy that a version's metadata tell; None where they do not, or someone wrote what is none."""
+    try:
+        found = float(facts["validation_accuracy"])
+    except (KeyError, ValueError):
+        return None
+    return found if 0 <= found <= 1 else None
+
+
 def registered(aws: Aws, model: str) -> tuple[str | None, dict[str, str]]:
     """The package that a SageMaker model was made of, and what the registry notes of it (version, accuracy).
 

@@ -109,7 +109,8 @@ def _opened(path: Path | None) -> Iterator[IO[str]]:
     part = target if special else target.with_name(f"{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = part.open("w", newline="", encoding="utf-8")
+        # What a service says may hold what is no text (half of a surrogate pair).
+        file = part.open("w", newline="", encoding="utf-8", errors="backslashreplace")
     except OSError as exc:
         raise ConfigError(f"--output {path} cannot be written: {exc.strerror}.") from exc
     try:

@@ -30,7 +30,7 @@ def agreed(question: str, otherwise: str) -> bool:
         raise ConfigError("There is no one to ask (no terminal): --yes goes on without asking.")
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:  # Ctrl-D
+    except (EOFError, UnicodeDecodeError):  # Ctrl-D; bytes that are no text are no yes
         return False
     except KeyboardInterrupt as exc:
         raise KeyboardInterrupt(otherwise) from exc

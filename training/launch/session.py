@@ -6,9 +6,12 @@ passes on neither Debugger's hook nor rules. The requests are the same; tests/re
 against our image as a second client.
 """
 
+import logging
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -18,12 +21,14 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,
+    ConnectTimeoutError,
     HTTPClientError,
     IncompleteReadError,
     InvalidRegionError,
     NoCredentialsError,
     PartialCredentialsError,
     ProfileNotFound,
+    ReadTimeoutError,
     SSOError,
 )
 from botocore.parsers import ResponseParserError
@@ -32,6 +37,8 @@ from botocore.utils import validate_region_name
 from training.errors import ConfigError
 from training.launch import regions
 from training.launch.errors import AGAIN, AwsError, refused
+
+log = logging.getLogger("training")
 
 TRIES = 6
 """How often a throttled or failed call is made in all, waiting twice as long each time (botocore's standard mode).
@@ -42,19 +49,100 @@ READ_TIMEOUT_S = 70
 """Above the 60 s that an invocation may take."""
 
 
+_MEMBERS = {
+    "GetCallerIdentity": ("Account",), "PutObject": ("ETag",), "GetObject": ("ETag",), "HeadObject": ("ETag",),
+    "CreateMultipartUpload": ("UploadId",), "UploadPart": ("ETag",), "CompleteMultipartUpload": ("ETag",),
+    "ListObjectsV2": ("Name",),
+}  # fmt: skip
+"""What AWS's answers have in any case, beyond what its service models call required."""
+_UNREAD = (KeyError, AttributeError, TypeError, ValueError, IndexError, RecursionError)
+"""What botocore raises where an answer, or what tells credentials, is well-formed and not as it is to be."""
+
+
+class _Answer(dict[str, Any]):
+    """An answer, whose members are asked for by [] where AWS gives them in any case."""
+
+    def __init__(self, members: Mapping[str, Any], service: str, operation: str) -> None:
+        super().__init__(members)
+        self._call = (service, operation)
+
+    def __missing__(self, name: str) -> Any:
+        raise _not_aws(*self._call)
+
+
 class _Explaining:
     """Put before botocore's client class: what it raises becomes our errors."""
 
     def _make_api_call(self, operation: str, arguments: dict[str, Any]) -> Any:
         service = self.meta.service_model.service_id.lower().replace(" ", "-")  # type: ignore[attr-defined]
         try:
-            return super()._make_api_call(operation, arguments)  # type: ignore[misc]
+            answer = super()._make_api_call(operation, arguments)  # type: ignore[misc]
         except ClientError as exc:
             if exc.response.get("Error", {}).get("Code") == "ModelError":
                 raise  # the container's answer: the caller (`client.py`) reads it
+            if _is_of_nobody(exc):
+                raise _not_aws(service, operation) from exc
             raise refused(service, operation, exc.response.get("Error", {})) from exc
-        except (BotoCoreError, ResponseParserError) as exc:
+        except (BotoCoreError, ResponseParserError, EOFError) as exc:
             raise unreachable(service, operation, exc) from exc
+        except _UNREAD as exc:
+            if isinstance(exc, UnicodeEncodeError):  # which quotes a part of it
+                raise _no_text(operation) from exc
+            if _is_of_credentials(exc):
+                raise _credentials(operation, exc) from exc
+            raise _not_aws(service, operation) from exc
+        shape = self.meta.service_model.operation_model(operation).output_shape  # type: ignore[attr-defined]
+        members = [*_MEMBERS.get(operation, ()), *(shape.required_members if shape else ())]
+        if members and not any(name in answer for name in members):
+            raise _not_aws(service, operation)
+        return _Answer(answer, service, operation)
+
+
+def _is_of_nobody(exc: ClientError) -> bool:
+    """Whether botocore made the refusal of an answer that has neither a code of AWS's nor a request's number."""
+    headers = exc.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    code = str(exc.response.get("Error", {}).get("Code", ""))
+    return code in ("500", "502", "503", "504") and not {"x-amz-request-id", "x-amzn-requestid"} & set(headers)
+
+
+def _is_of_credentials(exc: BaseException) -> bool:
+    """Whether it was raised while botocore read credentials, rather than an answer."""
+    files = (Path(frame.f_code.co_filename).name for frame, _ in traceback.walk_tb(exc.__traceback__))
+    return not {"credentials.py", "tokens.py", "auth.py"}.isdisjoint(files)
+
+
+def _no_text(operation: str) -> AwsError:
+    return AwsError(
+        "The AWS credentials hold what is no text; set them anew (AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, "
+        "AWS_ACCESS_KEY_ID, ~/.aws).",
+        "NoCredentials", operation,
+    )  # fmt: skip
+
+
+def _credentials(operation: str, exc: Exception) -> AwsError:
+    return AwsError(
+        f"What gives the AWS credentials (credential_process in ~/.aws, say) gives none that can be read "
+        f"({type(exc).__name__}); `aws sts get-caller-identity` must do well first.",
+        "NoCredentials", operation,
+    )  # fmt: skip
+
+
+def _not_aws(service: str, operation: str) -> AwsError:
+    return AwsError(
+        f"{service} was answered by something that is not AWS: a proxy, or a login page of the network? "
+        f"Mend that (HTTPS_PROXY, NO_PROXY), then {AGAIN}",
+        "Unreachable", operation,
+    )  # fmt: skip
+
+
+def _tell_again(operation: Any, attempts: int, caught_exception: Exception | None = None, **_: object) -> None:
+    """A call that got no answer in time is made again: minutes in all, of which someone is to know."""
+    if attempts == 1 and isinstance(caught_exception, ConnectTimeoutError | ReadTimeoutError):
+        service = operation.service_model.service_id.lower().replace(" ", "-")
+        log.warning(
+            "%s has not answered %s in time (%s); it is asked again, %d times in all",
+            service, operation.name, caught_exception, TRIES,
+        )  # fmt: skip
 
 
 def unreachable(service: str, operation: str, exc: Exception) -> AwsError:
@@ -72,6 +160,8 @@ def unreachable(service: str, operation: str, exc: Exception) -> AwsError:
         )  # fmt: skip
     if isinstance(exc, SSOError):
         return AwsError(f"The login has expired ({exc}); `aws sso login`, then {AGAIN}", "ExpiredToken", operation)
+    if isinstance(getattr(exc, "kwargs", {}).get("error"), TypeError | UnicodeError):  # of a header's text
+        return _no_text(operation)
     if "Invalid header value" in str(exc):  # which it quotes, and which may be a secret
         return AwsError(
             "The AWS credentials hold what cannot be sent, such as the end of a line; set them anew "
@@ -84,10 +174,12 @@ def unreachable(service: str, operation: str, exc: Exception) -> AwsError:
             "Unreachable", operation,
         )  # fmt: skip
     if isinstance(exc, ResponseParserError):
+        return _not_aws(service, operation)
+    if isinstance(exc, EOFError):
         return AwsError(
-            f"{service} was answered by something that is not AWS: a proxy, or a login page of the network? "
-            f"Mend that (HTTPS_PROXY, NO_PROXY), then {AGAIN}",
-            "Unreachable", operation,
+            "The profile asks for a code (mfa_serial), and there is no terminal to type it at; start the command in "
+            "one, or set the keys of a session (`aws sts get-session-token`).",
+            "NoCredentials", operation,
         )  # fmt: skip
     if isinstance(exc, RetriesExceededError):
         return unreachable(service, operation, exc.last_exception)
@@ -116,7 +208,8 @@ class Aws:
     @cached_property
     def identity(self) -> dict[str, str]:
         """Account, Arn and UserId of whoever calls. Raises: AwsError."""
-        return dict(self.client("sts").get_caller_identity())
+        found: dict[str, str] = self.client("sts").get_caller_identity()
+        return found
 
     @property
     def account(self) -> str:
@@ -156,8 +249,15 @@ class Aws:
                         user_agent_extra="resnet34-sagemaker",
                     ),
                 )
-            except (BotoCoreError, ValueError) as exc:  # ValueError: AWS_ENDPOINT_URL is no URL
+            except (*_UNREAD, BotoCoreError) as exc:
+                if not isinstance(exc, BotoCoreError) and _is_of_credentials(exc):
+                    raise _credentials("cannot be called", exc) from exc
+                if not isinstance(exc, BotoCoreError | ValueError):
+                    raise
+                # ValueError: AWS_ENDPOINT_URL is no URL
                 raise unreachable(service, "cannot be called", exc) from exc
+            if service != "sagemaker-runtime":
+                self._clients[key].meta.events.register("needs-retry", _tell_again)
         return self._clients[key]
 
 

@@ -12,8 +12,8 @@ from service.model.artifact import open_artifact
 from service.model.errors import ImageError
 from service.model.images import MEDIA_TYPES, decode
 from service.model.resize import decode_resized
-from training.errors import ConfigError
-from training.launch.client import Target, classify
+from training.errors import ConfigError, DataError
+from training.launch.client import Target, classify, content_of
 from training.launch.errors import LaunchError
 
 log = logging.getLogger("training")
@@ -42,8 +42,8 @@ def require_images(paths: Sequence[Path]) -> None:
     """Each can be read and decoded here: asked before an endpoint costs. Raises: ConfigError."""
     for path in paths:
         try:
-            decode(path.read_bytes())
-        except (ImageError, OSError) as exc:
+            decode(content_of(path))
+        except (ImageError, DataError, OSError) as exc:
             raise ConfigError(
                 f"--smoke {path}: {getattr(exc, 'strerror', None) or exc}; give images that can be read."
             ) from exc
