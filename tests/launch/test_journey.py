@@ -40,6 +40,8 @@ def test_make_rehearse_from_a_fresh_clone_passes_and_leaves_nothing(tmp_path: Pa
     assert "Every step passed" in told
     assert "| nothing is left | PASS |" in told
     assert "- GAP, permissions: " in told and "sagemaker InvokeEndpoint: rehearsal" in told
+    typed = (clone / "artifacts" / "rehearsal" / "transcript.md").read_text()
+    assert "$ .venv/bin/python -m training.launch train --data " in typed and "all of it is removed" in typed
     with rehearsal() as cloud:  # nothing of AWS but IAM is asked for
         command = ["make", "iam-role"]
         done = subprocess.run(command, cwd=clone, env=cloud.environment, capture_output=True, text=True, check=False)
@@ -87,7 +89,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_shows_something_in_every_part(
     assert '"image/png"' in outputs["gallery(answers)"]
     assert outputs["for chart in charts(run):\n    display(chart)"].count('"image/png"') == 4
     beside = outputs["beside_reference(model)"]
-    assert "40.71 %" in beside and "not to be compared" in beside  # by what it says of other data
+    assert "40.71 %" in beside and "not to be compared" in beside
     assert "artifacts/tour/sagemaker-tuning" in shown and "artifacts/sagemaker" not in shown
     assert "all of it is removed" in outputs['launch("delete", *ours, "--yes")']
 
