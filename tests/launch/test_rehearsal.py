@@ -1,5 +1,7 @@
 """The rehearsal itself: a step that breaks in any way is told, and the walk goes on; its report and transcript."""
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from tests.rehearsal.containers import ProcessEngine
 from tests.rehearsal.hosting import Server
 from tests.rehearsal.journey import Gap, Journey
 from tests.rehearsal.report import Step, Typed
-from tests.rehearsal.start import ROOT, Rehearsal
+from tests.rehearsal.start import IMAGE, ROOT, Rehearsal
 
 
 def test_a_step_that_breaks_in_any_way_is_a_failure_and_not_the_end(tmp_path: Path) -> None:
@@ -46,6 +48,34 @@ def test_the_transcript_has_each_command_as_it_is_typed_and_what_it_wrote(tmp_pa
     assert "~~~~text\n$ .venv/bin/python -m training.launch invoke 'two words'\n12:00:00 told\n" in told
     assert "12:00:00 told\nfile,label\n~~~~" in told and "say --yes\n(exit status 2)\n~~~~" in told
     assert told.endswith("## sdk local: GAP, 0 s\n\nno engine\n")
+
+
+def test_the_cloud_by_hand_says_how_it_is_reached_refuses_other_regions_and_ends_when_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.rehearsal.cloud", "--work", str(tmp_path)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        assert process.stdout and process.stderr
+        lines: list[str] = []
+        while "with this terminal" not in (lines[-1] if lines else ""):
+            lines.append(process.stdout.readline())
+            assert lines[-1], process.stderr.read()
+        (exported,) = re.findall(r"^  export (.+)$", "".join(lines), re.MULTILINE)
+        variables = dict(each.split("=", 1) for each in exported.split())
+        assert variables["AWS_ENDPOINT_URL"] == lines[0].strip()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")} | variables
+        for region, status, said in (
+            ("eu-central-1", 1, "Not ready: role."),
+            ("us-east-1", 1, "The rehearsal has one region, eu-central-1; us-east-1 was asked for."),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "training.launch", "preflight", "--image", IMAGE, "--region", region], cwd=ROOT,
+                env=environment, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == status and said in done.stderr + done.stdout, done.stderr + done.stdout
+        process.terminate()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
 
 
 def test_help_of_the_rehearsal_imports_nothing_large() -> None:

@@ -109,8 +109,8 @@ def rehearsal(*flags: str) -> Iterator[Rehearsal]:
         log = Path(scratch) / "cloud.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.rehearsal.cloud", "--work", f"{scratch}/work", *flags], cwd=ROOT,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
+                [sys.executable, "-m", "tests.rehearsal.cloud", "--bare", "--work", f"{scratch}/work", *flags],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
             )  # fmt: skip
             assert process.stdin and process.stdout
             try:
