@@ -278,7 +278,8 @@ same folder:
   .venv/bin/python -m tests.rehearsal.pictures artifacts/rehearsal/drawn
   .venv/bin/python -m training.launch iam-role
   .venv/bin/python -m training.launch train --image {image} --data artifacts/rehearsal/drawn/data \\
-    --output artifacts/rehearsal/model --weights none --epochs 3 --quantize off --poll-seconds 1
+    --output artifacts/rehearsal/model --weights none --epochs 5 --batch-size 8 --learning-rate 0.03 \\
+    --quantize off --poll-seconds 1
   .venv/bin/python -m training.launch deploy --image {image} --poll-seconds 1
   .venv/bin/python -m training.launch invoke artifacts/rehearsal/drawn/pictures
 

@@ -20,7 +20,7 @@ def write(root: Path, train_per_class: int = 24, held_out_per_class: int = 4) ->
         dataset = open_dataset(Path(scratch), validation_fraction=0.1, seed=0, broken_files="refuse")
         chosen = dataset.classes[:: len(dataset.classes) // CLASSES + 1]  # of other shapes, colours and patterns
         data, pictures = root / "data", root / "pictures"
-        pictures.mkdir(parents=True)
+        pictures.mkdir(parents=True, exist_ok=True)
         for images, place in ((dataset.train, data), (dataset.validation, pictures)):
             for number in range(len(images)):
                 name = dataset.classes[images.labels[number]]
