@@ -82,7 +82,7 @@ test-container: $(UV) ## build the images and run them: needs a docker engine an
 	$(UV) sync --frozen --inexact $(DEVELOP) --group sagemaker
 	UV="$(abspath $(UV))" BASE_IMAGE="$(BASE_IMAGE)" $(PYTHON) -m pytest -m "container and not slow" $(PYTEST_ARGS)
 
-rehearse: $(UV) ## the journey to SageMaker without an account: tune, train, deploy, batch, clean up (four to six minutes on 2 cores)
+rehearse: $(UV) ## the journey to SageMaker without an account: tune, train, deploy, batch, clean up (four to six minutes on 2 idle cores)
 	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker
 	@$(PYTHON) -m tests.rehearsal $(REHEARSE_ARGS)
 

@@ -1,7 +1,7 @@
 """`make rehearse`: the journey to SageMaker without an account. Exit status 0 when every step passed.
 
 Runs the product's image where a container engine answers and the image is there (--train-image, --serve-image), else
-the same code as processes, which take four to six minutes on 2 cores. The report lies in
+the same code as processes, which take four to six minutes on 2 idle cores. The report lies in
 artifacts/rehearsal/report.md, and beside it transcript.md: each command as it is typed, and what it wrote.
 """
 
