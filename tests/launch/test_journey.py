@@ -40,6 +40,8 @@ def test_make_rehearse_from_a_fresh_clone_passes_and_leaves_nothing(tmp_path: Pa
     assert "Every step passed" in told
     assert "| nothing is left | PASS |" in told
     assert "- GAP, permissions: " in told and "sagemaker InvokeEndpoint: rehearsal" in told
+    typed = (clone / "artifacts" / "rehearsal" / "transcript.md").read_text()
+    assert "$ .venv/bin/python -m training.launch train --data " in typed and "all of it is removed" in typed
     with rehearsal() as cloud:  # nothing of AWS but IAM is asked for
         command = ["make", "iam-role"]
         done = subprocess.run(command, cwd=clone, env=cloud.environment, capture_output=True, text=True, check=False)
@@ -86,7 +88,9 @@ def test_the_notebook_runs_from_top_to_bottom_and_shows_something_in_every_part(
         assert part in shown
     assert '"image/png"' in outputs["gallery(answers)"]
     assert outputs["for chart in charts(run):\n    display(chart)"].count('"image/png"') == 4
-    assert "40.71 %" in outputs["beside_reference(model)"]
+    beside = outputs["beside_reference(model)"]
+    assert "40.71 %" in beside and "not to be compared" in beside
+    assert "artifacts/tour/sagemaker-tuning" in shown and "artifacts/sagemaker" not in shown
     assert "all of it is removed" in outputs['launch("delete", *ours, "--yes")']
 
 
@@ -117,6 +121,48 @@ def test_preflight_looks_at_what_the_commands_after_it_take(monkeypatch: pytest.
     asked = vars(parser().parse_args(["preflight", *flags]))
     assert (asked["instances"], asked["instance"], asked["kind"]) == (2, "ml.g6.xlarge", "serverless")
     assert (asked["spot"], asked["max_count"]) == (False, None)
+
+
+def test_a_cell_that_cannot_go_on_is_a_sentence_without_a_trace(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("IPython", reason="the group notebook is not installed")
+    from IPython.core.interactiveshell import InteractiveShell
+
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    shell = InteractiveShell()
+    missing = "is not there yet: the cell of launch"
+    for cell, said in (
+        ('tour.launch("status", *tour.account("tour", "", ""))', "`status` ended with status 2; the lines above say"),
+        ('tour.preflight_flags(["--parallel", "many"], [], [])', "TUNE in the cell of settings holds a flag"),
+        ('tour.note_images({"other": "uri"})', "other: images are for train, serve, serve-cpu."),
+        *((f'tour.{name}(Path("artifacts/tour/none"))', f"artifacts/tour/none {missing}")
+          for name in ("rules", "profile", "charts", "beside_reference", "gallery")),
+        ('tour.best_trial(Path("artifacts/tour"))', f"artifacts/tour/best.json {missing}"),
+        ('tour.beside_reference(Path("."))', "The folder . is empty"),
+    ):  # fmt: skip
+        shown = shell.run_cell(f"from pathlib import Path\nfrom training.launch import tour\n{cell}")
+        assert isinstance(shown.error_in_exec, tour.NotShown), cell
+        told = capsys.readouterr().out
+        assert said in told and "Traceback" not in told and ".py" not in told, told
+
+
+def test_every_command_of_the_notebook_is_given_region_and_profile() -> None:
+    assert tour.account("tour", "", "") == ["--project", "tour"]
+    flags = ["--project", "tour", "--region", "eu-central-1", "--profile", "mine"]
+    assert tour.account("tour", "eu-central-1", "mine") == flags
+
+
+def test_the_notebook_keeps_apart_from_the_commands_own_project_and_folders() -> None:
+    (cell,) = [cell for cell in code_of(NOTEBOOK) if "parameters" in cell["metadata"].get("tags", ())]
+    given: dict[str, Any] = {}
+    exec("".join(cell["source"]), given)
+    own = parser().parse_args(["train", "--data", "-"])
+    assert given["PROJECT"] != own.project and Path(given["OUTPUT"]) / "sagemaker" != own.output
 
 
 def code_of(notebook: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """`make rehearse`: the journey to SageMaker without an account. Exit status 0 when every step passed.
 
 Runs the product's image where a container engine answers and the image is there (--train-image, --serve-image), else
-the same code as processes. The report lies in artifacts/rehearsal/report.md.
+the same code as processes, which take four to six minutes on 2 idle cores. The report lies in
+artifacts/rehearsal/report.md, and beside it transcript.md: each command as it is typed, and what it wrote.
 """
 
 import argparse
@@ -11,11 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from tests.rehearsal import pictures, report
-from tests.rehearsal.containers import has_docker
-from tests.rehearsal.journey import Journey
-from tests.rehearsal.start import rehearsal
 
 log = logging.getLogger("rehearsal")
 
@@ -30,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--report", type=Path, default=Path("artifacts/rehearsal/report.md"), help="default: %(default)s"
     )
     options = parser.parse_args(arguments)
+    from tests.rehearsal import pictures, report  # torch and moto: seconds, and not for --help
+    from tests.rehearsal.journey import Journey
+    from tests.rehearsal.start import rehearsal
+
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     flags, engine = _engine(options)
     log.info("jobs and endpoints run as %s", engine)
@@ -40,13 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.write(options.report, steps, engine, cloud.ask("/rehearsal/answers"))
         if any(step.result == "FAIL" for step in steps):
             log.info("the cloud's log ends with:\n%s", "".join(cloud.log.read_text().splitlines(True)[-40:]))
-    log.info("the journey:\n%s\nreport: %s", report.text(steps), options.report)
+    log.info(
+        "the journey:\n%s\nreport: %s\neach command and what it wrote: %s",
+        report.text(steps), options.report, options.report.with_name(report.TRANSCRIPT),
+    )  # fmt: skip
     return 1 if any(step.result == "FAIL" for step in steps) else 0
 
 
 def _engine(options: argparse.Namespace) -> tuple[list[str], str]:
     if options.processes:
         return [], "processes of this checkout, as asked"
+    from tests.rehearsal.containers import has_docker
+
     if not has_docker():
         return [], "processes of this checkout (no container engine answers)"
     images = (options.train_image, options.serve_image)

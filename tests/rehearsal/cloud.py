@@ -7,6 +7,8 @@ values: botocore does not look at them, AWS does), and faults that a test orders
     POST /rehearsal/faults [{"operation": "CreateModel", "code": "ThrottlingException", "message": "...", "times": 2}]
     GET  /rehearsal/answers -> {"sagemaker CreateTrainingJob": "moto and rehearsal", ...}
     GET  /rehearsal/leftovers, /rehearsal/traces -> {"endpoints": [], ...}: what runs or costs; what else there is
+
+It has one region, and refuses what is asked of another. By hand: `make rehearse-cloud`.
 """
 
 import argparse
@@ -15,12 +17,15 @@ import faulthandler
 import hashlib
 import io
 import json
+import logging
+import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -30,8 +35,9 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from werkzeug.serving import make_server
 
 from tests.rehearsal.containers import DockerEngine, Engine, ProcessEngine
-from tests.rehearsal.control_plane import ControlPlane, Refusal
+from tests.rehearsal.control_plane import REGION, ControlPlane, Refusal
 from tests.rehearsal.runtime import Runtime
+from training.launch.flags import between
 
 Answer = tuple[int, list[tuple[str, str]], bytes]
 JSON_SERVICES = ("sagemaker", "application-autoscaling", "logs", "servicequotas", "ecr")
@@ -68,6 +74,7 @@ class Cloud:
         if path.startswith("/rehearsal/"):
             return self._own(path, body)
         service, operation = service_of(environ), operation_of(environ, body)
+        _require_region(service, environ)
         self._raise_fault(operation)
         if service == "s3" and operation in ("PutObject", "UploadPart"):
             self._check_sum(environ, operation, body)
@@ -218,8 +225,20 @@ def _matches(pattern: str, value: str) -> bool:
 
 def service_of(environ: dict[str, Any]) -> str:
     """The service that the request is signed for; "" where it is not signed."""
-    found = re.search(r"Credential=[^/]+/\d+/[^/]+/([^/]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", ""))
-    return found[1] if found else ""
+    return _signed_for(environ)[1]
+
+
+def _signed_for(environ: dict[str, Any]) -> tuple[str, str]:
+    """Region and service; "" where the request is not signed."""
+    found = re.search(r"Credential=[^/]+/\d+/([^/]+)/([^/]+)/aws4_request", environ.get("HTTP_AUTHORIZATION", ""))
+    return (found[1], found[2]) if found else ("", "")
+
+
+def _require_region(service: str, environ: dict[str, Any]) -> None:
+    """Raises: Refusal for a region that is not the rehearsal's. IAM has none, and moto has buckets of every region."""
+    region = _signed_for(environ)[0]
+    if region not in ("", REGION) and service not in ("iam", "s3"):
+        raise Refusal("ValidationException", f"The rehearsal has one region, {REGION}; {region} was asked for.")
 
 
 def operation_of(environ: dict[str, Any], body: bytes) -> str:
@@ -251,31 +270,86 @@ def refusal(service: str, exc: Refusal) -> Answer:
     return exc.status, headers, json.dumps(body).encode()
 
 
-def main() -> None:
-    """Run until the process is told to end, or its standard input closes (its starter has gone)."""
+BY_HAND = """\
+AWS on this machine: one region, an empty account, and an image as `make push` leaves one. In another terminal, in the
+same folder:
+
+  export {variables}
+  .venv/bin/python -m tests.rehearsal.pictures artifacts/rehearsal/drawn
+  .venv/bin/python -m training.launch iam-role
+  .venv/bin/python -m training.launch train --image {image} --data artifacts/rehearsal/drawn/data \\
+    --output artifacts/rehearsal/model --weights none --epochs 5 --batch-size 8 --learning-rate 0.03 \\
+    --quantize off --poll-seconds 1
+  .venv/bin/python -m training.launch deploy --image {image} --poll-seconds 1
+  .venv/bin/python -m training.launch invoke artifacts/rehearsal/drawn/pictures
+
+and any other command of training.launch; `preflight`, `tune` and `batch` take the same --image. Jobs and endpoints run
+on this machine. All of it ends by Ctrl-C or with this terminal, which is to stay its own.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run until the process is told to end, or its standard input closes (its starter or terminal has gone)."""
     faulthandler.register(signal.SIGUSR1)  # where every thread is, into the log
-    parser = argparse.ArgumentParser(prog="python -m tests.rehearsal.cloud")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--train-image", help="run jobs in containers of this image; else as processes")
-    parser.add_argument("--serve-image")
-    options = parser.parse_args()
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.rehearsal.cloud",
+        description="AWS on this machine, to try training.launch's commands by hand without an account. It says how it "
+        "is reached, keeps all that it is given in memory, and ends by Ctrl-C or with its terminal.",
+    )
+    parser.add_argument(
+        "--port", type=between(0, 65535), default=0, help="of 127.0.0.1, where it answers (default: one that is free)"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR",
+        help="folder where each job and endpoint has its own /opt/ml while it runs (default: one that is removed at "
+        "the end)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train-image", help="run jobs in containers of this image, with --serve-image (default: as processes)"
+    )
+    parser.add_argument("--serve-image", help="run endpoints and batches in containers of this image")
+    parser.add_argument(
+        "--bare", action="store_true", help="for programs: no image in the registry, and the address alone on stdout"
+    )
+    options = parser.parse_args(arguments)
     in_docker = options.train_image and options.serve_image
+    if not in_docker and (options.train_image or options.serve_image):
+        parser.error("--train-image and --serve-image go together")
     engine = DockerEngine(options.train_image, options.serve_image) if in_docker else ProcessEngine()
-    cloud = Cloud(engine, options.work)
-    server = make_server("127.0.0.1", options.port, cloud, threaded=True)
-    cloud.plane.connect(f"http://127.0.0.1:{server.server_port}", cloud.take_fault)
-    print(f"http://127.0.0.1:{server.server_port}", flush=True)
+    with TemporaryDirectory(prefix="rehearsal-", ignore_cleanup_errors=True) as scratch:
+        cloud = Cloud(engine, options.work or Path(scratch))
+        server = make_server("127.0.0.1", options.port, cloud, threaded=True)
+        url = f"http://127.0.0.1:{server.server_port}"
+        cloud.plane.connect(url, cloud.take_fault)
+        print(url, flush=True)
 
-    def until_alone() -> None:
-        sys.stdin.read()
-        server.shutdown()
+        def end(*_: object) -> None:
+            threading.Thread(target=server.shutdown, daemon=True).start()
 
-    threading.Thread(target=until_alone, daemon=True).start()
-    try:
-        server.serve_forever()
-    finally:
-        cloud.plane.close()
+        def until_alone() -> None:
+            sys.stdin.read()
+            end()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end)
+        threading.Thread(target=until_alone, daemon=True).start()
+        if not options.bare:
+            logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for each request
+            threading.Thread(target=_tell, args=(url,), daemon=True).start()  # which asks this very server
+        try:
+            server.serve_forever()
+        finally:
+            cloud.plane.close()
+
+
+def _tell(url: str) -> None:
+    """How it is used by hand, once there is an image."""
+    from tests.rehearsal.start import IMAGE, Rehearsal
+
+    reached = Rehearsal(url, Path(os.devnull))
+    reached.push_image()
+    variables = " ".join(f"{name}={value}" for name, value in reached.variables.items())
+    print(BY_HAND.format(variables=variables, image=IMAGE), flush=True)
 
 
 if __name__ == "__main__":

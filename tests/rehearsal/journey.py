@@ -6,10 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.rehearsal.control_plane import ACCOUNT, REGION
-from tests.rehearsal.report import Step
-from tests.rehearsal.start import IMAGE, Rehearsal
+from tests.rehearsal.report import Result, Step, Typed
+from tests.rehearsal.start import ASKED_OFTEN, IMAGE, Rehearsal
 from training.launch.names import DEFAULT_PROJECT
 
 log = logging.getLogger("rehearsal")
@@ -22,6 +23,10 @@ class StepFailed(Exception):
     """What was expected did not come; the message holds what did."""
 
 
+class Gap(Exception):
+    """The step cannot be shown here; the message says why."""
+
+
 class Journey:
     """Walks through the steps; each is told as PASS or FAIL, and the next is tried all the same."""
 
@@ -29,6 +34,8 @@ class Journey:
         self._cloud, self._folder, self._data, self._pictures = cloud, folder, data, pictures
         self._serve_image = serve_image
         self.steps: list[Step] = []
+        self._typed: list[Typed] = []
+        """By the step that is being walked."""
 
     def walk(self) -> list[Step]:
         """Everything, then what is left is looked at."""
@@ -43,18 +50,23 @@ class Journey:
 
     def _step(self, work: Callable[[], str]) -> None:
         name, start_s = work.__name__.replace("_", " "), time.monotonic()
+        result: Result = "PASS"
+        self._typed = []
         try:
             shown = work()
-            result = "GAP" if shown.startswith("GAP") else "PASS"
+        except Gap as exc:
+            result, shown = "GAP", str(exc)
         except Exception as exc:  # whatever it is: the other steps are walked, and the report is written
             result, shown = "FAIL", f"{type(exc).__name__}: {exc}"
-        self.steps.append(Step(name, result, time.monotonic() - start_s, shown))  # type: ignore[arg-type]
-        log.info("%s %s (%.0f s): %s", result, name, time.monotonic() - start_s, shown)
+        step = Step(name, result, time.monotonic() - start_s, shown, self._typed)
+        self.steps.append(step)
+        log.info("%s %s (%.0f s): %s", step.result, step.name, step.seconds, step.shown)
 
     def _run(self, *arguments: object, status: int = 0, say: str = "") -> str:
         """A command; what it wrote to stderr and stdout. Raises: StepFailed."""
         done = self._cloud.launch(*arguments)
         wrote = done.stderr + done.stdout
+        self._typed.append(Typed([*map(str, arguments), *ASKED_OFTEN], done.returncode, wrote))
         if done.returncode != status:
             raise StepFailed(f"exit status {done.returncode}: {wrote[-1500:]}")
         if say not in wrote:
@@ -95,14 +107,20 @@ class Journey:
             *RUN,
             say="Completed, 2 trials done",
         )  # fmt: skip
+        best = self._best()
+        found = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
+        return f"2 trials in parallel; best: {found}; {_right(self._folder / 'tuning' / 'model')}"
+
+    def _best(self) -> dict[str, float]:
+        """What the tuning found: hyperparameters by name."""
         best = json.loads((self._folder / "tuning" / "best.json").read_text())
-        return f"2 trials in parallel; best {100 * best['value']:.1f} % with {best['hyperparameters']}"
+        return dict(best["hyperparameters"])
 
     def _train(self, *more: object, **expected: str) -> str:
         best = self._folder / "tuning" / "best.json"
         return self._run(
             "train", "--data", self._data, "--image", IMAGE, "--output", self._folder / "model", "--spot",
-            "--from-tuning", best, "--epochs", 5, "--quantize", "off", *more, **expected,
+            "--from-tuning", best, "--quantize", "off", *more, **expected,
         )  # fmt: skip
 
     def train_and_leave(self) -> str:
@@ -111,18 +129,24 @@ class Journey:
 
     def train_again_waits(self) -> str:
         wrote = self._train(say="for this very request is there")
-        if "epoch=5/5" not in wrote:  # it may have ended meanwhile
+        best = self._best()
+        last = f"epoch={best['epochs']}/{best['epochs']}"
+        if last not in wrote:  # it may have ended meanwhile
             wrote += self._run("logs")
-        if "epoch=5/5" not in wrote:
+        if last not in wrote:
             raise StepFailed(f"the log's lines were not shown: {wrote[-1500:]}")
-        manifest = json.loads((self._folder / "model" / "manifest.json").read_text())
+        used = _manifest(self._folder / "model")["hyperparameters"]
+        if {name: used[name] for name in best} != best:
+            raise StepFailed(f"trained with {used}, not with what the tuning found: {best}")
         if not (self._folder / "model-run" / "report.html").is_file():
             raise StepFailed("the report was not brought home")
         written = self._objects("tensorboard")
         if not any("/tensorboard-output/events.out.tfevents" in key for key in written):
             raise StepFailed(f"no curves for TensorBoard in S3: {written}")
-        accuracy = manifest["metrics"]["validation"]["accuracy"]
-        return f"the same command found its job, showed its log, brought the model home ({100 * accuracy:.1f} %)"
+        return (
+            "the same command found its job, showed its log, brought the model home, trained anew with the best "
+            f"trial's settings; {_right(self._folder / 'model')}"
+        )
 
     def deploy(self) -> str:
         wrote = self._run(
@@ -163,7 +187,7 @@ class Journey:
         self._run("invoke", self._pictures, "--output", output, "--concurrency", 4, say="0 with a problem")
         rows = _rows(output)
         right = sum(Path(row["file"]).stem.startswith(row["label"]) for row in rows)
-        return f"{len(rows)} pictures, {right} of them right"
+        return f"{len(rows)} pictures, {right} of them right (by the model of the best trial, which the update brought)"
 
     def batch_agrees(self) -> str:
         output = self._folder / "batch.csv"
@@ -199,7 +223,7 @@ class Journey:
 
     def sdk_local(self) -> str:
         if self._serve_image is None:
-            return "GAP: the SDK's local mode needs a container engine"
+            raise Gap("the SDK's local mode needs a container engine")
         from tests.rehearsal.sdk import serve_by_sdk
 
         return serve_by_sdk(self._cloud, self._folder / "model", self._pictures, self._serve_image)
@@ -220,6 +244,16 @@ class Journey:
         if left:
             raise StepFailed(f"still there: {left}")
         return f"no {', '.join(found)}"
+
+
+def _manifest(model: Path) -> dict[str, Any]:
+    return dict(json.loads((model / "manifest.json").read_text()))
+
+
+def _right(model: Path) -> str:
+    """A model's accuracy in words, with the number of images, which are few: one more or less is points."""
+    figures = _manifest(model)["metrics"]["validation"]
+    return f"{round(figures['accuracy'] * figures['n'])} of {figures['n']} validation images right"
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """`python -m tests.rehearsal.notebook OUT`: executes training/train_and_deploy.ipynb in the rehearsal, top to bottom.
 
 It runs where Jupyter starts it, in the folder training/ of a checkout (a copy of this one).
-Only the cell of parameters is another: small data, few epochs. What comes out is a notebook with its outputs.
+Only some of its parameters are others: small data, few epochs. What comes out is a notebook with its outputs.
 """
 
 import os
@@ -14,6 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 from tests.rehearsal import pictures
+from tests.rehearsal.control_plane import REGION
 from tests.rehearsal.journey import RUN
 from tests.rehearsal.start import IMAGE, ROOT, rehearsal
 
@@ -30,10 +31,9 @@ def checkout(folder: Path) -> Path:
 
 
 def parameters() -> str:
-    """The cell of parameters, small; places relative to the checkout, as in the notebook."""
+    """Those that are others, small; places relative to the checkout, as in the notebook."""
     values = {
-        "DATA": "data", "PROJECT": "tour", "IMAGES": {"train": IMAGE, "serve": IMAGE}, "PICTURES": "pictures",
-        "OUTPUT": "artifacts",
+        "PROJECT": "tour", "REGION": REGION, "IMAGES": {"train": IMAGE, "serve": IMAGE},
         "TUNE": ["--trials", 2, "--parallel", 2, "--learning-rate-range", "0.005:0.05", "--epochs-range", "2:4",
                  "--batch-sizes", "8,16", "--poll-seconds", 0.5, *RUN],
         "TRAIN": ["--spot", "--epochs", 8, "--poll-seconds", 0.5],
@@ -51,7 +51,7 @@ def execute(output: Path) -> None:
         pictures.write(Path(scratch))
         for cell in notebook.cells:
             if "parameters" in cell.metadata.get("tags", ()):
-                cell.source = parameters()
+                cell.source += f"\n{parameters()}"
         os.environ |= cloud.variables
         os.environ.pop("PYTHONPATH", None)
         client = NotebookClient(

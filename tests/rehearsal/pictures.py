@@ -1,5 +1,9 @@
-"""Data that is small and learnt within seconds: drawn shapes of five classes, as folders of PNG files."""
+"""Data that is small and learnt within seconds: drawn shapes of five classes, as folders of PNG files.
 
+`python -m tests.rehearsal.pictures DIR` writes DIR/data, to train on, and DIR/pictures, to classify.
+"""
+
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +20,7 @@ def write(root: Path, train_per_class: int = 24, held_out_per_class: int = 4) ->
         dataset = open_dataset(Path(scratch), validation_fraction=0.1, seed=0, broken_files="refuse")
         chosen = dataset.classes[:: len(dataset.classes) // CLASSES + 1]  # of other shapes, colours and patterns
         data, pictures = root / "data", root / "pictures"
-        pictures.mkdir(parents=True)
+        pictures.mkdir(parents=True, exist_ok=True)
         for images, place in ((dataset.train, data), (dataset.validation, pictures)):
             for number in range(len(images)):
                 name = dataset.classes[images.labels[number]]
@@ -26,3 +30,7 @@ def write(root: Path, train_per_class: int = 24, held_out_per_class: int = 4) ->
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / f"{stem}-{number}.png").write_bytes(images.payload(number))
     return data, pictures
+
+
+if __name__ == "__main__":
+    print(*write(Path(sys.argv[1])))

@@ -1,6 +1,8 @@
-"""What a rehearsal showed, as text and as Markdown."""
+"""What a rehearsal showed, as text and as Markdown; and what was typed for it, with what came back."""
 
+import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +35,20 @@ GAPS = {
 """What no rehearsal on one machine shows."""
 
 
+TRANSCRIPT = "transcript.md"
+"""Beside the report."""
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A command of `training.launch`, and how it ended."""
+
+    arguments: Sequence[str]
+    status: int
+    wrote: str
+    """To stderr, then to stdout."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of the journey."""
@@ -41,16 +57,17 @@ class Step:
     result: Result
     seconds: float
     shown: str
+    typed: Sequence[Typed] = ()
 
 
 def text(steps: list[Step]) -> str:
     """A line a step."""
     width = max(len(step.name) for step in steps)
-    return "\n".join(f"  {s.result}  {s.name:<{width}}  {s.seconds:5.0f} s  {s.shown}" for s in steps)
+    return "\n".join(f"  {s.result:<4}  {s.name:<{width}}  {s.seconds:5.0f} s  {s.shown}" for s in steps)
 
 
 def write(path: Path, steps: list[Step], engine: str, answers: dict[str, str]) -> None:
-    """The report as Markdown."""
+    """The report as Markdown, and beside it the transcript."""
     failed, gaps = ([step.name for step in steps if step.result == result] for result in ("FAIL", "GAP"))
     outcome = f"FAILED: {', '.join(failed)}" if failed else "Every step passed"
     if gaps and not failed:
@@ -65,6 +82,8 @@ def write(path: Path, steps: list[Step], engine: str, answers: dict[str, str]) -
         "|---|---|---|---|",
         *(f"| {s.name} | {s.result} | {s.seconds:.0f} | {s.shown.replace('|', '/')} |" for s in steps),
         "",
+        f"[{TRANSCRIPT}]({TRANSCRIPT}) has each command as it is typed, and what it wrote.",
+        "",
         "## What this cannot show",
         "",
         *(f"- GAP, {name}: {why}." for name, why in GAPS.items()),
@@ -77,3 +96,21 @@ def write(path: Path, steps: list[Step], engine: str, answers: dict[str, str]) -
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
+    path.with_name(TRANSCRIPT).write_text(transcript(steps))
+
+
+def transcript(steps: list[Step]) -> str:
+    """Each step's commands with what they wrote, as Markdown."""
+    lines = [
+        "# The rehearsal's commands and what they wrote",
+        "",
+        "Of each command first what is told (stderr), then its results (stdout). At AWS the same is typed, without "
+        "`--poll-seconds 0.5`, and with images, data and places of your own.",
+    ]
+    for step in steps:
+        lines += ["", f"## {step.name}: {step.result}, {step.seconds:.0f} s", "", step.shown]
+        for typed in step.typed:
+            command = f".venv/bin/python -m training.launch {shlex.join(typed.arguments)}"
+            ended = f"\n(exit status {typed.status})" if typed.status else ""
+            lines += ["", "~~~~text", f"$ {command}\n{typed.wrote.rstrip()}{ended}", "~~~~"]
+    return "\n".join(lines) + "\n"

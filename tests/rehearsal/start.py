@@ -16,6 +16,7 @@ from tests.rehearsal.containers import STOP_S
 from tests.rehearsal.control_plane import ACCOUNT, REGION
 
 ROOT = Path(__file__).parents[2]
+ASKED_OFTEN = ("--poll-seconds", "0.5")
 IMAGE = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/resnet34-sagemaker:rehearsal"
 
 
@@ -58,7 +59,7 @@ class Rehearsal:
     ) -> subprocess.CompletedProcess[str]:
         """`python -m training.launch ...` against it, asked often; `folder`: the working directory."""
         return subprocess.run(
-            [sys.executable, "-m", "training.launch", *map(str, arguments), "--poll-seconds", "0.5"], cwd=folder,
+            [sys.executable, "-m", "training.launch", *map(str, arguments), *ASKED_OFTEN], cwd=folder,
             env={**self.environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=timeout_s,
             check=False,
         )  # fmt: skip
@@ -108,8 +109,8 @@ def rehearsal(*flags: str) -> Iterator[Rehearsal]:
         log = Path(scratch) / "cloud.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.rehearsal.cloud", "--work", f"{scratch}/work", *flags], cwd=ROOT,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
+                [sys.executable, "-m", "tests.rehearsal.cloud", "--bare", "--work", f"{scratch}/work", *flags],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
             )  # fmt: skip
             assert process.stdin and process.stdout
             try:
