@@ -259,6 +259,7 @@ class Hosting:
             at_once = given.get("MaxConcurrentTransforms") or (
                 json.loads(parameters)["MaxConcurrentTransforms"] if status == 200 else 1
             )
+            tries = 1 + given.get("ModelClientConfig", {}).get("InvocationsMaxRetries", 0)
             pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
             headers = {
@@ -271,7 +272,11 @@ class Hosting:
                     return None
                 assert server
                 body = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
-                answered, _, content = server.ask("POST", "/invocations", body, headers)
+                for again in range(tries, 0, -1):
+                    answered, _, content = server.ask("POST", "/invocations", body, headers)
+                    if answered < 500 or again == 1:
+                        break
+                    time.sleep(1)  # a busy machine's 503, say
                 if answered != 200:
                     return f"ClientError: {key}: {answered}: {content[:200].decode(errors='replace')}"
                 target = f"{out_prefix.rstrip('/')}/{key[len(prefix) :].lstrip('/')}.out"
