@@ -401,7 +401,7 @@ def test_ctrl_c_gives_up_requests_that_hang(picture: Path, caplog: pytest.LogCap
 
     def press() -> None:
         begun.wait(60)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which wakes it from its wait
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
