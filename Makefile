@@ -18,6 +18,7 @@ CONTRACT_ARGS =
 PYTEST_ARGS =
 BENCH_ARGS =
 REHEARSE_ARGS =
+CLOUD_ARGS =
 
 # Also where `MODEL=` says nothing.
 override MODEL := $(or $(MODEL),artifacts/model)
@@ -28,7 +29,7 @@ DEVELOP := --group training --group dev --group debugger --group mlflow
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-sagemaker notebook serve evaluate image image-cpu push contract test test-slow test-container test-aws rehearse \
-  rehearse-cloud   iam-role bench bench-training check fix clean
+  rehearse-cloud iam-role bench bench-training check fix clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,7 +89,7 @@ rehearse: $(UV) ## the journey to SageMaker without an account: tune, train, dep
 
 rehearse-cloud: $(UV) ## AWS on this machine until Ctrl-C, to try the commands by hand; it says how
 	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker
-	@exec $(PYTHON) -m tests.rehearsal.cloud $(REHEARSE_ARGS)
+	@exec $(PYTHON) -m tests.rehearsal.cloud $(CLOUD_ARGS)
 
 setup-sagemaker: $(UV) ## set up for the journey to Amazon SageMaker: training.launch, its notebook
 	$(UV) sync --frozen --inexact --group training --group sagemaker --group notebook

@@ -100,10 +100,12 @@ def without_frames(exc: Error) -> Error:
     """`exc`, and what it came from, without tracebacks: an answer's frames lead back to its error, and would keep the
     request's bytes until the garbage collector comes.
     """
-    each: BaseException | None = exc
-    while each is not None:
-        each.__traceback__ = None
-        each = each.__cause__ or each.__context__
+    left: list[BaseException | None] = [exc]
+    while left:
+        each = left.pop()
+        if each is not None and each.__traceback__ is not None:
+            each.__traceback__ = None
+            left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ())]
     return exc
 
 

@@ -52,7 +52,7 @@ after which nothing may be put."""
 _BEAT = struct.Struct("=d")
 """After the slots: when the worker's event loop last went round (CLOCK_MONOTONIC, which all processes share)."""
 
-_BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ETOOMANYREFS)
+_BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
 """The supervisor has yet to read what it was sent before (unix(7)): it is said later."""
 
 _KIND = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_DGRAM
@@ -153,7 +153,10 @@ class Lifeline:
 
     def _is_said(self, is_open: bool, slot: int, fds: list[int]) -> bool:
         try:
-            socket.send_fds(self._socket, [_MESSAGE.pack(is_open, slot)], fds)
+            if fds:
+                socket.send_fds(self._socket, [_MESSAGE.pack(is_open, slot)], fds)
+            else:
+                self._socket.send(_MESSAGE.pack(is_open, slot))
         except OSError as exc:
             return exc.errno not in _BUSY  # else the supervisor is gone, and need not hear it
         return True

@@ -7,6 +7,7 @@ is no place are refused here, by their head.
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ NO_BODY = (204, 304)
 """Answers that have none, whatever their headers say (RFC 9110, 6.4.1)."""
 
 _INVOCATIONS = INVOCATIONS.encode()
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 Reading = Literal["nothing", "head", "body"]
 """Of which part of a message the parser has read last; trailers count as body."""
@@ -127,9 +130,11 @@ class Protocol(HttpToolsProtocol):
         """See `asyncio.Protocol`."""
         super().connection_lost(exc)
         for cycle in (self._running, *[cycle for cycle, _ in self.pipeline]):  # uvicorn tells the last one alone
-            if cycle is not None:
-                cycle.body = b""  # it and this keep each other until garbage is looked for
-            if cycle is not None and not cycle.response_complete:
+            if cycle is None:
+                continue
+            cycle.body = b""  # it and this keep each other until garbage is looked for
+            cycle.scope["state"].pop(ANSWER, None)
+            if not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
                 if (on_gone := cycle.scope["state"].get(ON_GONE)) is not None:
@@ -260,9 +265,13 @@ class Protocol(HttpToolsProtocol):
         cycle.keep_alive = cycle.keep_alive and closes not in headers
         if not cycle.keep_alive and closes not in headers:
             headers = [*headers, closes]
+        try:
+            head = self._head(status, headers)
+        except ValueError:  # which `send` refuses, too
+            return False
         cycle.response_started = cycle.response_complete = True
         cycle.waiting_for_100_continue = False
-        self.transport.write(self._head(status, headers) + body)
+        self.transport.write(head + body)
         cycle.message_event.set()
         if not cycle.keep_alive:
             self.transport.close()
@@ -270,12 +279,11 @@ class Protocol(HttpToolsProtocol):
         return True
 
     def _head(self, status: int, headers: Headers) -> bytes:
-        """Raises: ValueError where a header would end its line early."""
-        lines = [b"%s: %s\r\n" % header for header in (*self.server_state.default_headers, *headers)]
-        text = b"".join(lines)
-        if not text.count(b"\r") == text.count(b"\n") == len(lines):
-            raise ValueError("a header has a line break")
-        return b"%s%s\r\n" % (STATUS_LINE[status], text)
+        """Raises: ValueError where a header has a control character, a line break for one."""
+        lines = [b"%s: %s" % header for header in (*self.server_state.default_headers, *headers)]
+        if _CONTROL.search(b"".join(lines)):
+            raise ValueError("a header has a control character")
+        return b"%s%s\r\n\r\n" % (STATUS_LINE[status], b"\r\n".join(lines))
 
     def _tell_lifeline(self) -> None:
         """What would become of this connection if the process died now."""

@@ -322,6 +322,17 @@ def test_what_a_request_held_is_free_when_it_is_answered(body: bytes, content_ty
     assert not [each for each in found if isinstance(each, types.FrameType)]
 
 
+@pytest.mark.parametrize("value", [b"a\r\nx: y", b"a\x01"])
+def test_a_header_that_would_not_stay_one_ends_the_connection(value: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of ours can be such; it is what stands behind the checks of what is echoed."""
+    monkeypatch.setattr("service.invocations.echoed", lambda _: [(b"x-echo", value)])
+    with serve(FakeEngine(256)) as served, socket.create_connection(("127.0.0.1", served.port), 10) as client:
+        client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(png()) + png())
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+        served.until(lambda: not served.connections())
+    assert b"x: y" not in received and b"\x01" not in received
+
+
 def test_a_head_request_to_ping_is_answered_like_a_get(service: Served) -> None:
     assert service.ask("HEAD", "/ping").status == 200
 

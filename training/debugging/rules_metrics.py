@@ -88,17 +88,19 @@ class LossNotDecreasing(Rule):
         least_step, least = self._least.get(seen.name, (0, math.nan))
         self._last[seen.name] = seen.step, now
         fell, rose = _percent(least - now, least), _percent(now - last, last)
-        if fell >= self.diff_percent or math.isnan(fell):
+        if not least or math.isnan(least) or fell >= self.diff_percent:
             self._least[seen.name] = seen.step, now
-            self._waited[seen.name] = -1
-        waited = self._waited[seen.name] = self._waited[seen.name] + 1
+            waited = 0
+        else:
+            waited = self._waited[seen.name] + 1
+        self._waited[seen.name] = waited
         self._checks[seen.name] = checks = self._checks.get(seen.name, 0) + 1
         self.judged = self.judged or checks > 1 + self.patience
         if rose > self.increase_threshold_percent:
             message = f"the loss rose by {rose:.3g} % since step {last_step}, from {last:.4g} to {now:.4g}."
             yield self.fire(seen, -rose, -self.increase_threshold_percent, message)
         elif waited > self.patience:
-            what = f"fell by {fell:.3g} % only" if fell >= 0 else f"rose by {-fell:.3g} %"
+            what = f"fell by {fell:.3g} % only" if not fell < 0 else f"rose by {-fell:.3g} %"
             message = f"the loss {what} since step {least_step}, its least, from {least:.4g} to {now:.4g}."
             yield self.fire(seen, fell, self.diff_percent, message)
 
