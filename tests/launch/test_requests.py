@@ -262,7 +262,7 @@ def test_default_instances_exist_at_aws_and_have_a_price() -> None:
         (["train", "--data", "d"], "--mlflow", "http://host:5000", "--mlflow-uri"),
         (["deploy"], "--capture-percent", "200", "from 0 to 100"),
         (["deploy"], "--startup-seconds", "5", "from 60 to 3600"),
-        (["deploy"], "--max", "0", "from 1 up"),
+        (["deploy"], "--max", "0", "from 1 to 1000"),
     ],
 )
 def test_a_flag_that_cannot_be_is_refused_before_anything(

@@ -101,7 +101,7 @@ def test_cifar_100_is_uploaded_as_it_is_and_a_job_gets_it(
     train = ("train", "--project", "cifar", "--image", IMAGE, "--role", ROLE, "--weights", "none", "--quantize", "off")
     for given in (sample_root, sample_root / "cifar-100-python"):  # as it is downloaded, and its inner folder
         said = told(caplog, *train, "--data", given, "--dry-run")
-        assert f'"train": "s3://{BUCKET}/cifar/data/{folders.copy().pop()}/"' in said and "100 classes" in said
+        assert f"channel train    s3://{BUCKET}/cifar/data/{folders.copy().pop()}/" in said and "100 classes" in said
     assert "uploading train: 0 of" in told(caplog, *train, "--data", sample_root, "--no-wait")
 
 

@@ -235,9 +235,9 @@ def _signed_for(environ: dict[str, Any]) -> tuple[str, str]:
 
 
 def _require_region(service: str, environ: dict[str, Any]) -> None:
-    """Raises: Refusal for a region that is not the rehearsal's. IAM has none, and moto has buckets of every region."""
+    """Raises: Refusal for a region that is not the rehearsal's. IAM and STS have none, and moto has buckets of each."""
     region = _signed_for(environ)[0]
-    if region not in ("", REGION) and service not in ("iam", "s3"):
+    if region not in ("", REGION) and service not in ("iam", "sts", "s3"):
         raise Refusal("ValidationException", f"The rehearsal has one region, {REGION}; {region} was asked for.")
 
 
