@@ -46,7 +46,6 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     image = images.image_for(images.hosting_target(options.kind, options.instance), options.image)
     # What cannot be is told before anything is made, and before credentials are asked for.
     variables = environment(options)
-    endpoint.require_counts(options.kind, options.min_count, options.max_count)
     hosting_of(options, image, None)
     registry.require_place(options.model)
     if options.shadow:
@@ -105,9 +104,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
 
 def hosting_of(options: Options, image: images.Image, bounds: tuple[int, int] | None) -> endpoint.Hosting:
     """How the endpoint is to run; `bounds`: the instances that it is to go on scaling between. Raises: ConfigError."""
-    least = 1 if options.min_count is None else options.min_count
-    most = least if options.max_count is None else options.max_count
-    least, most = bounds or (least, most)
+    least, most = bounds or endpoint.counts_of(options.kind, options.min_count, options.max_count)
     ami = options.ami or (amis.ami_for(options.instance, image.cuda) if image.cuda else None)
     return endpoint.Hosting(
         options.kind, options.instance, least, most, ami, options.startup_seconds, options.capture_percent,
