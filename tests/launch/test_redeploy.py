@@ -16,6 +16,7 @@ from training.launch import autoscaling, endpoint, registry, smoke
 from training.launch.endpoint import Hosting, Kind
 from training.launch.errors import AwsError
 from training.launch.jobs import pack
+from training.launch.live import Live, tell_replaced
 from training.launch.names import Project
 
 BUCKET = "sagemaker-eu-central-1-123456789012"
@@ -249,3 +250,18 @@ def test_an_accuracy_that_someone_made_no_number_of_is_none() -> None:
     for noted in ("n/a", "", "nan", "97"):
         assert registry.accuracy_of({"validation_accuracy": noted}) is None
     assert registry.accuracy_of({}) is None and registry.accuracy_of({"validation_accuracy": "0.97"}) == 0.97
+
+
+def test_classes_that_someone_edited_in_the_registry_end_no_deployment(
+    here: Account, artifact: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, now = open_artifact(artifact).manifest, Live({}, {"ProductionVariants": [{"ModelName": "m"}]})
+    edits: tuple[dict[str, str], ...] = ({}, {"classes": "3"}, {"classes": "many", "first_classes": "a / b"})
+    for edited in edits:
+        facts = {"version": "of before", "classes_digest": "other", **edited}
+        assert registry.classes_of(facts) is None
+        monkeypatch.setattr(registry, "registered", lambda *_, facts=facts: ("arn", facts))
+        caplog.clear()
+        tell_replaced(here.aws, now, manifest)
+        assert "other classes: whoever calls the endpoint gets other labels" in caplog.text
+    assert registry.classes_of(registry.class_facts(["a", "b", "c", "d"])) == (4, "a, b, c, ...")

@@ -92,23 +92,16 @@ def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
     log.info(
         "version %s%s takes the place of %s%s", new.version, _shown(after), facts["version"], _shown(before)
     )  # fmt: skip
-    classes = registry.class_facts(new.classes)
-    if facts.get("classes_digest", classes["classes_digest"]) != classes["classes_digest"]:
-        log.warning(
-            "other classes: %s instead of %s (%s instead of %s): whoever calls the endpoint gets other labels",
-            classes["classes"], facts["classes"], _named(classes), _named(facts),
-        )  # fmt: skip
+    noted = registry.class_facts(new.classes)
+    if facts.get("classes_digest", noted["classes_digest"]) != noted["classes_digest"]:
+        is_now, was = registry.classes_of(noted), registry.classes_of(facts)
+        shown = f": {is_now[0]} instead of {was[0]} ({is_now[1]} instead of {was[1]})" if is_now and was else ""
+        log.warning("other classes%s: whoever calls the endpoint gets other labels", shown)
     if before is not None and after is not None and after < before:
         log.warning(
             "the measured accuracy falls from %.2f %% to %.2f %%; `deploy --model` with the model of before goes back",
             100 * before, 100 * after,
         )  # fmt: skip
-
-
-def _named(facts: Mapping[str, str]) -> str:
-    """`apple, bear, can, ...`, of what `registry.class_facts` noted."""
-    more = ", ..." if int(facts["classes"]) > registry.SHOWN_CLASSES else ""
-    return facts["first_classes"].replace(" / ", ", ") + more
 
 
 def _shown(accuracy: float | None) -> str:
