@@ -58,9 +58,9 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     now = live.look(aws, project)
     live.require_kind(project, now, options.kind, command_line(options, "delete"))
     scaling = now.scaling if now else autoscaling.NONE
-    bounds = autoscaling.bounds(scaling)
-    kept = bounds is not None and options.min_count is None and options.max_count is None
-    hosting = hosting_of(options, image, bounds if kept else None)
+    asked = options.min_count is not None or options.max_count is not None
+    kept = autoscaling.bounds(scaling) if autoscaling.keeps(scaling, asked) else None
+    hosting = hosting_of(options, image, kept)
     log.info("cost: %s", hosting.price(bool(options.shadow)))
     with registry.located(aws, project, options.model) as model, _shadow(aws, project, options.shadow) as second:
         accuracy = (model.manifest.metrics.get("validation") or {}).get("accuracy")
@@ -75,7 +75,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             log.info("would host it with:\n%s", as_lines(hosts))
             wanted = endpoint.config_request(project, "MODEL", hosting, options.shadow and "SHADOW")
             log.info("would register it and bring endpoint %s to: %s", project.endpoint, as_json([wanted]))
-            autoscaling.tell_plan(project, hosting, scaling, kept)
+            autoscaling.tell_plan(project, hosting, scaling, asked, now.endpoint if now else None)
             return
         data.ensure_bucket(aws, project)
         shadow = None
@@ -89,9 +89,13 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             return
         with _costs_told(aws, project, hosting, bool(second)):
             wanted = endpoint.config_request(project, name, hosting, shadow)
-            action = bring(aws, project, now.endpoint if now else None, wanted, hosting, options.poll_seconds)
+            before, interrupted = now.endpoint if now else None, now is not None and now.interrupted
+            action = bring(aws, project, before, wanted, hosting, options.poll_seconds, interrupted)
             log.info("endpoint %s is %s", project.endpoint, action)
-            autoscaling.bring(aws, project, hosting, scaling, kept, options.poll_seconds)
+            autoscaling.bring(
+                aws, project, hosting, scaling, asked, options.poll_seconds, interrupted=interrupted,
+                arn=before["EndpointArn"] if before else None,
+            )  # fmt: skip
             try:
                 smoke.compare(target_of(aws, project, options.kind == "async"), model.folder, paths)
             except LaunchError as exc:
@@ -162,22 +166,24 @@ def bring(
     project: Project,
     before: Mapping[str, Any] | None,
     wanted: Mapping[str, Any],
+    interrupted: bool = False,
     hosting: endpoint.Hosting,
     poll_s: float,
 ) -> str:
     """`endpoint.create_or_update`; where it fails, what was made for it is removed, and autoscaling is put back.
 
-    `before`: the endpoint as it was. Raises: LaunchError; StoppedWaiting, which says so where it does not scale.
+    `before`: the endpoint as it was; `interrupted`: see `Live`. Raises: LaunchError; StoppedWaiting, which says so
+    where it does not scale.
     """
     scaled = None
     try:
         if before is not None and endpoint.changes_machines(aws, before, wanted):
             scaled = autoscaling.found(aws, project)
-            autoscaling.remember(aws, project, before["EndpointArn"], scaled)
+            autoscaling.remember(aws, before["EndpointArn"], scaled)
             autoscaling.remove(aws, project)  # AWS updates no variant to other machines while it scales
         return endpoint.create_or_update(aws, project, wanted, hosting, poll_s)
     except LaunchError:
-        if not _scales_as_before(aws, project, scaled):
+        if not _scales_as_before(aws, project, scaled, interrupted):
             log.warning("%s", _scaling_is_off(hosting, scaled))
         try:
             undo(aws, endpoint.find(aws, project.endpoint), wanted)
@@ -185,7 +191,7 @@ def bring(
             log.warning("cleaning up after it failed: %s; `status` shows what is there", exc)
         raise
     except KeyboardInterrupt as exc:
-        if _scales_as_before(aws, project, scaled):
+        if _scales_as_before(aws, project, scaled, interrupted):
             raise
         said = [*map(str, exc.args), _scaling_is_off(hosting, scaled)]
         raise StoppedWaiting(" ".join(said), ends="delete") from (exc.__cause__ or exc)
@@ -200,7 +206,9 @@ def _scaling_is_off(hosting: endpoint.Hosting, scaled: autoscaling.Scaling | Non
     return SCALING_IS_OFF.format(*counts)
 
 
-def _scales_as_before(aws: Aws, project: Project, scaled: autoscaling.Scaling | None) -> bool:
+def _scales_as_before(
+    aws: Aws, project: Project, scaled: autoscaling.Scaling | None, interrupted: bool
+) -> bool:  # fmt: skip
     """Put back what was taken off for an update, `scaled`; no where AWS has its hands on the endpoint still."""
     if scaled is None or scaled[0] is None:
         return True
@@ -208,6 +216,8 @@ def _scales_as_before(aws: Aws, project: Project, scaled: autoscaling.Scaling | 
         now = endpoint.find(aws, project.endpoint)
         if now is not None and now["EndpointStatus"] != "InService":
             return False
+            if not interrupted:  # else it may be a part of what is to scale, and the note tells the rest
+                autoscaling.forget(aws, now["EndpointArn"])
         if now is not None:
             autoscaling.restore(aws, project, *scaled)
         return True

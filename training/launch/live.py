@@ -29,6 +29,8 @@ class Live:
     config: Mapping[str, Any] | None = None
     """As DescribeEndpointConfig does; None where it was deleted, or is of no matter any more."""
     scaling: autoscaling.Scaling = autoscaling.NONE
+    interrupted: bool = False
+    """Whether an update that broke off had taken its autoscaling off: what is there may be a part of it."""
 
 
 def look(aws: Aws, project: Project) -> Live | None:
@@ -36,14 +38,14 @@ def look(aws: Aws, project: Project) -> Live | None:
     found = endpoint.find_ours(aws, project)
     if found is None or found["EndpointStatus"] in GONE:
         return None if found is None else Live(found)
-    scaling, noted = autoscaling.found(aws, project), autoscaling.taken_off(aws, project)
+    scaling, noted = autoscaling.found(aws, project), autoscaling.taken_off(aws, found["EndpointArn"])
     if noted is not None and scaling[0] is None:
         log.warning(
             "an update that broke off left endpoint %s without its autoscaling, from %d to %d instances; a deployment "
             "that says nothing else turns it on again", project.endpoint, *noted,
         )  # fmt: skip
         scaling = ({"MinCapacity": noted[0], "MaxCapacity": noted[1]}, scaling[1])
-    return Live(found, endpoint.config_of(aws, found), scaling)
+    return Live(found, endpoint.config_of(aws, found), scaling, noted is not None)
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
