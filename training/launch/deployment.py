@@ -25,7 +25,7 @@ from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
-from training.launch.opening import Options, as_json, as_lines, command_line, connected, opened, project_of
+from training.launch.opening import Options, as_json, as_lines, command_line, connected, project_of
 from training.launch.running import tell_others
 from training.launch.session import Aws
 from training.launch.wait import StoppedWaiting
@@ -71,7 +71,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         live.tell_replaced(aws, now, model.manifest)
         role = roles.find_role(aws, project, options.role)
         if options.dry_run:
-            hosts = {"image": image.uri, "role": role, "model data": model.place(project), **variables}
+            hosts = {"image": image.uri, "role": role, "model data": model.place(project), **masked(variables)}
             log.info("would host it with:\n%s", as_lines(hosts))
             wanted = endpoint.config_request(project, "MODEL", hosting, options.shadow and "SHADOW")
             log.info("would register it and bring endpoint %s to: %s", project.endpoint, as_json([wanted]))
@@ -154,8 +154,6 @@ def hosted(
         return None
     container: dict[str, Any] = {"ModelPackageName": package}
     variables = environment(options)
-    if options.startup_seconds > endpoint.STARTUP_S:  # the service gives a start up by itself, in less than that
-        variables.setdefault("CLASSIFIER_START_TIMEOUT_S", str(options.startup_seconds - STARTUP_MARGIN_S))
     if variables:
         container["Environment"] = variables
     return registry.create_model(aws, project, container, role, made)
@@ -166,9 +164,9 @@ def bring(
     project: Project,
     before: Mapping[str, Any] | None,
     wanted: Mapping[str, Any],
-    interrupted: bool = False,
     hosting: endpoint.Hosting,
     poll_s: float,
+    interrupted: bool = False,
 ) -> str:
     """`endpoint.create_or_update`; where it fails, what was made for it is removed, and autoscaling is put back.
 
@@ -216,10 +214,10 @@ def _scales_as_before(
         now = endpoint.find(aws, project.endpoint)
         if now is not None and now["EndpointStatus"] != "InService":
             return False
-            if not interrupted:  # else it may be a part of what is to scale, and the note tells the rest
-                autoscaling.forget(aws, now["EndpointArn"])
         if now is not None:
             autoscaling.restore(aws, project, *scaled)
+            if not interrupted:  # else it may be a part of what is to scale, and the note tells the rest
+                autoscaling.forget(aws, now["EndpointArn"])
         return True
     except LaunchError as exc:
         log.warning("putting autoscaling back failed: %s", exc)
@@ -252,7 +250,15 @@ def environment(options: Options) -> dict[str, str]:
         if not equals or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
             raise ConfigError(f"--env {name}: say NAME=VALUE, with letters, digits and _ in NAME.")
         found[name] = value
+    startup_s = getattr(options, "startup_seconds", endpoint.STARTUP_S)  # which `batch` has not
+    if startup_s > endpoint.STARTUP_S:  # the service gives a start up by itself, in less than that
+        found.setdefault("CLASSIFIER_START_TIMEOUT_S", str(startup_s - STARTUP_MARGIN_S))
     return found
+
+
+def masked(variables: Mapping[str, str]) -> dict[str, str]:
+    """The container's variables as a dry run tells them: they may be secrets."""
+    return {f"env {name}": "***" for name in variables}
 
 
 def target_of(aws: Aws, project: Project, asynchronous: bool, name: str | None = None) -> Target:
@@ -274,14 +280,19 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         raise LaunchError("None of the images can be read.")
     image = images.image_for("serve-cpu", options.image)
     registry.require_place(options.model)
-    aws, project = opened(options)
+    aws = connected(options)
     images.require_region(image, aws.region)
+    project = project_of(aws, options)
     log.info("cost: %s", cost.hourly(options.instance, options.instances))
     with registry.located(aws, project, options.model) as model:
-        if options.dry_run:
-            log.info("would classify %d images with version %s", len(good), model.manifest.version)
-            return
         role = roles.find_role(aws, project, options.role)
+        if options.dry_run:
+            told = {"image": image.uri, "role": role, "model data": model.place(project)}
+            told |= {"images": batch.named(project, good)[0], **masked(variables)}
+            log.info(
+                "would classify %d images with version %s:\n%s", len(good), model.manifest.version, as_lines(told)
+            )  # fmt: skip
+            return
         data.ensure_bucket(aws, project)
         container: dict[str, Any] = {"Image": image.uri, "ModelDataUrl": registry.upload(aws, project, model)}
     if variables:
