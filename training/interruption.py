@@ -5,6 +5,7 @@ SageMaker sends SIGTERM when it takes a spot instance back or a job is stopped, 
 """
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from types import FrameType
 from service.model.interrupts import leave
 
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
+HANGUP = (signal.SIGHUP,) if sys.platform != "win32" else ()
 
 
 class Interrupted(Exception):
@@ -57,6 +59,28 @@ def raised(*more: int) -> Iterator[None]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise Terminated(number)
+
+
+@contextmanager
+def held_off() -> Iterator[None]:
+    """What ends a command waits until the block is done: for a moment's work that must not be torn. An error in it goes
+    first, and ends the command as well.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, *HANGUP)
+    before = {each: old for each in numbers if (old := signal.getsignal(each)) not in (signal.SIG_IGN, None)}
+    came: list[int] = []
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 class Interruption:

@@ -2,8 +2,10 @@
 
 import logging
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,32 +95,110 @@ def test_files_of_others_beside_it_stay(job: Callable[[int], dict[str, Any]], aw
         bring_home(aws, {"ModelArtifacts": {"S3ModelArtifacts": "s3://home/output/model.tar.gz"}}, home / "other")
 
 
-@pytest.mark.parametrize("ended_by", [KeyboardInterrupt(), OSError(5, "Input/output error")])
-@pytest.mark.parametrize("at", range(5))
-def test_what_lay_there_is_put_back_where_the_replacing_breaks_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: BaseException, at: int
-) -> None:
+RENAMES = 6
+
+
+@pytest.fixture
+def before(tmp_path: Path) -> dict[Path, object]:
+    """What lies in `home`: a model of before, its archive, and what others put there."""
     home = tmp_path / "home"
     (home / "model" / ".git").mkdir(parents=True)
     for name in (".git/HEAD", "manifest.json", "weights.old"):
         (home / "model" / name).write_text("of before")
     (home / "model.tar.gz").write_text("of before")
-    before = {path: path.is_dir() or path.read_text() for path in sorted(home.rglob("*"))}
-    rename, renamed = Path.rename, []
+    return lying(home)
 
-    def broken_off(path: Path, target: Path) -> Path:
-        renamed.append(path)
-        if len(renamed) == at + 1:
-            raise ended_by
-        return rename(path, target)
 
-    with pytest.raises(type(ended_by)), jobs._beside(home / "model") as scratch:
+def lying(home: Path) -> dict[Path, object]:
+    return {path: path.is_dir() or path.read_text() for path in sorted(home.rglob("*"))}
+
+
+def replace(home: Path) -> None:
+    """As `bring_home` does it."""
+    with jobs._beside(home / "model") as scratch:
         (scratch / "new").mkdir()
         for name in ("new/manifest.json", "new/weights.new", "model.tar.gz"):
             (scratch / name).write_text("new")
-        monkeypatch.setattr(Path, "rename", broken_off)
         jobs._replace(home / "model", scratch, {scratch / "model.tar.gz": home / "model.tar.gz"})
-    assert {path: path.is_dir() or path.read_text() for path in sorted(home.rglob("*"))} == before
+
+
+@contextmanager
+def at_each_rename(do: Callable[[int], object]) -> Iterator[list[int]]:
+    """`do` before each, of which it is given the number, from 1 on; gives their numbers."""
+    rename = Path.rename
+    numbers: list[int] = []
+
+    def watched(path: Path, target: Path) -> Path:
+        numbers.append(len(numbers) + 1)
+        do(numbers[-1])
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "rename", watched)
+        yield numbers
+
+
+@pytest.mark.parametrize("ended_by", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("at", range(1, RENAMES + 1))
+def test_what_lay_there_is_put_back_where_the_replacing_breaks_off(
+    tmp_path: Path, before: dict[Path, object], ended_by: BaseException, at: int
+) -> None:
+    def break_off(number: int) -> None:
+        if number == at:
+            raise ended_by
+
+    with pytest.raises(type(ended_by)), at_each_rename(break_off):
+        replace(tmp_path / "home")
+    assert lying(tmp_path / "home") == before
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits_until_all_of_the_new_is_there(
+    tmp_path: Path, before: dict[Path, object], stop: signal.Signals
+) -> None:
+    home = tmp_path / "home"
+    was = signal.signal(stop, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), at_each_rename(lambda _: signal.raise_signal(stop)) as numbers:
+            replace(home)
+        assert signal.getsignal(stop) is signal.default_int_handler
+    finally:
+        signal.signal(stop, was)
+    assert len(numbers) == RENAMES
+    here = {str(path.relative_to(home)): text for path, text in lying(home).items() if path.is_file()}
+    assert here == {
+        "model/.git/HEAD": "of before", "model/manifest.json": "new", "model/weights.new": "new", "model.tar.gz": "new"
+    }  # fmt: skip
+
+
+def test_what_cannot_be_put_back_is_kept_and_named(tmp_path: Path, before: dict[Path, object]) -> None:
+    home = tmp_path / "home"
+
+    def break_off(number: int) -> None:
+        if number == 4:
+            (home / "model" / "manifest.json").write_text("another's, of this moment")
+            raise OSError(5, "Input/output error")
+
+    with at_each_rename(break_off), pytest.raises(LaunchError, match="written: Input/output error") as told:
+        replace(home)
+    (kept,) = home.glob("model.before-*")
+    assert f"the rest is in {kept}, and stays there" in str(told.value)
+    assert (kept / "old" / "manifest.json").read_text() == "of before" and not (kept / "new").exists()
+    assert (home / "model.tar.gz").read_text() == (home / "model" / "weights.old").read_text() == "of before"
+    replace(home)
+    assert (kept / "old" / "manifest.json").is_file() and (home / "model" / "manifest.json").read_text() == "new"
+
+
+def test_where_nothing_can_be_put_back_nothing_is_removed(tmp_path: Path, before: dict[Path, object]) -> None:
+    def refuse(number: int) -> None:
+        if number >= 5:
+            raise OSError(30, "Read-only file system")
+
+    with at_each_rename(refuse), pytest.raises(LaunchError, match="written: Read-only file system") as told:
+        replace(tmp_path / "home")
+    (kept,) = (tmp_path / "home").glob(".model-*")
+    assert f"the rest is in {kept}, and stays there" in str(told.value)
+    assert {path.name for path in kept.rglob("*")} == {"old", "old-model.tar.gz", "manifest.json", "weights.old"}
 
 
 def test_a_link_stays_one_and_the_model_goes_where_it_leads(

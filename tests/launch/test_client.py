@@ -392,7 +392,7 @@ def test_ctrl_c_gives_up_requests_that_hang(picture: Path, caplog: pytest.LogCap
     class Hangs(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             begun.set()
-            end.wait(60)
+            end.wait()
 
         def log_message(self, *_: Any) -> None: ...
 
@@ -400,20 +400,19 @@ def test_ctrl_c_gives_up_requests_that_hang(picture: Path, caplog: pytest.LogCap
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def press() -> None:
-        begun.wait(60)
+        begun.wait()
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # which wakes it from its wait
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Thread(target=press, daemon=True).start()
-        start_s = time.monotonic()
         with (
             caplog.at_level("INFO", "training"),
             closing(UrlTarget(f"http://127.0.0.1:{server.server_port}")) as target,
             pytest.raises(KeyboardInterrupt),
         ):
             list(classify(target, [picture]))
-        assert time.monotonic() - start_s < 30
+        assert not end.is_set()
     finally:
         signal.signal(signal.SIGINT, before)
         end.set()

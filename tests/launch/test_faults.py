@@ -322,8 +322,8 @@ def test_a_dry_run_of_deploy_and_batch_says_what_would_be_and_makes_nothing(
 ) -> None:  # fmt: skip
     stderr = said(cloud, *deploy(artifact, "planned", "--max", "3"), "--dry-run", status=0)
     assert '"EndpointConfigName": "planned-config-' in stderr and "would register it" in stderr
-    batch = ("batch", "--project", "planned", "--model", artifact, "--image", IMAGE, asked, "--dry-run")
-    assert "would classify 5 images" in said(cloud, *batch, status=0)
+    batch = ("batch", "--project", "planned", "--model", artifact, "--image", IMAGE, "--role", "resnet34-sagemaker")
+    assert "would classify 5 images" in said(cloud, *batch, asked, "--dry-run", status=0)
     assert left(cloud, "planned") == {}
 
 

@@ -92,6 +92,16 @@ def test_a_dry_run_of_deploy_tells_endpoint_and_price(
     assert ("would let it scale" in said) is (0 in flags or flags == ("--max", 3))
 
 
+def test_a_dry_run_of_deploy_names_the_containers_variables_without_what_they_hold(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    deploy = ("deploy", "--model", packed, "--image", IMAGE, "--role", ROLE, "--startup-seconds", 900)
+    said = dry(here, caplog, *deploy, "--env", "TOKEN=SECRET", "--env", "image=SECRET")
+    assert re.search(rf"  image +{re.escape(IMAGE)}\n", said) and "SECRET" not in said
+    for name in ("TOKEN", "image", "CLASSIFIER_START_TIMEOUT_S"):
+        assert re.search(rf"^  env {name} +\*\*\*$", said, re.MULTILINE)
+
+
 def test_a_shadow_is_in_the_price_and_does_not_scale(
     here: Account, packed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
@@ -143,9 +153,13 @@ def test_a_dry_run_tells_the_settings_that_nobody_gave_too(
 def test_dry_runs_of_the_other_commands_change_nothing(
     here: Account, packed: Path, asked: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = dry(here, caplog, "batch", "--model", packed, "--image", IMAGE, "--role", ROLE, asked)
+    said = dry(here, caplog, "batch", "--model", packed, "--image", IMAGE, "--role", ROLE, asked, "--env", "A=SECRET")
     assert re.fullmatch(rf"cost: 1 x ml\.c6i\.2xlarge: about 0\.41 USD per hour {NOTE}", cost(said))
-    assert "would classify 5 images" in said
+    assert "would classify 5 images with version " in said and "SECRET" not in said
+    lines = dict(re.findall(r"^  (image|role|model data|images|env A) +(\S+)$", said, re.MULTILINE))
+    assert (lines["image"], lines["role"], lines["env A"]) == (IMAGE, ROLE, "***")
+    for name, below in (("model data", "models"), ("images", "batch")):
+        assert lines[name].startswith(f"s3://sagemaker-eu-central-1-123456789012/planned/{below}/")
     assert "would make role planned-sagemaker" in dry(here, caplog, "iam-role")
     assert "MB, to s3://" in dry(here, caplog, "upload", "--data", data)
     assert "has nothing to remove" in dry(here, caplog, "delete", "--data", "--role")

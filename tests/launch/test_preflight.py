@@ -121,9 +121,9 @@ def test_permissions_are_asked_for_things_of_the_project(aws: Aws) -> None:
     for resource, actions in asked.items():
         assert resource == "*" or re.fullmatch(r"arn:aws:[a-z0-9-]+:[a-z0-9-]*:(\d{12})?:.+", resource), resource
         assert resource == "*" or {action.partition(":")[0] for action in actions} == {resource.split(":")[2]}
-    assert {"sagemaker:CreateEndpoint", "sagemaker:InvokeEndpoint"} <= set(
-        asked["arn:aws:sagemaker:eu-central-1:123456789012:endpoint/resnet34"]
-    )
+    of_endpoint = set(asked["arn:aws:sagemaker:eu-central-1:123456789012:endpoint/resnet34"])
+    for action in ("CreateEndpoint", "InvokeEndpoint", "AddTags", "ListTags"):  # the note on scaling is a tag
+        assert f"sagemaker:{action}" in of_endpoint
 
 
 def test_a_bucket_of_another_account_is_a_failure_with_what_to_do(
@@ -368,6 +368,9 @@ def test_preflight_tells_what_all_instances_cost_as_the_commands_do(
     assert "WARN  cost  endpoint 1 x ml.g5.24xlarge: not in our price table" in said
     assert said.endswith("\nReady: nothing failed; warnings, which stand above, are of: cost.")
     assert "--min is at least 1" in problem(caplog, "preflight", "--min", 5, "--max", 3, status=2)
+    sleeping = ("preflight", "--kind", "async", "--min", 0)
+    assert "--min 0 --max 0: --max is at least 1 (where" in problem(caplog, *sleeping, status=2)
+    assert "endpoint 0 to 1 x ml.g4dn.xlarge" in told(caplog, *sleeping, "--max", 1)
     serverless = ("preflight", "--kind", "serverless")
     assert "--max-concurrency says how many" in problem(caplog, *serverless, "--max", 3, status=2)
     assert "endpoint serverless, 4096 MB" in told(caplog, *serverless)

@@ -16,6 +16,7 @@ from training.launch import autoscaling, endpoint, registry, smoke
 from training.launch.endpoint import Hosting, Kind
 from training.launch.errors import AwsError
 from training.launch.jobs import pack
+from training.launch.live import Live, tell_replaced
 from training.launch.names import Project
 
 BUCKET = "sagemaker-eu-central-1-123456789012"
@@ -146,6 +147,67 @@ def test_scaling_that_a_killed_update_took_off_is_turned_on_again_by_the_repeat(
     assert "autoscaling" not in told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
 
 
+def policies(here: Account, name: str) -> dict[str, object]:
+    """Each policy's target tracking, by its name."""
+    found = autoscaling.found(here.aws, Project(name, BUCKET))[1]
+    return {policy["PolicyName"]: policy["TargetTrackingScalingPolicyConfiguration"] for policy in found}
+
+
+def noted(here: Account, name: str) -> tuple[int, int] | None:
+    """What the endpoint's tag tells of scaling that was taken off."""
+    return autoscaling.taken_off(here.aws, here.client("sagemaker").describe_endpoint(EndpointName=name)["EndpointArn"])
+
+
+def test_policies_of_ones_own_survive_an_update_to_other_machines(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command, project = deploy("own", packed), Project("own", BUCKET)
+    told(caplog, *command, "--max", 3)
+    of_ours = autoscaling.policies(project, Hosting())["own-requests"]
+    for name, target in (("own-requests", 77.0), ("by-hand", 7.0)):
+        here.client("application-autoscaling").put_scaling_policy(
+            **autoscaling._place(project), PolicyName=name, PolicyType="TargetTrackingScaling",
+            TargetTrackingScalingPolicyConfiguration={**of_ours, "TargetValue": target},
+        )  # fmt: skip
+    before = policies(here, "own")
+    assert set(before) == {"own-requests", "own-concurrency", "by-hand"}
+    said = told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+    assert "endpoint own is updated" in said and "endpoint own scales from 1 to 3 instances as before" in said
+    assert policies(here, "own") == before and bounds(here, "own") == (1, 3) and noted(here, "own") is None
+
+
+def test_scaling_that_was_half_gone_is_not_taken_for_whole_where_the_repeat_fails(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    command, project = deploy("half", packed), Project("half", BUCKET)
+    told(caplog, *command, "--max", 3)
+    arn = here.client("sagemaker").describe_endpoint(EndpointName="half")["EndpointArn"]
+    autoscaling.remember(here.aws, arn, autoscaling.found(here.aws, project))
+    autoscaling._delete_policy(here.aws, project, "half-requests")  # and killed
+    here.order(operation="UpdateEndpoint", **DENIED)
+    assert "UpdateEndpoint is missing" in problem(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+    assert noted(here, "half") == (1, 3) and set(policies(here, "half")) == {"half-concurrency"}
+    told(caplog, *command, "--instance", "ml.g4dn.2xlarge")
+    assert noted(here, "half") is None and set(policies(here, "half")) == {"half-requests", "half-concurrency"}
+
+
+def test_a_count_that_someone_set_by_hand_stays_until_someone_says_otherwise(
+    here: Account, packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def count() -> int:
+        found = here.client("sagemaker").describe_endpoint(EndpointName="counted")
+        return int(found["ProductionVariants"][0]["DesiredInstanceCount"])
+
+    command = deploy("counted", packed)
+    told(caplog, *command)
+    here.records.endpoints["counted"].production_variants[0]["DesiredInstanceCount"] = 3
+    assert "would set its instances" not in told(caplog, *command, "--dry-run")
+    assert "had 3 instances" not in told(caplog, *command) and count() == 3
+    said = told(caplog, *command, "--min", 1, "--dry-run")
+    assert "would set its instances to 1: it has 3, and does not scale" in said and count() == 3
+    assert "had 3 instances and does not scale; now: 1" in told(caplog, *command, "--min", 1) and count() == 1
+
+
 def test_an_asynchronous_endpoint_goes_on_waking_from_0(
     here: Account, packed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -249,3 +311,18 @@ def test_an_accuracy_that_someone_made_no_number_of_is_none() -> None:
     for noted in ("n/a", "", "nan", "97"):
         assert registry.accuracy_of({"validation_accuracy": noted}) is None
     assert registry.accuracy_of({}) is None and registry.accuracy_of({"validation_accuracy": "0.97"}) == 0.97
+
+
+def test_classes_that_someone_edited_in_the_registry_end_no_deployment(
+    here: Account, artifact: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, now = open_artifact(artifact).manifest, Live({}, {"ProductionVariants": [{"ModelName": "m"}]})
+    edits: tuple[dict[str, str], ...] = ({}, {"classes": "3"}, {"classes": "many", "first_classes": "a / b"})
+    for edited in edits:
+        facts = {"version": "of before", "classes_digest": "other", **edited}
+        assert registry.classes_of(facts) is None
+        monkeypatch.setattr(registry, "registered", lambda *_, facts=facts: ("arn", facts))
+        caplog.clear()
+        tell_replaced(here.aws, now, manifest)
+        assert "other classes: whoever calls the endpoint gets other labels" in caplog.text
+    assert registry.classes_of(registry.class_facts(["a", "b", "c", "d"])) == (4, "a, b, c, ...")

@@ -256,6 +256,7 @@ def test_what_is_mistyped_is_told_without_credentials(
     (tmp_path / "photos" / "empty").mkdir(parents=True)
     for more, said in (
         (("--min", 5, "--max", 3), "--min 5 --max 3: --min is at least 1 and not more than --max"),
+        (("--kind", "async", "--min", 0), "--min 0 --max 0: --max is at least 1 (where it is not given, it is"),
         (("--model", "artifacts/nothing"), "--model artifacts/nothing: there is no such folder"),
         (("--shadow", "artifacts/nothing"), "--shadow artifacts/nothing: there is no such folder"),
         (("--smoke", "nothing"), "nothing: there is no such file or folder"),
@@ -274,6 +275,27 @@ def test_what_is_mistyped_is_told_without_credentials(
 
 
 @pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("command", ["train", "tune", "batch"])
+def test_an_image_that_a_job_cannot_have_is_told_without_credentials(
+    packed: Path, data: Path, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, command: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    line = (command, asked, "--model", packed) if command == "batch" else (command, "--data", data, *SMALL)
+    elsewhere = IMAGE.replace("eu-central-1", "us-east-1")
+    for more, said in (
+        ((), "--image is missing"),
+        (("--image", "foo"), "--image foo is not in ECR"),
+        (("--image", elsewhere), f"The image {elsewhere} is in us-east-1, and jobs and endpoints in eu-central-1"),
+    ):
+        assert said in problem(caplog, *line, *more, status=2)
+    Rehearsal.note_images(tmp_path)
+    if command != "batch":
+        assert "CUDA 13 dropped its GPU" in problem(caplog, *line, "--instance", "ml.p3.2xlarge", status=2)
+    assert "There are no AWS credentials" in problem(caplog, *line)
+
+
+@pytest.mark.usefixtures("nobody")
 def test_the_policies_of_a_role_are_printed_without_credentials_and_without_a_region(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,3 +305,12 @@ def test_the_policies_of_a_role_are_printed_without_credentials_and_without_a_re
     assert "--project My_Project" in problem(caplog, *policy, "--project", "My_Project", status=2)
     monkeypatch.delenv("AWS_DEFAULT_REGION")
     assert '"arn:aws:s3:::sagemaker-REGION-ACCOUNT"' in shown(caplog, capsys, *policy)
+    assert '"arn:aws:s3:::mine"' in shown(caplog, capsys, *policy, "--bucket", "mine")
+    assert "--bucket My Bucket: give a name" in problem(caplog, *policy, "--bucket", "My Bucket", status=2)
+    assert "--project My_Project" in problem(caplog, *policy, "--project", "My_Project", status=2)
+    for name, given, said in (
+        ("AWS_DEFAULT_REGION", "eu-cenrtal-1", "Did you mean eu-central-1?"),
+        ("AWS_PROFILE", "nobody", "AWS_PROFILE: "),
+    ):
+        monkeypatch.setenv(name, given)
+        assert said in problem(caplog, *policy, status=2)

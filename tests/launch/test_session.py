@@ -244,3 +244,16 @@ def test_an_address_that_hangs_is_told_when_it_is_asked_again(
         connect("eu-central-1").identity  # noqa: B018
     assert caplog.text.count("sts has not answered GetCallerIdentity in time") == 1
     assert "it is asked again, 2 times in all" in caplog.text
+
+
+def test_a_mistake_of_our_own_is_not_blamed_on_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+
+    def mistaken(**_: object) -> None:
+        raise KeyError("ours")
+
+    client = connect("eu-central-1").client("sts")
+    client.meta.events.register("before-call", mistaken)
+    with pytest.raises(KeyError, match="ours"):
+        client.get_caller_identity()

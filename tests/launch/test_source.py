@@ -62,7 +62,8 @@ def test_the_job_is_told_where_the_code_is(here: Account, data: Path) -> None:
         ["train", "--data", str(data), "--image", image, "--send-code", "--role", ROLE]
     )
     config = TrainingConfig.create({"data": data, "output": data.parent / "model", "epochs": 1})
-    training = experiments.training_of(here.aws, project, options, {"epochs": "1"}, jobs.Machines(), config=config)
+    taken, machines = experiments.image_of(options, here.aws.region), jobs.Machines()
+    training = experiments.training_of(here.aws, project, options, taken, {"epochs": "1"}, machines, config=config)
     place = json.loads(training.hyperparameters["sagemaker_submit_directory"])
     assert json.loads(training.hyperparameters["sagemaker_program"]) == source.PROGRAM
     bucket, key = place.removeprefix("s3://").split("/", 1)

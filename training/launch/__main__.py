@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from training.errors import ConfigError, TrainingError
-from training.interruption import Terminated, raised
+from training.interruption import HANGUP, Terminated, raised
 
 try:
     from training.launch.flags import parser
@@ -28,8 +28,6 @@ except ModuleNotFoundError as exc:
     )
 
 log = logging.getLogger("training")
-
-HANGUP = (signal.SIGHUP,) if sys.platform != "win32" else ()
 
 STOPPED = (
     "Stopped; repeat the command: what is there already is found and not made again. `status` lists what runs at AWS, "

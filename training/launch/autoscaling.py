@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from training.launch import ownership
-from training.launch.endpoint import VARIANT, Hosting, find, wait_while_changing
+from training.launch.endpoint import VARIANT, Hosting, wait_while_changing
 from training.launch.errors import AwsError
 from training.launch.names import Project
 from training.launch.session import Aws
@@ -108,40 +108,53 @@ def apply(aws: Aws, project: Project, hosting: Hosting, before: tuple[int, int] 
     )  # fmt: skip
 
 
-def tell_plan(project: Project, hosting: Hosting, now: Scaling, kept: bool) -> None:
-    """Say how a deployment would have the endpoint scale; `now`: as `found` tells it, `kept`: it would stay so."""
-    wanted, before = (hosting.min_count, hosting.max_count), bounds(now)
-    if kept:
+def keeps(was: Scaling, asked: bool) -> bool:
+    """Whether a deployment leaves the scaling as it `was`; `asked`: --min or --max was given."""
+    return bounds(was) is not None and not asked
+
+
+def tell_plan(project: Project, hosting: Hosting, was: Scaling, asked: bool, now: Mapping[str, Any] | None) -> None:
+    """Say how a deployment would have the endpoint scale; `was`, `asked`: as `bring` is given them, `now`: as
+    DescribeEndpoint tells the endpoint.
+    """
+    wanted, before = (hosting.min_count, hosting.max_count), bounds(was)
+    has = None if now is None else _count_of(now)
+    if keeps(was, asked):
         log.info("would let it scale from %d to %d instances, as before", *wanted)
     elif scales(hosting):
         names = [*policies(project, hosting), *([wake(project)] if wakes(hosting) else ())]
         log.info("would let it scale from %d to %d instances (%s)%s", *wanted, ", ".join(names), _told(before))
     elif before:
-        log.info("would end its scaling, which is from %d to %d instances", *before)
+        log.info("would end its scaling, which is from %d to %d instances; instances then: %d", *before, wanted[0])
+    elif asked and has not in (None, wanted[0]):
+        log.info("would set its instances to %d: it has %d, and does not scale", wanted[0], has)
 
 
-def bring(aws: Aws, project: Project, hosting: Hosting, was: Scaling, kept: bool, poll_s: float = POLL_S) -> None:
+def bring(
+    aws: Aws, project: Project, hosting: Hosting, was: Scaling, asked: bool, poll_s: float = POLL_S, *,
+    interrupted: bool = False, arn: str | None = None,
+) -> None:  # fmt: skip
     """Let an endpoint that is in service scale as asked, and say what that changes. Safe to repeat.
 
-    `was`: what `found` told before the deployment, which may have removed it; `kept`: it is to be so again.
-    Raises: LaunchError as `apply` does; AwsError; StoppedWaiting.
+    `was`: what `found` told before the deployment, which may have removed it; `asked`: --min or --max was given, else
+    it is to be so again; `interrupted`: a command before this one had taken it off, and was killed, so that `was` may
+    not be all of it; `arn`: of an endpoint that was there before, whose note is crossed out. Raises: LaunchError as
+    `apply` does; AwsError; StoppedWaiting.
     """
+    before, kept = bounds(was), keeps(was, asked)
+    if not kept or interrupted:
+        apply(aws, project, hosting, before)
+    elif found(aws, project)[0] is None:
+        restore(aws, project, *was)
+    if arn is not None:
+        forget(aws, arn)
     if kept:
-        if taken_off(aws, project) is not None:  # by a command that was killed, perhaps in the midst of it
-            apply(aws, project, hosting, bounds(was))
-        elif found(aws, project)[0] is None:
-            restore(aws, project, *was)
-        forget(aws, project)
         end = "--max 1" if hosting.min_count == 1 else "--min {0} --max {0}".format(max(1, hosting.min_count))
         log.info(
             "endpoint %s scales from %d to %d instances as before; %s ends that",
             project.endpoint, hosting.min_count, hosting.max_count, end,
         )  # fmt: skip
-        return
-    before = bounds(was)
-    apply(aws, project, hosting, before)
-    forget(aws, project)
-    if hosting.kind != "serverless" and not scales(hosting):
+    elif asked and hosting.kind != "serverless" and not scales(hosting):
         # Without `before` too: a command that broke off may have ended the scaling, and not have got to the count.
         had = _set_count(aws, project, hosting.min_count, poll_s)
         if before:
@@ -153,39 +166,33 @@ def bring(aws: Aws, project: Project, hosting: Hosting, was: Scaling, kept: bool
                      hosting.min_count)  # fmt: skip
 
 
-def remember(aws: Aws, project: Project, arn: str, scaling: Scaling) -> None:
+def remember(aws: Aws, arn: str, scaling: Scaling) -> None:
     """Note on the endpoint how it scales, before that is taken off: a command may be killed, the tag stays.
 
     Raises: AwsError.
     """
     between = bounds(scaling)
     if between is not None:
-        tag = {"Key": TAKEN_OFF, "Value": "{}-{}".format(*between)}
-        aws.client("sagemaker").add_tags(ResourceArn=arn, Tags=[tag])
+        _note(aws, arn, "{}-{}".format(*between))
 
 
-def taken_off(aws: Aws, project: Project) -> tuple[int, int] | None:
+def taken_off(aws: Aws, arn: str) -> tuple[int, int] | None:
     """What `remember` noted, None where nothing is to be turned on again. Raises: AwsError."""
-    noted = _noted(aws, project)
-    return None if noted is None else noted[1]
+    low, _, high = ownership.tags_of(aws, arn).get(TAKEN_OFF, "").partition("-")
+    return (int(low), int(high)) if low.isdecimal() and high.isdecimal() else None
 
 
-def forget(aws: Aws, project: Project) -> None:
-    """It scales as it is to: the note is crossed out, for which AWS asks no other right than for the note."""
-    noted = _noted(aws, project)
-    if noted is not None:
-        aws.client("sagemaker").add_tags(ResourceArn=noted[0], Tags=[{"Key": TAKEN_OFF, "Value": "no"}])
+def forget(aws: Aws, arn: str) -> None:
+    """It scales as it is to: the note is crossed out, for which AWS asks no other right than for the note.
+
+    Raises: AwsError.
+    """
+    if taken_off(aws, arn) is not None:
+        _note(aws, arn, "no")
 
 
-def _noted(aws: Aws, project: Project) -> tuple[str, tuple[int, int]] | None:
-    """The endpoint's ARN and what its tag says; None where that is nothing."""
-    there = find(aws, project.endpoint)
-    if there is None:
-        return None
-    low, _, high = ownership.tags_of(aws, there["EndpointArn"]).get(TAKEN_OFF, "").partition("-")
-    if not (low.isdecimal() and high.isdecimal()):
-        return None
-    return str(there["EndpointArn"]), (int(low), int(high))
+def _note(aws: Aws, arn: str, text: str) -> None:
+    aws.client("sagemaker").add_tags(ResourceArn=arn, Tags=[{"Key": TAKEN_OFF, "Value": text}])
 
 
 def bounds(scaling: Scaling) -> tuple[int, int] | None:
@@ -204,15 +211,20 @@ def _set_count(aws: Aws, project: Project, count: int, poll_s: float) -> int | N
     Returns: how many there were; None where they were as many.
     """
     client, name = aws.client("sagemaker"), project.endpoint
-    variants = client.describe_endpoint(EndpointName=name).get("ProductionVariants") or []
-    counts = [each.get("DesiredInstanceCount", count) for each in variants if each["VariantName"] == VARIANT]
-    if not counts or counts[0] == count:
+    had = _count_of(client.describe_endpoint(EndpointName=name))
+    if had in (None, count):
         return None
     client.update_endpoint_weights_and_capacities(
         EndpointName=name, DesiredWeightsAndCapacities=[{"VariantName": VARIANT, "DesiredInstanceCount": count}]
     )
     wait_while_changing(aws, name, poll_s)
-    return int(counts[0])
+    return had
+
+
+def _count_of(described: Mapping[str, Any]) -> int | None:
+    """How many instances an endpoint is to have, as DescribeEndpoint tells it; None where that counts none."""
+    variants = described.get("ProductionVariants") or []
+    return next((each.get("DesiredInstanceCount") for each in variants if each["VariantName"] == VARIANT), None)
 
 
 def wake(project: Project) -> str:
@@ -272,7 +284,6 @@ def restore(aws: Aws, project: Project, target: Mapping[str, Any] | None, listed
             continue
         given = {name: policy[name] for name in POLICY_FIELDS if policy.get(name)}
         client.put_scaling_policy(**place, **given)
-    forget(aws, project)
 
 
 def _delete_policy(aws: Aws, project: Project, name: str) -> None:

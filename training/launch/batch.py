@@ -49,13 +49,18 @@ def readable(paths: Sequence[Path]) -> tuple[list[Path], list[Outcome]]:
 
 def upload(aws: Aws, project: Project, paths: Sequence[Path]) -> tuple[str, dict[Path, str]]:
     """Bring the images to S3: the address of their folder, and the key of each below it. Raises: AwsError."""
-    sums = {path: _sum(path) for path in paths}
-    # Named by content: two files of the same name may come from two folders, and keys may hold no odd characters.
-    keys = {path: f"{sums[path][:32]}{_ending(path)}" for path in paths}
-    place = project.uri("batch", digest(sorted(keys.values())), "input") + "/"
+    place, keys, sums = named(project, paths)
     unique = {keys[path]: path for path in paths}
     data.put(aws, place, list(unique.items()), {keys[path]: sums[path] for path in paths}, "uploading images")
     return place, keys
+
+
+def named(project: Project, paths: Sequence[Path]) -> tuple[str, dict[Path, str], dict[Path, str]]:
+    """The address of the images' folder in S3, the key of each below it, and its SHA-256. Raises: DataError."""
+    sums = {path: _sum(path) for path in paths}
+    # Named by content: two files of the same name may come from two folders, and keys may hold no odd characters.
+    keys = {path: f"{sums[path][:32]}{_ending(path)}" for path in paths}
+    return project.uri("batch", digest(sorted(keys.values())), "input") + "/", keys, sums
 
 
 def _sum(path: Path) -> str:

@@ -36,9 +36,7 @@ log = logging.getLogger("training")
 
 def run_preflight(options: Options, _: Sequence[str]) -> None:
     """Tell what could go wrong. Raises: LaunchError where something is not ready."""
-    least = 1 if options.min_count is None else options.min_count
-    most = options.max_count or max(1, least)
-    endpoint.require_counts(options.kind, options.min_count, options.max_count)
+    least, most = endpoint.counts_of(options.kind, options.min_count, options.max_count)
     endpoint.Hosting(options.kind, options.hosting_instance, least, most)  # refuses what cannot be
     plan = checks.Plan(
         options.instance, options.hosting_instance, options.image, options.role,

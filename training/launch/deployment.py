@@ -25,7 +25,7 @@ from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
-from training.launch.opening import Options, as_json, as_lines, command_line, connected, opened, project_of
+from training.launch.opening import Options, as_json, as_lines, command_line, connected, project_of
 from training.launch.running import tell_others
 from training.launch.session import Aws
 from training.launch.wait import StoppedWaiting
@@ -46,7 +46,6 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     image = images.image_for(images.hosting_target(options.kind, options.instance), options.image)
     # What cannot be is told before anything is made, and before credentials are asked for.
     variables = environment(options)
-    endpoint.require_counts(options.kind, options.min_count, options.max_count)
     hosting_of(options, image, None)
     registry.require_place(options.model)
     if options.shadow:
@@ -59,9 +58,9 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     now = live.look(aws, project)
     live.require_kind(project, now, options.kind, command_line(options, "delete"))
     scaling = now.scaling if now else autoscaling.NONE
-    bounds = autoscaling.bounds(scaling)
-    kept = bounds is not None and options.min_count is None and options.max_count is None
-    hosting = hosting_of(options, image, bounds if kept else None)
+    asked = options.min_count is not None or options.max_count is not None
+    kept = autoscaling.bounds(scaling) if autoscaling.keeps(scaling, asked) else None
+    hosting = hosting_of(options, image, kept)
     log.info("cost: %s", hosting.price(bool(options.shadow)))
     with registry.located(aws, project, options.model) as model, _shadow(aws, project, options.shadow) as second:
         accuracy = (model.manifest.metrics.get("validation") or {}).get("accuracy")
@@ -72,11 +71,11 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         live.tell_replaced(aws, now, model.manifest)
         role = roles.find_role(aws, project, options.role)
         if options.dry_run:
-            hosts = {"image": image.uri, "role": role, "model data": model.place(project), **variables}
+            hosts = {"image": image.uri, "role": role, "model data": model.place(project), **masked(variables)}
             log.info("would host it with:\n%s", as_lines(hosts))
             wanted = endpoint.config_request(project, "MODEL", hosting, options.shadow and "SHADOW")
             log.info("would register it and bring endpoint %s to: %s", project.endpoint, as_json([wanted]))
-            autoscaling.tell_plan(project, hosting, scaling, kept)
+            autoscaling.tell_plan(project, hosting, scaling, asked, now.endpoint if now else None)
             return
         data.ensure_bucket(aws, project)
         shadow = None
@@ -90,9 +89,13 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             return
         with _costs_told(aws, project, hosting, bool(second)):
             wanted = endpoint.config_request(project, name, hosting, shadow)
-            action = bring(aws, project, now.endpoint if now else None, wanted, hosting, options.poll_seconds)
+            before, interrupted = now.endpoint if now else None, now is not None and now.interrupted
+            action = bring(aws, project, before, wanted, hosting, options.poll_seconds, interrupted)
             log.info("endpoint %s is %s", project.endpoint, action)
-            autoscaling.bring(aws, project, hosting, scaling, kept, options.poll_seconds)
+            autoscaling.bring(
+                aws, project, hosting, scaling, asked, options.poll_seconds, interrupted=interrupted,
+                arn=before["EndpointArn"] if before else None,
+            )  # fmt: skip
             try:
                 smoke.compare(target_of(aws, project, options.kind == "async"), model.folder, paths)
             except LaunchError as exc:
@@ -105,9 +108,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
 
 def hosting_of(options: Options, image: images.Image, bounds: tuple[int, int] | None) -> endpoint.Hosting:
     """How the endpoint is to run; `bounds`: the instances that it is to go on scaling between. Raises: ConfigError."""
-    least = 1 if options.min_count is None else options.min_count
-    most = least if options.max_count is None else options.max_count
-    least, most = bounds or (least, most)
+    least, most = bounds or endpoint.counts_of(options.kind, options.min_count, options.max_count)
     ami = options.ami or (amis.ami_for(options.instance, image.cuda) if image.cuda else None)
     return endpoint.Hosting(
         options.kind, options.instance, least, most, ami, options.startup_seconds, options.capture_percent,
@@ -153,8 +154,6 @@ def hosted(
         return None
     container: dict[str, Any] = {"ModelPackageName": package}
     variables = environment(options)
-    if options.startup_seconds > endpoint.STARTUP_S:  # the service gives a start up by itself, in less than that
-        variables.setdefault("CLASSIFIER_START_TIMEOUT_S", str(options.startup_seconds - STARTUP_MARGIN_S))
     if variables:
         container["Environment"] = variables
     return registry.create_model(aws, project, container, role, made)
@@ -167,20 +166,22 @@ def bring(
     wanted: Mapping[str, Any],
     hosting: endpoint.Hosting,
     poll_s: float,
+    interrupted: bool = False,
 ) -> str:
     """`endpoint.create_or_update`; where it fails, what was made for it is removed, and autoscaling is put back.
 
-    `before`: the endpoint as it was. Raises: LaunchError; StoppedWaiting, which says so where it does not scale.
+    `before`: the endpoint as it was; `interrupted`: see `Live`. Raises: LaunchError; StoppedWaiting, which says so
+    where it does not scale.
     """
     scaled = None
     try:
         if before is not None and endpoint.changes_machines(aws, before, wanted):
             scaled = autoscaling.found(aws, project)
-            autoscaling.remember(aws, project, before["EndpointArn"], scaled)
+            autoscaling.remember(aws, before["EndpointArn"], scaled)
             autoscaling.remove(aws, project)  # AWS updates no variant to other machines while it scales
         return endpoint.create_or_update(aws, project, wanted, hosting, poll_s)
     except LaunchError:
-        if not _scales_as_before(aws, project, scaled):
+        if not _scales_as_before(aws, project, scaled, interrupted):
             log.warning("%s", _scaling_is_off(hosting, scaled))
         try:
             undo(aws, endpoint.find(aws, project.endpoint), wanted)
@@ -188,7 +189,7 @@ def bring(
             log.warning("cleaning up after it failed: %s; `status` shows what is there", exc)
         raise
     except KeyboardInterrupt as exc:
-        if _scales_as_before(aws, project, scaled):
+        if _scales_as_before(aws, project, scaled, interrupted):
             raise
         said = [*map(str, exc.args), _scaling_is_off(hosting, scaled)]
         raise StoppedWaiting(" ".join(said), ends="delete") from (exc.__cause__ or exc)
@@ -203,7 +204,9 @@ def _scaling_is_off(hosting: endpoint.Hosting, scaled: autoscaling.Scaling | Non
     return SCALING_IS_OFF.format(*counts)
 
 
-def _scales_as_before(aws: Aws, project: Project, scaled: autoscaling.Scaling | None) -> bool:
+def _scales_as_before(
+    aws: Aws, project: Project, scaled: autoscaling.Scaling | None, interrupted: bool
+) -> bool:  # fmt: skip
     """Put back what was taken off for an update, `scaled`; no where AWS has its hands on the endpoint still."""
     if scaled is None or scaled[0] is None:
         return True
@@ -213,6 +216,8 @@ def _scales_as_before(aws: Aws, project: Project, scaled: autoscaling.Scaling | 
             return False
         if now is not None:
             autoscaling.restore(aws, project, *scaled)
+            if not interrupted:  # else it may be a part of what is to scale, and the note tells the rest
+                autoscaling.forget(aws, now["EndpointArn"])
         return True
     except LaunchError as exc:
         log.warning("putting autoscaling back failed: %s", exc)
@@ -245,7 +250,15 @@ def environment(options: Options) -> dict[str, str]:
         if not equals or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
             raise ConfigError(f"--env {name}: say NAME=VALUE, with letters, digits and _ in NAME.")
         found[name] = value
+    startup_s = getattr(options, "startup_seconds", endpoint.STARTUP_S)  # which `batch` has not
+    if startup_s > endpoint.STARTUP_S:  # the service gives a start up by itself, in less than that
+        found.setdefault("CLASSIFIER_START_TIMEOUT_S", str(startup_s - STARTUP_MARGIN_S))
     return found
+
+
+def masked(variables: Mapping[str, str]) -> dict[str, str]:
+    """The container's variables as a dry run tells them: they may be secrets."""
+    return {f"env {name}": "***" for name in variables}
 
 
 def target_of(aws: Aws, project: Project, asynchronous: bool, name: str | None = None) -> Target:
@@ -267,14 +280,19 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         raise LaunchError("None of the images can be read.")
     image = images.image_for("serve-cpu", options.image)
     registry.require_place(options.model)
-    aws, project = opened(options)
+    aws = connected(options)
     images.require_region(image, aws.region)
+    project = project_of(aws, options)
     log.info("cost: %s", cost.hourly(options.instance, options.instances))
     with registry.located(aws, project, options.model) as model:
-        if options.dry_run:
-            log.info("would classify %d images with version %s", len(good), model.manifest.version)
-            return
         role = roles.find_role(aws, project, options.role)
+        if options.dry_run:
+            told = {"image": image.uri, "role": role, "model data": model.place(project)}
+            told |= {"images": batch.named(project, good)[0], **masked(variables)}
+            log.info(
+                "would classify %d images with version %s:\n%s", len(good), model.manifest.version, as_lines(told)
+            )  # fmt: skip
+            return
         data.ensure_bucket(aws, project)
         container: dict[str, Any] = {"Image": image.uri, "ModelDataUrl": registry.upload(aws, project, model)}
     if variables:

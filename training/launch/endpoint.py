@@ -68,10 +68,15 @@ class Hosting:
 
     def __post_init__(self) -> None:
         least = 0 if self.kind == "async" else 1
-        if not least <= self.min_count <= self.max_count or self.max_count < 1:
+        if not least <= self.min_count <= self.max_count:
             raise ConfigError(
                 f"--min {self.min_count} --max {self.max_count}: --min is at least {least} and not more than --max; "
                 "only an asynchronous endpoint can go down to 0 instances."
+            )
+        if self.max_count < 1:
+            raise ConfigError(
+                f"--min {self.min_count} --max {self.max_count}: --max is at least 1 (where it is not given, it is as "
+                "--min); give --max 1, say."
             )
         if self.kind == "serverless" and self.memory_mb not in range(1024, 6145, 1024):
             raise ConfigError(f"--memory {self.memory_mb}: serverless endpoints have 1024, 2048, ... or 6144 MB.")
@@ -83,14 +88,18 @@ class Hosting:
         return cost.endpoint(self.instance, self.min_count, self.max_count, shadow)
 
 
-def require_counts(kind: Kind, least: int | None, most: int | None) -> None:
-    """`least`, `most`: as they were given. Raises: ConfigError where an endpoint of this kind has no instances."""
+def counts_of(kind: Kind, least: int | None, most: int | None) -> tuple[int, int]:
+    """Its instances at least and at most, where `least` and `most` were given. Raises: ConfigError where an endpoint of
+    this kind has no instances.
+    """
     given = [f"{flag} {count}" for flag, count in (("--min", least), ("--max", most)) if count is not None]
     if kind == "serverless" and given:
         raise ConfigError(
             f"{' '.join(given)}: a serverless endpoint has no instances to count; --max-concurrency says how many "
             "requests it takes at once."
         )
+    low = 1 if least is None else least
+    return low, low if most is None else most
 
 
 def require_shadow(kind: Kind) -> None:

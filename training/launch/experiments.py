@@ -16,7 +16,7 @@ from training.launch import amis, cost, data, debugger, images, jobs, places, ro
 from training.launch.attempts import TRAINING_JOBS, TUNING_JOBS
 from training.launch.flags import options_of
 from training.launch.names import Project, split_uri
-from training.launch.opening import Options, as_json, as_lines, command_line, opened
+from training.launch.opening import Options, as_json, as_lines, command_line, connected, project_of
 from training.launch.running import tell_others
 from training.launch.session import Aws
 from training.tuning.config import SOURCES, TuningConfig, split_tuning
@@ -163,20 +163,25 @@ def machines_of(options: Options, keep_warm_minutes: int = 0) -> jobs.Machines:
     )  # fmt: skip
 
 
-def training_of(
-    aws: Aws, project: Project, options: Options, values: Mapping[str, str], machines: jobs.Machines, *,
-    config: TrainingConfig, **more: Any,
-) -> jobs.Training:  # fmt: skip
-    """What the job runs, with which data (uploaded now). Raises: TrainingError."""
+def image_of(options: Options, region: str) -> images.Image:
+    """The image that the job runs, on machines that can run it; AWS is not asked. Raises: ConfigError."""
     if options.send_code and not options.image:
         raise ConfigError("--send-code is for an image without our code: give its URI with --image.")
     image = images.image_for("train", options.image)
-    images.require_region(image, aws.region)
-    role = roles.find_role(aws, project, options.role)
+    images.require_region(image, region)
     if options.image:
         amis.family(options.instance)  # what it brings is not known
     elif image.cuda:
         amis.ami_for(options.instance, image.cuda)  # an old GPU is told before anything is uploaded
+    return image
+
+
+def training_of(
+    aws: Aws, project: Project, options: Options, image: images.Image, values: Mapping[str, str],
+    machines: jobs.Machines, *, config: TrainingConfig, **more: Any,
+) -> jobs.Training:  # fmt: skip
+    """What the job runs, with which data (uploaded now). Raises: TrainingError."""
+    role = roles.find_role(aws, project, options.role)
     require_addresses(aws, options)
     if options.send_code:
         values = {**values, **source.hyperparameters(aws, project, options.dry_run)}
@@ -199,11 +204,13 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
     machines = machines_of(options, options.keep_warm_minutes)
     if options.mlflow:
         values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
-    aws, project = opened(options)
+    aws = connected(options)
+    image = image_of(options, aws.region)
     if options.debugger:
         debugger.rules_image(aws.region)  # a region without is told before anything is uploaded
+    project = project_of(aws, options)
     training = training_of(
-        aws, project, options, values, machines,
+        aws, project, options, image, values, machines,
         config=config, debugger=options.debugger, mlflow=options.mlflow,
     )  # fmt: skip
     wanted = jobs.request(project, training, aws.region)
@@ -240,8 +247,11 @@ def run_tune(options: Options, rest: Sequence[str]) -> None:
     tuning.ranges(settings, values)  # what cannot be tuned is said before anything is uploaded
     if options.parallel > settings.trials:
         log.warning("--parallel %d: of --trials %d no more run at once", options.parallel, settings.trials)
-    aws, project = opened(options)
-    training = training_of(aws, project, options, values, machines_of(options), config=config)
+    machines = machines_of(options)
+    aws = connected(options)
+    image = image_of(options, aws.region)
+    project = project_of(aws, options)
+    training = training_of(aws, project, options, image, values, machines, config=config)
     wanted = tuning.request(project, training, search, aws.region)
     log.info(
         "cost: %d trials, %d at once; each %s", settings.trials, min(search.parallel, settings.trials),

@@ -1,5 +1,6 @@
 """Training jobs: the request, start or find again, wait with the log's lines, bring the model home."""
 
+import fcntl
 import glob
 import gzip
 import json
@@ -19,6 +20,7 @@ from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError
 from service.model.manifest import Manifest
 from training.errors import ConfigError
+from training.interruption import held_off
 from training.launch import data, debugger, places
 from training.launch.errors import JobFailed, LaunchError, failure_advice
 from training.launch.logs import TRAINING, LogTail
@@ -194,20 +196,53 @@ def bring_home(aws: Aws, job: Mapping[str, Any], output: Path) -> Path:
     return output
 
 
+class _NotPutBack(Exception):
+    """Files that lay in `folder` are in the scratch folder still."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
-    """A scratch folder on the same disk; in the end those that killed commands left are removed. Raises: OSError."""
+    """A scratch folder on the same disk; in the end those that killed commands left are removed.
+
+    Raises: LaunchError where files of before could not be put back, and names the place where they are kept; OSError.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    beside = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-")
-    with beside as scratch, _held(Path(scratch), must=False):
-        yield Path(scratch)
+    scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        with _held(scratch, must=False):
+            yield scratch
+    except _NotPutBack as exc:
+        why = getattr(exc.__cause__, "strerror", None) or type(exc.__cause__).__name__
+        raise LaunchError(
+            f"{exc.folder} cannot be written: {why}. What lay there could not all be put back: the rest is in "
+            f"{_kept(scratch, exc.folder, output)}, and stays there."
+        ) from exc
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
     for left in output.parent.glob(f".{glob.escape(output.name)}-{'[a-z0-9_]' * 8}"):
         with suppress(OSError):  # another user's, say
             names = {path.name.removesuffix(".part") for path in left.iterdir()}
-            if names - {"new", "old"} - {path for path in names if path.endswith(".tar.gz")} or not names:
+            others = {name for name in names if name not in ("new", "old") and not name.endswith(".tar.gz")}
+            if others or not names:
                 continue
             with _held(left):
                 shutil.rmtree(left)
+
+
+def _kept(scratch: Path, folder: Path, output: Path) -> Path:
+    """Where the scratch folder's files of before are now: beside `folder`, by a name that shows."""
+    shutil.rmtree(scratch / "new", ignore_errors=True)
+    place = folder.with_name(f"{folder.name}.before{scratch.name.removeprefix(f'.{output.name}')}")
+    try:
+        return scratch.rename(place)
+    except OSError:
+        return scratch
 
 
 @contextmanager
@@ -215,8 +250,6 @@ def _held(scratch: Path, must: bool = True) -> Iterator[None]:
     """Hold the folder, which the operating system lets go of with the process. Raises: OSError where it `must` be, and
     another holds it, or the disk knows no locks.
     """
-    import fcntl
-
     folder = os.open(scratch, os.O_RDONLY)
     try:
         try:
@@ -244,9 +277,9 @@ def _unpacked(archive: Path, folder: Path) -> Manifest:
 
 def _replace(folder: Path, scratch: Path, also: Mapping[Path, Path] | None = None) -> None:
     """What is in `scratch`/new takes the place of its like in `folder`; what else lies there (.git, notes) is not
-    touched. Where it breaks off, by a signal too, what was there is put back. `also`: new file -> its place.
+    touched. Where it breaks off, what was there is put back; signals wait meanwhile. `also`: new file -> its place.
 
-    Raises: OSError.
+    Raises: _NotPutBack where that could not be, which `_beside` tells; OSError.
     """
     old, new = _made(scratch / "old"), scratch / "new"
     moves: list[tuple[Path, Path]] = []
@@ -264,16 +297,19 @@ def _replace(folder: Path, scratch: Path, also: Mapping[Path, Path] | None = Non
     else:
         moves.append((new, folder))
     done: list[tuple[Path, Path]] = []
-    try:
-        for source, target in moves:
-            done.append((source, target))
-            source.rename(target)
-    except BaseException:
-        for source, target in reversed(done):
-            with suppress(OSError):  # what ended it must be told
-                if not os.path.lexists(source):
-                    target.rename(source)
-        raise
+    with held_off():
+        try:
+            for source, target in moves:
+                done.append((source, target))
+                source.rename(target)
+        except BaseException as exc:
+            for source, target in reversed(done):
+                with suppress(OSError):  # what ended it must be told
+                    if not os.path.lexists(source):
+                        target.rename(source)
+            if any(os.path.lexists(target) for _, target in done if target.is_relative_to(scratch)):
+                raise _NotPutBack(folder) from exc
+            raise
 
 
 def pack(folder: Path, archive: Path) -> Path:

@@ -29,6 +29,8 @@ class Live:
     config: Mapping[str, Any] | None = None
     """As DescribeEndpointConfig does; None where it was deleted, or is of no matter any more."""
     scaling: autoscaling.Scaling = autoscaling.NONE
+    interrupted: bool = False
+    """Whether an update that broke off had taken its autoscaling off: what is there may be a part of it."""
 
 
 def look(aws: Aws, project: Project) -> Live | None:
@@ -36,14 +38,14 @@ def look(aws: Aws, project: Project) -> Live | None:
     found = endpoint.find_ours(aws, project)
     if found is None or found["EndpointStatus"] in GONE:
         return None if found is None else Live(found)
-    scaling, noted = autoscaling.found(aws, project), autoscaling.taken_off(aws, project)
+    scaling, noted = autoscaling.found(aws, project), autoscaling.taken_off(aws, found["EndpointArn"])
     if noted is not None and scaling[0] is None:
         log.warning(
             "an update that broke off left endpoint %s without its autoscaling, from %d to %d instances; a deployment "
             "that says nothing else turns it on again", project.endpoint, *noted,
         )  # fmt: skip
         scaling = ({"MinCapacity": noted[0], "MaxCapacity": noted[1]}, scaling[1])
-    return Live(found, endpoint.config_of(aws, found), scaling)
+    return Live(found, endpoint.config_of(aws, found), scaling, noted is not None)
 
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
@@ -92,23 +94,16 @@ def tell_replaced(aws: Aws, now: Live | None, new: Manifest) -> None:
     log.info(
         "version %s%s takes the place of %s%s", new.version, _shown(after), facts["version"], _shown(before)
     )  # fmt: skip
-    classes = registry.class_facts(new.classes)
-    if facts.get("classes_digest", classes["classes_digest"]) != classes["classes_digest"]:
-        log.warning(
-            "other classes: %s instead of %s (%s instead of %s): whoever calls the endpoint gets other labels",
-            classes["classes"], facts["classes"], _named(classes), _named(facts),
-        )  # fmt: skip
+    noted = registry.class_facts(new.classes)
+    if facts.get("classes_digest", noted["classes_digest"]) != noted["classes_digest"]:
+        is_now, was = registry.classes_of(noted), registry.classes_of(facts)
+        shown = f": {is_now[0]} instead of {was[0]} ({is_now[1]} instead of {was[1]})" if is_now and was else ""
+        log.warning("other classes%s: whoever calls the endpoint gets other labels", shown)
     if before is not None and after is not None and after < before:
         log.warning(
             "the measured accuracy falls from %.2f %% to %.2f %%; `deploy --model` with the model of before goes back",
             100 * before, 100 * after,
         )  # fmt: skip
-
-
-def _named(facts: Mapping[str, str]) -> str:
-    """`apple, bear, can, ...`, of what `registry.class_facts` noted."""
-    more = ", ..." if int(facts["classes"]) > registry.SHOWN_CLASSES else ""
-    return facts["first_classes"].replace(" / ", ", ") + more
 
 
 def _shown(accuracy: float | None) -> str:

@@ -12,7 +12,7 @@ from training.errors import ConfigError
 from training.launch import instances
 from training.launch.errors import AwsError
 from training.launch.names import DEFAULT_PROJECT, Project
-from training.launch.session import Aws, connect
+from training.launch.session import Aws, NoRegion, connect
 
 log = logging.getLogger("training")
 
@@ -51,14 +51,11 @@ def opened_or_placeholders(options: Options) -> tuple[str, Project]:
 
     Raises: ConfigError.
     """
-    _project(options, "")
     try:
         aws = connected(options)
-    except ConfigError:
-        if options.region or options.profile or options.bucket:
-            raise
-        log.info("no region is set: REGION and ACCOUNT stand for yours")
-        return "aws", _project(options, "sagemaker-REGION-ACCOUNT")
+    except NoRegion:
+        log.info("no region is set: REGION and ACCOUNT stand for yours, and the partition is taken to be aws")
+        return "aws", _project(options, options.bucket or "sagemaker-REGION-ACCOUNT")
     try:
         return aws.partition, project_of(aws, options)
     except AwsError as exc:

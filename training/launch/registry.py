@@ -353,6 +353,17 @@ def accuracy_of(facts: Mapping[str, str]) -> float | None:
     return found if 0 <= found <= 1 else None
 
 
+def classes_of(facts: Mapping[str, str]) -> tuple[int, str] | None:
+    """How many classes a version's metadata tell, and the first of them, `apple, bear, can, ...`; None where they do
+    not, or someone wrote what is none.
+    """
+    try:
+        count, first = int(facts["classes"]), facts["first_classes"].replace(" / ", ", ")
+    except (KeyError, ValueError):
+        return None
+    return count, first + (", ..." if count > SHOWN_CLASSES else "")
+
+
 def registered(aws: Aws, model: str) -> tuple[str | None, dict[str, str]]:
     """The package that a SageMaker model was made of, and what the registry notes of it (version, accuracy).
 

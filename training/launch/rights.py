@@ -96,7 +96,7 @@ def _refused(aws: Aws, source: str, asked: Mapping[str, Sequence[str]]) -> tuple
         for each in answer["EvaluationResults"]:
             if each["EvalDecision"] != "allowed":
                 (unsure if each.get("MissingContextValues") else denied).append(each["EvalActionName"])
-    return denied, unsure
+    return list(dict.fromkeys(denied)), list(dict.fromkeys(unsure))
 
 
 def _has_linked_role(aws: Aws) -> bool | None:

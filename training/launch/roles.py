@@ -54,7 +54,7 @@ _CALLER: dict[str, tuple[str, ...]] = {
     ),
     "sagemaker:{here}:model-package-group/{name}": (
         "sagemaker:CreateModelPackageGroup", "sagemaker:DescribeModelPackageGroup",
-        "sagemaker:DeleteModelPackageGroup",
+        "sagemaker:DeleteModelPackageGroup", "sagemaker:ListTags",
     ),
     "sagemaker:{here}:model-package/{name}/1": (
         "sagemaker:CreateModelPackage", "sagemaker:DescribeModelPackage", "sagemaker:UpdateModelPackage",
@@ -66,7 +66,7 @@ _CALLER: dict[str, tuple[str, ...]] = {
     "sagemaker:{here}:endpoint/{name}": (
         "sagemaker:CreateEndpoint", "sagemaker:DescribeEndpoint", "sagemaker:UpdateEndpoint",
         "sagemaker:UpdateEndpointWeightsAndCapacities", "sagemaker:DeleteEndpoint", "sagemaker:InvokeEndpoint",
-        "sagemaker:InvokeEndpointAsync",
+        "sagemaker:InvokeEndpointAsync", "sagemaker:AddTags", "sagemaker:ListTags",
     ),
     "sagemaker:{here}:transform-job/{name}-batch-0": (
         "sagemaker:CreateTransformJob", "sagemaker:DescribeTransformJob", "sagemaker:StopTransformJob",

@@ -6,6 +6,7 @@ passes on neither Debugger's hook nor rules. The requests are the same; tests/re
 against our image as a second client.
 """
 
+import json
 import logging
 import traceback
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore
 from boto3.exceptions import RetriesExceededError
 from botocore.config import Config
 from botocore.exceptions import (
@@ -57,6 +59,11 @@ _MEMBERS = {
 """What AWS's answers have in any case, beyond what its service models call required."""
 _UNREAD = (KeyError, AttributeError, TypeError, ValueError, IndexError, RecursionError)
 """What botocore raises where an answer, or what tells credentials, is well-formed and not as it is to be."""
+_BOTOCORE, _JSON = Path(botocore.__file__).parent, Path(json.__file__).parent
+
+
+class NoRegion(ConfigError):
+    """Neither a flag, the environment nor ~/.aws says in which region."""
 
 
 class _Answer(dict[str, Any]):
@@ -90,6 +97,9 @@ class _Explaining:
                 raise _no_text(operation) from exc
             if _is_of_credentials(exc):
                 raise _credentials(operation, exc) from exc
+            if not _is_botocores(exc):
+                raise
+            log.debug("%s %s", service, operation, exc_info=True)
             raise _not_aws(service, operation) from exc
         shape = self.meta.service_model.operation_model(operation).output_shape  # type: ignore[attr-defined]
         members = [*_MEMBERS.get(operation, ()), *(shape.required_members if shape else ())]
@@ -109,6 +119,13 @@ def _is_of_credentials(exc: BaseException) -> bool:
     """Whether it was raised while botocore read credentials, rather than an answer."""
     files = (Path(frame.f_code.co_filename).name for frame, _ in traceback.walk_tb(exc.__traceback__))
     return not {"credentials.py", "tokens.py", "auth.py"}.isdisjoint(files)
+
+
+def _is_botocores(exc: BaseException) -> bool:
+    """Whether botocore raised it, or json for it; else it is a mistake in what botocore calls, such as ours."""
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    last = next((file for file in reversed(files) if file.parent != _JSON), Path())
+    return _BOTOCORE in last.parents
 
 
 def _no_text(operation: str) -> AwsError:
@@ -249,12 +266,14 @@ class Aws:
                         user_agent_extra="resnet34-sagemaker",
                     ),
                 )
-            except (*_UNREAD, BotoCoreError) as exc:
-                if not isinstance(exc, BotoCoreError) and _is_of_credentials(exc):
+            except BotoCoreError as exc:
+                raise unreachable(service, "cannot be called", exc) from exc
+            except _UNREAD as exc:
+                if _is_of_credentials(exc):
                     raise _credentials("cannot be called", exc) from exc
-                if not isinstance(exc, BotoCoreError | ValueError):
+                if not (isinstance(exc, ValueError) and _is_botocores(exc)):
                     raise
-                # ValueError: AWS_ENDPOINT_URL is no URL
+                # AWS_ENDPOINT_URL is no URL
                 raise unreachable(service, "cannot be called", exc) from exc
             if service != "sagemaker-runtime":
                 self._clients[key].meta.events.register("needs-retry", _tell_again)
@@ -262,7 +281,7 @@ class Aws:
 
 
 def connect(region: str | None = None, profile: str | None = None) -> Aws:
-    """The account that the environment, ~/.aws or this machine's role give. Raises: ConfigError."""
+    """The account that the environment, ~/.aws or this machine's role give. Raises: ConfigError, of which NoRegion."""
     try:
         session = boto3.Session(region_name=region, profile_name=profile)
     except ProfileNotFound as exc:
@@ -271,7 +290,7 @@ def connect(region: str | None = None, profile: str | None = None) -> Aws:
     except BotoCoreError as exc:
         raise ConfigError(f"The settings in ~/.aws cannot be used: {exc}") from exc
     if not session.region_name:
-        raise ConfigError("No AWS region is set: give --region eu-central-1, say, or set AWS_DEFAULT_REGION.")
+        raise NoRegion("No AWS region is set: give --region eu-central-1, say, or set AWS_DEFAULT_REGION.")
     try:
         validate_region_name(session.region_name)
     except InvalidRegionError as exc:
