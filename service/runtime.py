@@ -44,9 +44,9 @@ SMALL_FORM_BYTES = 64 * 2**10
 """Forms and JSON up to this size are taken apart on the event loop."""
 
 GC_OBJECTS = 20_000
-"""New objects after which garbage is looked for. Python's default, 700 or 2,000, is some 50 requests; with it the event
-loop took 0.67 ms a photograph, with this 0.60 (four runs each in turns, 2 cores of a Xeon with AMX, others working there,
-Python 3.11)."""
+"""New objects after which garbage is looked for. Python's default, 700 or 2,000, is some 50 requests; with it the
+event loop took 0.67 ms a photograph, with this 0.60 (four runs each in turns, 2 cores of a Xeon with AMX, not alone
+there, Python 3.11)."""
 
 WATCH_S = 1.0
 """How often it is looked whether the engine has come back."""
