@@ -21,11 +21,11 @@ BUCKET = "states"
 
 
 def configs(here: Account, project: Project) -> set[str]:
-    return {name for name in here.records.endpoint_configs if name.startswith(project.name)}
+    return {name for name in here.records.endpoint_configs if name.startswith(f"{project.name}-config-")}
 
 
 def models(here: Account, project: Project) -> set[str]:
-    return {name for name in here.records._models if name.startswith(project.name)}
+    return {name for name in here.records._models if name.startswith(f"{project.name}-model-")}
 
 
 def bring(here: Account, project: Project, wanted: dict[str, Any], hosting: Hosting | None = None) -> str:
