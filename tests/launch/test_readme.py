@@ -18,8 +18,8 @@ from training.launch.names import Project
 
 VALUES = {"--capture-percent": "20", "--min": "1", "--max": "2", "--kind": "async"}
 """For flags that are named alone."""
-ELSEWHERE = {"--profile", "--region", "--asynchronous"}
-"""Named alone as well: of every command, and of one whose endpoint no dry run has (test_targets)."""
+ELSEWHERE = {"--profile", "--region", "--asynchronous", "--checkpoints"}
+"""Named alone as well: of every command, of one whose endpoint no dry run has (test_targets), and what is refused."""
 
 
 def named() -> list[list[str]]:
@@ -57,7 +57,7 @@ def test_the_commands_in_the_readmes_sentences_are_understood(
     usual: dict[str, tuple[object, ...]] = {
         "deploy": (*used, "--model", packed),
         "train": (*used, "--data", data, "--weights", "none", "--quantize", "off"),
-        "delete": ("--project", "inline", "--yes"), "invoke": (),
+        "delete": ("--project", "inline", "--yes"), "invoke": (), "iam-role": ("--project", "inline"),
     }  # fmt: skip
     with answering((200, {}, GOOD)) as (url, _):
         stands_for = {
