@@ -59,10 +59,12 @@ def test_the_commands_in_the_readmes_sentences_are_understood(
         "train": (*used, "--data", data, "--weights", "none", "--quantize", "off"),
         "delete": ("--project", "inline", "--yes"), "invoke": (), "iam-role": ("--project", "inline"),
     }  # fmt: skip
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("profile = false\n")
     with answering((200, {}, GOOD)) as (url, _):
         stands_for = {
             "JOB": job, "MODEL": packed, "URI": IMAGE, "NAME": "inline", "pictures": asked, "photos": asked,
-            "http://127.0.0.1:8080": url,
+            "http://127.0.0.1:8080": url, "FILE.toml": recipe,
         }  # fmt: skip
         for words in named():
             if set(words) <= ELSEWHERE:
