@@ -487,12 +487,11 @@ def test_a_full_disk_ends_with_a_sentence_and_leaves_the_old_artifact(
 # As a process ---------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_flag_ends_the_process_with_status_2_and_the_known_flags(runs: dict[str, Run]) -> None:
+def test_an_unknown_flag_ends_the_process_with_status_2_and_what_is_meant(runs: dict[str, Run]) -> None:
     each = runs["unknown flag"]
     assert each.process.wait(PROCESS_LIMIT_S) == 2
     text = each.log.read_text()
     assert "Unknown flag --epoch. Did you mean --epochs?" in text
-    assert all(f"--{name.replace('_', '-')}" in text for name in TrainingConfig.model_fields)
     assert "Traceback" not in text
     assert stamps(each.output) == each.before
 
