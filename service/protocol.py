@@ -7,7 +7,6 @@ is no place are refused here, by their head.
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from typing import Any, Literal
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import RETRY_AFTER_S, error_body
+from service.http_text import answer_head, is_whole, without_upgrade
 from service.lifeline import IDLE, WAITING, WRITING, Lifeline
 from service.metrics import INVOCATIONS
 from service.options import echoed
@@ -50,12 +50,7 @@ send a request into a closed one."""
 
 SWEEP_S = 1.0
 
-NO_BODY = (204, 304)
-"""Answers that have none, whatever their headers say (RFC 9110, 6.4.1)."""
-
 _INVOCATIONS = INVOCATIONS.encode()
-
-_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 Reading = Literal["nothing", "head", "body"]
 """Of which part of a message the parser has read last; trailers count as body."""
@@ -254,10 +249,9 @@ class Protocol(HttpToolsProtocol):
 
         Returns: False, with nothing written, where it takes `send` to write it rightly.
         """
-        lengths = [value for name, value in headers if name == b"content-length"]
-        if lengths != [b"%d" % len(body)] or cycle.response_started or self.flow.write_paused:
+        if not is_whole(status, headers, body) or cycle.scope["method"] == "HEAD":
             return False
-        if cycle.scope["method"] == "HEAD" or status in NO_BODY:
+        if cycle.response_started or self.flow.write_paused:
             return False
         if cycle.disconnected:
             return True
@@ -266,7 +260,7 @@ class Protocol(HttpToolsProtocol):
         if not cycle.keep_alive and closes not in headers:
             headers = [*headers, closes]
         try:
-            head = self._head(status, headers)
+            head = answer_head(status, [*self.server_state.default_headers, *headers])
         except ValueError:  # which `send` refuses, too
             return False
         cycle.response_started = cycle.response_complete = True
@@ -277,13 +271,6 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
         cycle.on_response()
         return True
-
-    def _head(self, status: int, headers: Headers) -> bytes:
-        """Raises: ValueError where a header has a control character, a line break for one."""
-        lines = [b"%s: %s" % header for header in (*self.server_state.default_headers, *headers)]
-        if _CONTROL.search(b"".join(lines)):
-            raise ValueError("a header has a control character")
-        return b"%s%s\r\n\r\n" % (STATUS_LINE[status], b"\r\n".join(lines))
 
     def _tell_lifeline(self) -> None:
         """What would become of this connection if the process died now."""
@@ -354,14 +341,11 @@ class Protocol(HttpToolsProtocol):
             self._refuse(400, "malformed_http", "This is no proxy; CONNECT is not answered.")
             return b""
         version = self.parser.get_http_version().encode()
-        lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
-        lines += [b"%s: %s" % header for header in self.headers if header[0] not in (b"upgrade", b"connection")]
-        if not self.parser.should_keep_alive():
-            lines.append(b"connection: close")
+        request = without_upgrade(method, self.url, version, self.headers, self.parser.should_keep_alive())
         self.parser = httptools.HttpRequestParser(self)
         with suppress(AttributeError):
             self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        return b"\r\n".join([*lines, b"", b""]) + rest
+        return request + rest
 
     def _make_room(self) -> bool:
         """Close the connections that have been idle longest; whether there were any."""
@@ -418,12 +402,12 @@ class Protocol(HttpToolsProtocol):
         """A whole answer, in the one shape of errors."""
         body = error_body(record.status, record.code, message, record.request_id)
         headers = [
-            (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
-            (b"x-request-id", record.request_id.encode()), *further,
+            *self.server_state.default_headers, (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)), (b"x-request-id", record.request_id.encode()), *further,
         ]  # fmt: skip
         if record.status in (429, 503):
             headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
-        self.transport.write(self._head(record.status, headers) + body)
+        self.transport.write(answer_head(record.status, headers) + body)
 
 
 class _Flow(FlowControl):

@@ -4,7 +4,7 @@ import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 
 from training.launch.errors import JobFailed, failure_advice, refused
-from training.launch.roles import CALLER_ACTIONS
+from training.launch.policies import CALLER_ACTIONS
 from training.launch.session import unreachable
 
 SENTENCES = [

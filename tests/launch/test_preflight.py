@@ -15,16 +15,16 @@ from tests.rehearsal.start import IMAGE, REGION, Rehearsal
 from training.launch import images, preflight, quotas, rights
 from training.launch.checks import Check, Plan
 from training.launch.names import Project
-from training.launch.roles import (
+from training.launch.policies import (
     CALLER_ACTIONS,
     LINK,
     LINKED_ROLE,
     SCALING_SERVICE,
     caller_actions,
-    find_role,
     permissions,
     trust_policy,
 )
+from training.launch.roles import find_role
 from training.launch.session import Aws, connect
 
 GPU, CPU = "ml.g4dn.xlarge", "ml.c6i.xlarge"

@@ -9,7 +9,8 @@ from tests.launch.in_process import Account
 from tests.launch.telling import told
 from training.launch.errors import LaunchError
 from training.launch.names import Project
-from training.launch.roles import create_role, find_role, made_before, permissions, trust_policy, trusts_sagemaker
+from training.launch.policies import permissions, trust_policy, trusts_sagemaker
+from training.launch.roles import create_role, find_role, made_before
 
 OURS: dict[str, Any] = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}}
 OTHER: dict[str, Any] = {"Effect": "Allow", "Principal": {"AWS": "*"}}

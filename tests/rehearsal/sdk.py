@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from tests.rehearsal.containers import free_port
 from tests.rehearsal.start import IMAGE, ROOT, Rehearsal
-from training.launch.roles import trust_policy
+from training.launch.policies import trust_policy
 
 TRAIN = """
 import sys

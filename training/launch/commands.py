@@ -14,6 +14,7 @@ from training.launch import (
     inventory,
     live,
     overview,
+    policies,
     preflight,
     remains,
     results,
@@ -57,8 +58,8 @@ def run_iam_role(options: Options, _: Sequence[str]) -> None:
     """Make the role that jobs run as, or bring it up to date."""
     if options.policy:
         partition, project = opened_or_placeholders(options)
-        allowed = roles.permissions(project, partition, [options.mlflow] if options.mlflow else ())
-        results.show(json.dumps({"trust policy": roles.trust_policy(), "permissions": allowed}, indent=2))
+        allowed = policies.permissions(project, partition, [options.mlflow] if options.mlflow else ())
+        results.show(json.dumps({"trust policy": policies.trust_policy(), "permissions": allowed}, indent=2))
         return
     aws, project = opened(options)
     if options.dry_run:
@@ -121,7 +122,7 @@ def run_delete(options: Options, _: Sequence[str]) -> None:
         if any(thing.kind == inventory.ROLE for thing in found):
             log.warning(
                 "role %s is one for all regions, as IAM is: jobs and endpoints of the project in other regions lose it",
-                roles.role_name(project),
+                project.role,
             )  # fmt: skip
         if not options.dry_run:
             _remove(aws, project, options, found)

@@ -255,7 +255,7 @@ def _unfinished(aws: Aws, project: Project) -> Iterator[tuple[str, str, str]]:
 
 
 def _role(aws: Aws, project: Project) -> Iterator[Thing]:
-    name = roles.role_name(project)
+    name = project.role
     try:
         role = aws.client("iam").get_role(RoleName=name)["Role"]
     except AwsError as exc:

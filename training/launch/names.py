@@ -57,6 +57,11 @@ class Project:
         """The model registry's group."""
         return self.name
 
+    @property
+    def role(self) -> str:
+        """The name of the role that `iam-role` makes."""
+        return f"{self.name}-sagemaker"
+
     def of(self, kind: str, content: object) -> str:
         """`PROJECT-kind-digest`, of a thing that follows from `content`."""
         return f"{self.name}-{kind}-{digest(content)}"

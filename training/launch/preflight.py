@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from container.registry import SCHEMA_2
 from training.errors import ConfigError, TrainingError
-from training.launch import amis, cost, data, images, quotas, rights, roles
+from training.launch import amis, cost, data, images, policies, quotas, rights, roles
 from training.launch.checks import Check, Plan, failed
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
@@ -76,12 +76,13 @@ def _role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
             "role", "WARN", f"{arn} cannot be looked at ({exc.code})", "That is fine if others made it for you."
         )
         return
-    if roles.trusts_sagemaker(role):
+    if policies.trusts_sagemaker(role):
         yield Check("role", "PASS", f"{arn}, which SageMaker may take")
     else:
         yield Check(
-            "role", "FAIL", f"{arn} does not trust {roles.SERVICE}", f"Trust policy: {json.dumps(roles.trust_policy())}"
-        )
+            "role", "FAIL", f"{arn} does not trust {policies.SERVICE}",
+            f"Trust policy: {json.dumps(policies.trust_policy())}",
+        )  # fmt: skip
 
 
 def _images(aws: Aws, plan: Plan) -> Iterator[Check]:

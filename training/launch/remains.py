@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 
-from training.launch import data, ownership, roles
+from training.launch import data, ownership
 from training.launch.errors import AwsError
 from training.launch.logs import TRAINING, TRANSFORM
 from training.launch.names import PARTS, Project
@@ -49,7 +49,7 @@ def _objects(aws: Aws, project: Project, remove: str) -> Iterator[tuple[str, str
 
 
 def _role(aws: Aws, project: Project, remove: str) -> Iterator[tuple[str, str]]:
-    name = roles.role_name(project)
+    name = project.role
     if ownership.has_tags(project, aws.client("iam").get_role(RoleName=name)["Role"].get("Tags", ())):
         yield f"role {name}", remove
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from training.errors import TrainingError
-from training.launch import roles
+from training.launch import policies, roles
 from training.launch.checks import Check, Plan
 from training.launch.errors import AwsError
 from training.launch.names import Project
@@ -12,7 +12,7 @@ from training.launch.session import Aws
 
 _CONTEXT = [
     {"ContextKeyName": name, "ContextKeyType": "string", "ContextKeyValues": [value]}
-    for name, value in (("iam:PassedToService", roles.SERVICE), ("iam:AWSServiceName", roles.SCALING_SERVICE))
+    for name, value in (("iam:PassedToService", policies.SERVICE), ("iam:AWSServiceName", policies.SCALING_SERVICE))
 ]
 """What policies may ask of iam:PassRole and iam:CreateServiceLinkedRole."""
 _STOPPERS = ("s3:", "ecr:")
@@ -26,7 +26,7 @@ def of_caller(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
         yield Check("permissions", "WARN", "you are the account's root user, who may do all", "Use a role of your own.")
         return
     passed = _role(aws, project, plan)
-    asked = roles.caller_actions(project, aws.partition, aws.region, aws.account, passed)
+    asked = policies.caller_actions(project, aws.partition, aws.region, aws.account, passed)
     try:
         denied, unsure = _refused(aws, _policies_of(aws, arn), asked)
     except AwsError as exc:
@@ -34,9 +34,9 @@ def of_caller(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
             "permissions", "WARN", f"cannot be looked at ({exc.code})", "iam:SimulatePrincipalPolicy would tell."
         )  # fmt: skip
         return
-    if roles.LINK in denied and (is_there := _has_linked_role(aws)) is not False:
-        denied.remove(roles.LINK)
-        unsure += [roles.LINK] if is_there is None else []
+    if policies.LINK in denied and (is_there := _has_linked_role(aws)) is not False:
+        denied.remove(policies.LINK)
+        unsure += [policies.LINK] if is_there is None else []
     if denied:
         yield Check("permissions", "FAIL", f"{len(denied)} are missing", f"Ask for: {', '.join(denied)}")
     if unsure:
@@ -45,7 +45,7 @@ def of_caller(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
             f"They are: {', '.join(unsure)}",
         )  # fmt: skip
     if not denied and not unsure:
-        yield Check("permissions", "PASS", f"all {len(roles.CALLER_ACTIONS)} actions that the commands use")
+        yield Check("permissions", "PASS", f"all {len(policies.CALLER_ACTIONS)} actions that the commands use")
 
 
 def of_role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
@@ -53,7 +53,7 @@ def of_role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
     arn = _role(aws, project, plan)
     if arn is None:
         return
-    asked = roles.role_actions(project, aws.partition, aws.region, aws.account)
+    asked = policies.role_actions(project, aws.partition, aws.region, aws.account)
     try:
         denied, unsure = _refused(aws, arn, asked)
     except AwsError as exc:
@@ -105,7 +105,7 @@ def _has_linked_role(aws: Aws) -> bool | None:
     Raises: AwsError.
     """
     try:
-        aws.client("iam").get_role(RoleName=roles.LINKED_ROLE)
+        aws.client("iam").get_role(RoleName=policies.LINKED_ROLE)
         return True
     except AwsError as exc:
         if not (exc.is_missing or exc.is_denied):
