@@ -143,22 +143,23 @@ class Lifeline:
         self._send_unsent()
 
     def _send_unsent(self) -> None:
-        while self._unsent_closed and self._is_said(False, self._unsent_closed[0], []):
+        while self._unsent_closed and self._is_said(self._unsent_closed[0]):
             self._free.append(self._unsent_closed.popleft())
         while self._unsent_opened:
             slot, fd = next(iter(self._unsent_opened.items()))
-            if not self._is_said(True, slot, [fd]):
+            if not self._is_said(slot, fd):
                 return
             del self._unsent_opened[slot]
 
-    def _is_said(self, is_open: bool, slot: int, fds: list[int]) -> bool:
+    def _is_said(self, slot: int, opened_fd: int | None = None) -> bool:
+        """Tell the supervisor that the slot's connection was closed, or opened; whether it need not be told again."""
         try:
-            if fds:
-                socket.send_fds(self._socket, [_MESSAGE.pack(is_open, slot)], fds)
+            if opened_fd is None:
+                self._socket.send(_MESSAGE.pack(False, slot))
             else:
-                self._socket.send(_MESSAGE.pack(is_open, slot))
+                socket.send_fds(self._socket, [_MESSAGE.pack(True, slot)], [opened_fd])
         except OSError as exc:
-            return exc.errno not in _BUSY  # else the supervisor is gone, and need not hear it
+            return exc.errno not in _BUSY  # else the supervisor is gone
         return True
 
     def beat(self) -> None:

@@ -39,11 +39,12 @@ def require_output(output: Path) -> None:
             f"--output {output} is where a disk is mounted, in whose place nothing can be put; give a folder in it, "
             f"such as {output / 'model'}."
         )
-    asked, output = output, real
-    archive = output.with_name(f"{output.name}.tar.gz")
+    archive = real.with_name(f"{real.name}.tar.gz")
     if kind_at(archive) and not _is_model(archive):
-        raise ConfigError(f"--output {asked}: {archive}, where its archive goes, is another file; name another folder.")
-    require_writable(output)
+        raise ConfigError(
+            f"--output {output}: {archive}, where its archive goes, is another file; name another folder."
+        )
+    require_writable(real)
 
 
 def resolved(output: Path) -> Path:
