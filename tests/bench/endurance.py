@@ -1,16 +1,18 @@
 """What the service does at five times its capacity, and in ten minutes at 80 % of it, on a machine that is else idle.
 
-    python -m tests.bench.endurance [--side 224] [--overload-seconds 20] [--soak-minutes 10]
+    python -m tests.bench.endurance [--side 224] [--overload-seconds 20] [--soak-minutes 10] [--apart]
 
-The generator runs on the same cores, in this process. Overload: answers a second against the capacity measured just
-before, how soon refusals come, memory, and how soon after it requests are served as before. Soak: photos, pictures in
-JSON and forms, damaged ones, unreadable ones; memory and file descriptors over time. Writes
-tests/bench/results/endurance.{md,json,png}.
+The generator runs on the same cores, in this process; `--apart` gives it the last core and the service the others, as
+where clients have machines of their own: what the generator takes is then not missing where answers are made. Overload:
+answers a second against the capacity measured just before, how soon refusals come, memory, and how soon after it
+requests are served as before. Soak: photos, pictures in JSON and forms, damaged ones, unreadable ones; memory and file
+descriptors over time. Writes tests/bench/results/endurance.{md,json,png}.
 """
 
 import argparse
 import base64
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -64,14 +66,22 @@ class Watch:
                 return
 
 
-def started(model: Path, port: int, log: Path, engine: str) -> Server:
-    """The service with its defaults but the number of places, which the overload is to find taken."""
+def started(model: Path, port: int, log: Path, engine: str, apart: bool = False) -> Server:
+    """The service with its defaults; `apart`: on all cores but the last, to which this process keeps from then on."""
     command = [sys.executable, "-m", "service", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     settings = {
         "CLASSIFIER_EXIT_WITH_PARENT": "false",
         "CLASSIFIER_ENGINE": engine,
     }  # fmt: skip
-    return Server(command, settings, f"http://127.0.0.1:{port}/ping", log, Path.cwd()).start(120)
+    server = Server(command, settings, f"http://127.0.0.1:{port}/ping", log, Path.cwd())
+    if not apart:
+        return server.start(120)
+    *others, last = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, others)
+    try:
+        return server.start(120)
+    finally:
+        os.sched_setaffinity(0, {last})
 
 
 def overload(server: Server, port: int, bodies: Sequence[bytes], seconds: float) -> dict[str, Any]:
@@ -155,7 +165,7 @@ def table(result: dict[str, Any]) -> str:
     over, long = result["overload"], result["soak"]
     return f"""# The service under overload and over time
 
-{result["hardware"]}; side {result["side_px"]} px, {result["engine"]}, places by default, the generator on the same cores; one run.
+{result["hardware"]}; side {result["side_px"]} px, {result["engine"]}, places by default, the generator on {result["generator"]}; one run.
 Written by `python -m tests.bench.endurance`.
 
 | At 5 times the capacity | |
@@ -188,6 +198,7 @@ def main() -> None:
     parser.add_argument("--overload-seconds", type=float, default=20)
     parser.add_argument("--soak-minutes", type=float, default=10)
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--apart", action="store_true", help="the generator has the last core, the service the others")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     model = CACHE / f"endurance-{options.side}"
@@ -199,7 +210,9 @@ def main() -> None:
         "hardware": f"{cores()} cores of {cpu}, Python {platform.python_version()}, {what}", "side_px": options.side
     }  # fmt: skip
     result["engine"] = options.engine
-    server = started(model / "artifact", options.port, CACHE / "endurance.log", options.engine)
+    where = "a core of its own, the service on the others" if options.apart else "the same cores"
+    result["generator"] = where
+    server = started(model / "artifact", options.port, CACHE / "endurance.log", options.engine, options.apart)
     try:
         result["overload"] = overload(server, options.port, bodies, options.overload_seconds)
         print(json.dumps(result["overload"], indent=1))

@@ -57,14 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["epochs", "pass", "tuning", "instruments", "gpu"], action="append")
+    parser.add_argument("--only", choices=list(PARTS), action="append")
     options = parser.parse_args(arguments)
     configure_logging()
     logging.getLogger("training").setLevel(logging.WARNING)
-    parts = {"epochs": epochs, "pass": first_pass, "tuning": tuning, "instruments": instruments, "gpu": gpu}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in options.only or parts:
-            rows = parts[name](Path(scratch), options.rounds)
+        for name in options.only or PARTS:
+            rows = PARTS[name](Path(scratch), options.rounds)
             if rows:
                 write(name, rows, options.rounds)
     return 0
@@ -186,6 +185,38 @@ def tuning(scratch: Path, rounds: int) -> list[Row]:
     return rows
 
 
+def compiling(scratch: Path, rounds: int) -> list[Row]:
+    """Epochs of the compiled network against those of the plain one, in the precision that `auto` takes here."""
+    rows: list[Row] = []
+    for side, images, cache in ((32, 2000, "on"), (224, 500, "on"), (224, 300, "off")):
+        data = drawn(scratch / f"data{side}-{images}", images)
+        ways = {
+            compiled: config(
+                data, scratch, side=side, precision="auto", feature_cache=cache, epochs=2, compile=compiled
+            )
+            for compiled in (False, True)
+        }
+        prepared = {way: prepare(settings) for way, settings in ways.items()}
+        seconds: dict[bool, list[tuple[float, float]]] = {way: [] for way in ways}
+        for number in range(rounds):
+            for way, settings in ways.items():
+                torch.compiler.reset()
+                first, second = (epoch.seconds for epoch in fit(settings, prepared[way]).history)
+                seconds[way].append((first, second))
+                log.info("side %d round %d compiled %s: %.2f s, %.2f s", side, number + 1, way, first, second)
+        plain, compiled = (statistics.median(second for _, second in seconds[way]) for way in (False, True))
+        longer = statistics.median(first - second for first, second in seconds[True])
+        rows.append(
+            [
+                f"epoch, compiled against not, {'from cached features' if cache == 'on' else 'plain loop'}; "
+                f"the first takes {longer:.0f} s more",
+                side, f"{1000 * compiled / images:.2f} ms an image", f"{1000 * plain / images:.2f} ms an image",
+                f"{compiled / plain:.2f}", "",
+            ]
+        )  # fmt: skip
+    return rows
+
+
 def gpu(scratch: Path, rounds: int) -> list[Row]:
     """Seventy epochs of the reference on 50,000 images, the pass that fills the cache included; once, on a GPU.
 
@@ -302,6 +333,12 @@ def drawn(folder: Path, images: int) -> Path:
     if not folder.exists():
         sample.write(folder, train_per_class=-(-images // 100), test_per_class=-(-images // 500))
     return folder
+
+
+PARTS = {
+    "epochs": epochs, "pass": first_pass, "tuning": tuning, "instruments": instruments, "compile": compiling,
+    "gpu": gpu,
+}  # fmt: skip
 
 
 if __name__ == "__main__":
