@@ -1,11 +1,12 @@
 """Fail when a locked dependency of the service has a known vulnerability that audit-allow.toml does not accept.
 
 What the service installs (the base dependencies and the group `tracing`, for this platform) is exported from uv.lock
-and given to pip-audit, which asks OSV (https://osv.dev) about each package. Without a network this says so; what was
-read by hand (advisories.md) then counts, for sixty days.
+and given to pip-audit, which asks OSV (https://osv.dev) about each package. Where OSV cannot be asked, this says so,
+and what was read by hand stands for it: of each package advisories.md must have a row at this very version, read
+within sixty days, that does not call it affected or names what is accepted.
 
-Exit status: 0 nothing found, or nothing could be asked; 1 a vulnerability, an entry of the list that has ended, or
-nothing could be asked and what was read by hand is too old.
+Exit status: 0 no vulnerability that is not accepted, by OSV or as read by hand; 1 such a one, an entry of the list that
+has ended, or, where OSV cannot be asked, a package that was not read at its version or too long ago.
 """
 
 import argparse
@@ -21,7 +22,10 @@ import urllib.request
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 OSV = "https://api.osv.dev/v1/query"
@@ -31,8 +35,25 @@ FIELDS = {"id": str, "package": str, "reason": str, "since": date, "until": date
 BUNDLED = "bundled"
 """Field of an entry about a library inside a package's wheel, which no database names by the package."""
 
+VERSION = "version"
+"""Field of an entry that accepts at this version of the package only, where more than one is locked."""
+
 READ_DAYS = 60
 """So long what was read by hand stands for the database. Not a month: a build must not turn red overnight for that."""
+
+COLUMNS = 5
+"""Of the tables in advisories.md: package, locked, newest, advisories, affected."""
+
+VERDICT = re.compile(r"(?:no|unknown)\b|yes: ((?:CVE|GHSA|PYSEC)-[\w-]+(?:, (?:CVE|GHSA|PYSEC)-[\w-]+)*)(?=$|;)")
+"""How the last column begins: no, no known (searched, nothing found), unknown, or yes and by what."""
+
+
+class Row(NamedTuple):
+    """What was read by hand of a package's version."""
+
+    day: date
+    ids: tuple[str, ...]
+    """What affects it; empty where nothing is known to."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,16 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     today = datetime.now(UTC).date()
     allowed, problems = read_allowed(options.allow, today)
-    if (why := unreachable(options.osv_url)) is not None:
-        print(f"audit: skipped, {options.osv_url} cannot be asked for known vulnerabilities from here ({why})")
-        problems += too_old(options.advisories, today)
-    else:
-        packages = audited(options.requirements, options.osv_url)
-        found, unused = judged(packages, allowed)
-        problems += found
-        for entry in unused:
-            print(f"audit: {entry['id']} of {entry['package']} is accepted in {options.allow.name} but no longer found")
-        print(f"audit: {len(packages)} packages asked about, {len(allowed) - len(unused)} vulnerabilities accepted")
+    with tempfile.TemporaryDirectory() as scratch:
+        requirements = options.requirements or exported(Path(scratch) / "requirements.txt")
+        if (why := unreachable(options.osv_url)) is None:
+            packages = asked(requirements, options.osv_url)
+            said = f"{len(packages)} packages asked about"
+        else:
+            packages, days, unread = read(pinned(requirements.read_text()), options.advisories)
+            said = f"{options.osv_url} cannot be asked for known vulnerabilities from here ({why}); {len(packages)} "
+            said += f"packages are as read by hand on {' and '.join(map(str, days)) or 'no day'}"
+            problems += unread + too_old(options.advisories.name, days, today)
+    found, unused, accepted = judged(packages, allowed)
+    problems += found
+    for entry in unused:
+        print(f"audit: {entry['id']} of {entry['package']} is accepted in {options.allow.name} but no longer found")
+    print(f"audit: {said}, {accepted} vulnerabilities accepted")
     for problem in problems:
         print(f"audit: {problem}", file=sys.stderr)
     return 1 if problems else 0
@@ -68,9 +94,10 @@ def read_allowed(path: Path, today: date) -> tuple[list[dict[str, Any]], list[st
     allowed, problems = [], []
     for entry in entries:
         wrong = [name for name, kind in FIELDS.items() if not isinstance(entry.get(name), kind) or not entry[name]]
-        if wrong or set(entry) - {*FIELDS, BUNDLED}:
+        if wrong or set(entry) - {*FIELDS, BUNDLED, VERSION}:
             problems.append(
-                f"{path.name}: an entry needs {', '.join(FIELDS)} and, of a library inside, {BUNDLED}: {entry}"
+                f"{path.name}: an entry needs {', '.join(FIELDS)} and, of a library inside, {BUNDLED}, of one version, "
+                f"{VERSION}: {entry}"
             )
         elif entry["until"] - entry["since"] > LONGEST:
             problems.append(f"{path.name}: {entry['id']} is accepted for longer than {LONGEST.days} days; choose less")
@@ -84,17 +111,60 @@ def read_allowed(path: Path, today: date) -> tuple[list[dict[str, Any]], list[st
     return allowed, problems
 
 
-def too_old(path: Path, today: date) -> list[str]:
-    """A sentence where what was read by hand is no longer to be relied on."""
-    said = re.search(r"^Read by hand on (\d{4}-\d\d-\d\d)", path.read_text(), re.MULTILINE)
-    if said is None:
-        return [f"{path.name} does not tell when it was read ('Read by hand on YYYY-MM-DD')"]
-    age = today - date.fromisoformat(said[1])
+def read_rows(path: Path) -> tuple[dict[tuple[str, str], Row], list[str]]:
+    """What the tables have by package and version, the later one where two do; a sentence for each row that is none."""
+    rows: dict[tuple[str, str], Row] = {}
+    problems, day = [], None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if said := re.match(r"Read by hand on (\d{4}-\d\d-\d\d)", line):
+            day = date.fromisoformat(said[1])
+        if not line.startswith("|") or line.startswith(("| package |", "| --- |")):
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        verdict = VERDICT.match(cells[-1])
+        if day is None:
+            return {}, [f"{path.name} does not tell when it was read ('Read by hand on YYYY-MM-DD' above its tables)"]
+        if len(cells) != COLUMNS or verdict is None:
+            problems.append(
+                f"{path.name}, line {number}: a row has {COLUMNS} columns, the last of which begins with no, no known, "
+                f"unknown or 'yes: ID, ID': {line[:60]}..."
+            )
+        else:
+            ids = tuple(verdict[1].split(", ")) if verdict[1] else ()
+            rows[canonicalize_name(cells[0]), cells[1]] = Row(day, ids)
+    return rows, problems
+
+
+def read(packages: list[tuple[str, str]], path: Path) -> tuple[list[dict[str, Any]], list[date], list[str]]:
+    """What was read by hand of each package, as pip-audit would say it; when; a sentence for each that was not read."""
+    rows, problems = read_rows(path)
+    if problems and not rows:
+        return [], [], problems
+    there: list[dict[str, Any]] = []
+    days = set()
+    for name, version in packages:
+        if row := rows.get((name, version)):
+            fixed = [f"what {path.name} tells"]
+            vulnerabilities = [{"id": each, "aliases": [], "fix_versions": fixed} for each in row.ids]
+            there.append({"name": name, "version": version, "vulns": vulnerabilities})
+            days.add(row.day)
+        else:
+            others = " and ".join(each for of, each in rows if of == name) or "no version of it"
+            problems.append(
+                f"{name} {version} is locked, what was read by hand is {others}: read the advisories of {version} and "
+                f"add its row to {path.name}, or run this where api.osv.dev can be reached"
+            )
+    return there, sorted(days), problems
+
+
+def too_old(name: str, days: list[date], today: date) -> list[str]:
+    """A sentence where the oldest of what was read by hand is no longer to be relied on."""
+    age = today - min(days, default=today)
     if age <= timedelta(days=READ_DAYS):
         return []
     return [
-        f"{path.name} was read {age.days} days ago, {READ_DAYS} are allowed where no database can be asked: run this "
-        "where api.osv.dev can be reached, or read the advisories anew and change the file's date"
+        f"{name} was read {age.days} days ago, {READ_DAYS} are allowed where no database can be asked: run this where "
+        "api.osv.dev can be reached, or read the advisories of those rows anew and give them the new date"
     ]
 
 
@@ -110,21 +180,31 @@ def unreachable(url: str) -> str | None:
     return None
 
 
-def audited(requirements: Path | None, url: str) -> list[dict[str, Any]]:
+def exported(requirements: Path) -> Path:
+    """The file, with what uv.lock has for the service."""
+    command = [os.environ.get("UV", "uv"), "export", "--quiet", "--frozen", "--no-default-groups", "--no-hashes"]
+    command += ["--no-header", "--no-annotate", *(f"--group={group}" for group in GROUPS)]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)  # noqa: S603
+    requirements.write_text(result.stdout)
+    return requirements
+
+
+def pinned(requirements: str) -> list[tuple[str, str]]:
+    """Name and version of each requirement that holds on this machine."""
+    wanted = [Requirement(line) for line in requirements.splitlines() if line and not line.startswith("#")]
+    return [
+        (canonicalize_name(each.name), str(each.specifier).removeprefix("=="))
+        for each in wanted if each.marker is None or each.marker.evaluate()
+    ]  # fmt: skip
+
+
+def asked(requirements: Path, url: str) -> list[dict[str, Any]]:
     """What pip-audit says of each package. Raises: SystemExit where it says nothing."""
-    with tempfile.TemporaryDirectory() as scratch:
-        if requirements is None:
-            requirements = Path(scratch) / "requirements.txt"
-            uv = os.environ.get("UV", "uv")
-            command = [uv, "export", "--quiet", "--frozen", "--no-default-groups", "--no-header", "--no-annotate"]
-            command += [f"--group={group}" for group in GROUPS]
-            exported = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)  # noqa: S603
-            requirements.write_text(exported.stdout)
-        command = [sys.executable, "-m", "pip_audit", "--requirement", str(requirements), "--disable-pip"]
-        command += ["--no-deps", "--vulnerability-service", "osv", "--osv-url", url, "--format", "json"]
-        result = subprocess.run(  # noqa: S603
-            [*command, "--progress-spinner", "off"], check=False, capture_output=True, text=True
-        )
+    command = [sys.executable, "-m", "pip_audit", "--requirement", str(requirements), "--disable-pip"]
+    command += ["--no-deps", "--vulnerability-service", "osv", "--osv-url", url, "--format", "json"]
+    result = subprocess.run(  # noqa: S603
+        [*command, "--progress-spinner", "off"], check=False, capture_output=True, text=True
+    )
     try:
         packages: list[dict[str, Any]] = json.loads(result.stdout)["dependencies"]
     except (ValueError, KeyError):
@@ -132,24 +212,29 @@ def audited(requirements: Path | None, url: str) -> list[dict[str, Any]]:
     return packages
 
 
-def judged(packages: list[dict[str, Any]], allowed: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
-    """A sentence for each vulnerability that is not accepted, and the entries that accept nothing."""
-    problems, used = [], []
+def judged(
+    packages: list[dict[str, Any]], allowed: list[dict[str, Any]]
+) -> tuple[list[str], list[dict[str, Any]], int]:
+    """A sentence for each vulnerability not accepted; the entries of these packages that accept none; how many are."""
+    problems, used, known = [], [], []
     for package in packages:
         if "skip_reason" in package:
             problems.append(f"{package['name']} could not be audited: {package['skip_reason']}")
-        for vulnerability in package.get("vulns", []):
+            continue
+        name, version = package["name"], package["version"]
+        entries = [e for e in allowed if e["package"] == name and e.get(VERSION, version) == version]
+        known += entries
+        for vulnerability in package["vulns"]:
             names = {vulnerability["id"], *vulnerability["aliases"]}
-            accepting = [e for e in allowed if e["id"] in names and e["package"] == package["name"]]
+            accepting = [e for e in entries if e["id"] in names]
             used += accepting
             if not accepting:
                 fixed = ", ".join(vulnerability["fix_versions"]) or "no version yet"
                 problems.append(
-                    f"{package['name']} {package['version']} has the known vulnerability {', '.join(sorted(names))} "
-                    f"(mended in {fixed}): uv lock --upgrade-package {package['name']}, or accept it with a reason "
-                    "and an end in .ci/audit-allow.toml"
+                    f"{name} {version} has the known vulnerability {', '.join(sorted(names))} (mended in {fixed}): "
+                    f"uv lock --upgrade-package {name}, or accept it with a reason and an end in .ci/audit-allow.toml"
                 )
-    return problems, [entry for entry in allowed if entry not in used and BUNDLED not in entry]
+    return problems, [e for e in known if e not in used and BUNDLED not in e], len(used)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
@@ -56,17 +57,22 @@ def database(vulnerabilities: dict[str, Any], status: int = 200) -> Iterator[str
 
 
 def audit(
-    tmp_path: Path, url: str, allow: str = "", requirements: str = "jinja2==3.1.2\nidna==3.10\n", read: Any = None
+    tmp_path: Path, url: str, allow: str = "", requirements: str = "jinja2==3.1.2\nidna==3.10\n", read: str = ""
 ) -> Any:
-    read = read or TODAY
     (tmp_path / "allow.toml").write_text(allow)
     (tmp_path / "requirements.txt").write_text(requirements)
-    (tmp_path / "advisories.md").write_text(f"# Advisories\n\nRead by hand on {read}, where nothing could be asked.\n")
+    (tmp_path / "advisories.md").write_text(read or table(TODAY, JINJA_ROW, IDNA_ROW))
     command = [sys.executable, str(AUDIT), "--osv-url", url, "--allow", str(tmp_path / "allow.toml")]
     command += ["--advisories", str(tmp_path / "advisories.md")]
     return subprocess.run(
         [*command, "--requirements", str(tmp_path / "requirements.txt")], capture_output=True, text=True, timeout=120
     )
+
+
+def table(read: Any, *rows: str) -> str:
+    """As `.ci/advisories.md` has them."""
+    head = ["| package | locked | newest | advisories | affected |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([f"Read by hand on {read}, where nothing could be asked.", "", *head, *rows, "", ""])
 
 
 def entry(since: date, until: date, id: str = "CVE-2024-22195") -> str:
@@ -76,6 +82,10 @@ def entry(since: date, until: date, id: str = "CVE-2024-22195") -> str:
 
 TODAY = date.today()
 SOON = TODAY + timedelta(days=30)
+NOWHERE = "http://127.0.0.1:9/v1/query"
+IDNA_ROW = "| idna | 3.10 | 3.20 | PYSEC-2026-215 | no |"
+JINJA_ROW = "| jinja2 | 3.1.2 | 3.1.6 | none found | no known; not searched further |"
+AFFECTED_ROW = "| Jinja2 | 3.1.2 | 3.1.6 | -> 3.1.3 | yes: CVE-2024-22195, CVE-2024-34064; no template is ours |"
 
 
 def test_a_known_vulnerability_fails_and_says_what_to_do(tmp_path: Path) -> None:
@@ -106,24 +116,80 @@ def test_an_accepted_vulnerability_passes_until_its_end(tmp_path: Path) -> None:
     assert unreasoned.returncode == 1 and "an entry needs id, package, reason, since, until" in unreasoned.stderr
 
 
-def test_without_a_database_one_line_says_that_nothing_was_audited(tmp_path: Path) -> None:
+def test_without_a_database_one_line_says_what_was_read_by_hand_and_when(tmp_path: Path) -> None:
     with database({}, status=403) as refusing:
-        for url in ("http://127.0.0.1:9/v1/query", refusing):
+        for url in (NOWHERE, refusing):
             result = audit(tmp_path, url)
             assert (result.returncode, result.stderr) == (0, "")
             (line,) = result.stdout.splitlines()
-            assert line.startswith("audit: skipped")
+            assert line.startswith(f"audit: {url} cannot be asked for known vulnerabilities from here (")
+            assert line.endswith(f"; 2 packages are as read by hand on {TODAY}, 0 vulnerabilities accepted")
 
 
 def test_what_was_read_by_hand_counts_for_sixty_days_where_no_database_can_be_asked(tmp_path: Path) -> None:
-    nowhere = "http://127.0.0.1:9/v1/query"
-    assert audit(tmp_path, nowhere, read=TODAY - timedelta(days=60)).returncode == 0
-    late = audit(tmp_path, nowhere, read=TODAY - timedelta(days=61))
+    def read(days: int) -> str:
+        return table(TODAY - timedelta(days=days), JINJA_ROW, IDNA_ROW)
+
+    assert audit(tmp_path, NOWHERE, read=read(60)).returncode == 0
+    late = audit(tmp_path, NOWHERE, read=read(61))
     assert late.returncode == 1 and "advisories.md was read 61 days ago, 60 are allowed" in late.stderr
-    undated = audit(tmp_path, nowhere, read="some day")
+    undated = audit(tmp_path, NOWHERE, read=table("some day", JINJA_ROW))
     assert undated.returncode == 1 and "does not tell when it was read" in undated.stderr
     with database({}) as url:
-        assert audit(tmp_path, url, read=TODAY - timedelta(days=1000)).returncode == 0
+        assert audit(tmp_path, url, read=read(1000)).returncode == 0
+
+
+def test_the_oldest_reading_of_what_is_installed_counts(tmp_path: Path) -> None:
+    old, new = TODAY - timedelta(days=61), TODAY - timedelta(days=1)
+    relied_on = audit(tmp_path, NOWHERE, read=table(old, IDNA_ROW) + table(new, JINJA_ROW))
+    assert relied_on.returncode == 1 and "was read 61 days ago" in relied_on.stderr
+    assert f"2 packages are as read by hand on {old} and {new}" in relied_on.stdout
+    other = table(old, JINJA_ROW, "| flask | 3.0.0 | 3.1.0 | none | no |") + table(new, JINJA_ROW, IDNA_ROW)
+    assert audit(tmp_path, NOWHERE, read=other).returncode == 0
+
+
+def test_without_a_database_a_version_that_nobody_read_fails(tmp_path: Path) -> None:
+    result = audit(tmp_path, NOWHERE, requirements="jinja2==3.1.6\nidna==3.10\nflask==3.0.0 ; python_version > '3'\n")
+    assert result.returncode == 1
+    upgraded, unknown = result.stderr.splitlines()
+    assert upgraded.startswith("audit: jinja2 3.1.6 is locked, what was read by hand is 3.1.2: read the advisories of")
+    assert unknown.startswith("audit: flask 3.0.0 is locked, what was read by hand is no version of it: ")
+    elsewhere = audit(tmp_path, NOWHERE, requirements="flask==3.0.0 ; python_version < '3'\nidna==3.10\n")
+    assert elsewhere.returncode == 0 and "1 packages are as read by hand" in elsewhere.stdout
+
+
+def test_without_a_database_what_was_read_as_affected_fails_unless_accepted(tmp_path: Path) -> None:
+    def read(allow: str) -> Any:
+        return audit(tmp_path, NOWHERE, allow, read=table(TODAY, AFFECTED_ROW, IDNA_ROW))
+
+    one = entry(TODAY, SOON)
+    both = one + entry(TODAY, SOON, id="CVE-2024-34064")
+    result = read(one)
+    assert result.returncode == 1 and "CVE-2024-22195" not in result.stderr
+    assert (
+        "jinja2 3.1.2 has the known vulnerability CVE-2024-34064 (mended in what advisories.md tells)" in result.stderr
+    )
+    accepted = read(both)
+    assert (accepted.returncode, accepted.stderr) == (0, "") and "2 vulnerabilities accepted" in accepted.stdout
+    assert read(both + 'version = "3.1.2"\n').returncode == 0
+    another = read(both + 'version = "3.1.1"\n')
+    assert another.returncode == 1 and "CVE-2024-34064" in another.stderr
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| jinja2 | 3.1.2 | none found | no |", "| jinja2 | 3.1.2 | 3.1.6 | one | or | two | no |",
+        "| jinja2 | 3.1.2 | 3.1.6 | none found | |", "| jinja2 | 3.1.2 | 3.1.6 | none found | not read |",
+        "| jinja2 | 3.1.2 | 3.1.6 | one | yes |", "| jinja2 | 3.1.2 | 3.1.6 | one | yes: CVE-2024-22195 and more |",
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_understood_fails(tmp_path: Path, row: str) -> None:
+    result = audit(tmp_path, NOWHERE, read=table(TODAY, IDNA_ROW, row))
+    assert result.returncode == 1
+    malformed, unread = result.stderr.splitlines()
+    assert malformed.startswith("audit: advisories.md, line 6: a row has 5 columns, the last of which begins with no, ")
+    assert "jinja2 3.1.2 is locked" in unread
 
 
 def test_a_library_inside_a_wheel_is_accepted_though_no_database_names_it(tmp_path: Path) -> None:
@@ -139,7 +205,12 @@ def test_the_lists_of_accepted_and_of_read_vulnerabilities_are_sound() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.read_allowed(ROOT / ".ci/audit-allow.toml", TODAY)[1] == []
-    assert module.too_old(ROOT / ".ci/advisories.md", date(2026, 11, 29)) == []
+    rows, wrong = module.read_rows(ROOT / ".ci/advisories.md")
+    assert rows and wrong == []
+    read = [{"name": name, "version": version, "vulns": [{"id": each, "aliases": [], "fix_versions": []}]}
+            for (name, version), row in rows.items() for each in row.ids]  # fmt: skip
+    problems, unused, _ = module.judged(read, tomllib.loads((ROOT / ".ci/audit-allow.toml").read_text())["allow"])
+    assert (problems, unused) == ([], [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which libraries a process has")

@@ -249,7 +249,7 @@ def uv() -> str:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_packages_inside_are_the_locked_ones_and_none_has_a_known_vulnerability(
-    target: str, image: Image, inside: Inside, tmp_path: Path
+    target: str, image: Image, inside: Inside, tell: Tell, tmp_path: Path
 ) -> None:
     code = "import importlib.metadata as m; [print(f'{d.name}=={d.version}') for d in m.distributions()]"
     there = inside(image(target), f'/opt/venv/bin/python -c "{code}"').split()
@@ -263,8 +263,7 @@ def test_the_packages_inside_are_the_locked_ones_and_none_has_a_known_vulnerabil
     (tmp_path / "requirements.txt").write_text("\n".join(there))
     result = run(sys.executable, str(audit), "--requirements", str(tmp_path / "requirements.txt"), cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    if "skipped" in result.stdout:
-        pytest.skip(f"all packages are the locked ones; {result.stdout.strip()}")
+    tell(f"{target}: {result.stdout.strip()}")
 
 
 @pytest.mark.parametrize("target", TARGETS)
