@@ -76,7 +76,7 @@ class TrainingConfig(Settings):
         0.0, ge=0, allow_inf_nan=False, description="epochs over which the learning rate rises in a line"
     )
     unfreeze_at: int | None = Field(
-        None, ge=2, description="epoch from which every block is trained, at unfreeze_rate; default: never"
+        None, ge=2, description="epoch from which every block is trained, at unfreeze_rate; or none; default: none"
     )
     unfreeze_rate: float = Field(
         0.1, gt=0, le=1, description="peak learning rate after unfreeze_at, as a share of learning_rate"
@@ -161,6 +161,11 @@ class TrainingConfig(Settings):
         if isinstance(value, str):
             return () if value == "none" else tuple(part.strip() for part in value.split(","))
         return value
+
+    @field_validator("unfreeze_at", mode="before")
+    @classmethod
+    def _none_is_never(cls, value: object) -> object:
+        return None if value == "none" else value
 
     @property
     def frozen(self) -> tuple[Block, ...]:

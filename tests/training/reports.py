@@ -79,7 +79,9 @@ def write_run(folder: Path) -> None:
     profile = {
         "summary": "The loader is the bottleneck.", "shares": {"data_wait": 0.7, "step": 0.3},
         "step_ms": {"median": 12.5, "p95": 20.0},
-        "samples": [{"t_s": t, "cpu_percent": 50 + t, "memory_gb": 1.0} for t in range(5)],
+        "samples": [
+            {"t_s": t, "cpu_percent": 50 + t, "loader_wait_percent": 9 * t, "memory_gb": 1.0} for t in range(5)
+        ],
         "top_operators": [{"name": "aten::convolution", "total_ms": 100.0, "share": 0.6}],
     }  # fmt: skip
     (folder / "profile.json").write_text(json.dumps(profile))

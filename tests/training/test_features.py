@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -385,6 +386,16 @@ def test_a_whole_cache_is_found_and_not_computed_again(tmp_path: Path, counted: 
     again = opened(tmp_path, counted.engine)
     assert counted.batches == []
     assert torch.equal(first.features, again.features)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is told by Linux alone (/proc)")
+def test_the_features_are_mapped_from_their_file(tmp_path: Path, counted: Counted) -> None:
+    cache = opened(tmp_path, counted.engine)
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    path = str((cache.folder / "features.bf16").resolve())
+    (places,) = [entry[0].split("-") for entry in maps if entry[-1] == path]
+    first, end = (int(place, 16) for place in places)
+    assert first <= cache.features.data_ptr() < cache.features.data_ptr() + cache.size <= end
 
 
 # Damage ---------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from training.callbacks import RunContext, Step, StopTraining, tell
 from training.config import TrainingConfig
 from training.data.dataset import ArrayImages, Dataset
 from training.epoch_metrics import EpochMetrics
+from training.profiling.clock import RunClock
 from training.profiling.gpu import Gpu, open_gpu
 from training.profiling.profiler import FILE, Profiler
 from training.profiling.summary import Recorded, conclude
@@ -158,6 +159,7 @@ def test_a_slow_loader_is_named_as_what_holds_the_run_up(tmp_path: Path) -> None
     assert profile["shares"]["data_wait"] > 0.5
     assert profile["step_ms"]["median"] >= 30
     assert profile["images_per_s"] < BATCH / 0.03
+    assert any(sample.get("loader_wait_percent", 0) > 50 for sample in profile["samples"])
 
 
 def test_a_heavy_network_is_bound_by_its_convolutions(tmp_path: Path) -> None:
@@ -210,11 +212,25 @@ def test_the_profile_has_every_figure(tmp_path: Path) -> None:
     assert profile["samples"]
     for sample in profile["samples"]:
         assert {"t_s", "cpu_percent", "machine_cpu_percent", "memory_gb", "machine_memory_gb"} <= set(sample)
+        assert 0 <= sample.get("loader_wait_percent", 0) <= 100  # missing where no step ended since the one before
         assert sample["memory_gb"] > 0.05
         if sys.platform == "linux":  # elsewhere the system may not tell
             traffic = [sample[name] for name in ("read_mb_s", "write_mb_s", "received_mb_s", "sent_mb_s")]
             assert min(traffic) >= 0
     assert {path.name for path in tmp_path.iterdir()} == {FILE, TRACE_FILE}
+
+
+def test_the_loaders_part_is_that_of_the_steps_since_the_sample_before() -> None:
+    clock = RunClock(queued=False)
+    assert clock.wait_since_told() == {}
+    for wait_s in (0.3, 0.1, 5.0):  # of the last, all it has is wait
+        step = Step(1, 1, 0.01, torch.zeros(8), torch.zeros(()), torch.zeros(()), wait_s)
+        step.seconds = 1.0
+        clock.step_end(step, typical=True)
+        if wait_s == 0.1:
+            assert clock.wait_since_told() == {"loader_wait_percent": 20.0}
+    assert clock.wait_since_told() == {"loader_wait_percent": 100.0}
+    assert clock.wait_since_told() == {}
 
 
 def test_only_the_steps_asked_for_are_traced(tmp_path: Path) -> None:

@@ -15,6 +15,13 @@ from training.train_model import main, parse_arguments
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 PLACES = {"data": "in", "output": "out"}
+FACTS = {
+    "command": r"\w",
+    "hardware": r"\d cores|\bGPU\b|\bV100\b",
+    "duration": r"\d (ms|s|minutes|hours)\b|not (measured|stated)",
+    "accuracy": r"\d\.\d\d %|not measured",
+}
+"""What a header tells, in this order, and what must be among it: a figure, or that there is none."""
 
 
 def resolve(*arguments: str, **below: object) -> TrainingConfig:
@@ -24,6 +31,12 @@ def resolve(*arguments: str, **below: object) -> TrainingConfig:
 def header(name: str) -> str:
     lines = (RECIPES / f"{name}.toml").read_text().splitlines()
     return "\n".join(line for line in lines if line.startswith("#"))
+
+
+def facts(name: str) -> dict[str, str]:
+    """What the header tells, by its first word; lines that go on are indented."""
+    found = re.findall(r"^# (\w+) {2,}(.+(?:\n# {5,}.+)*)", header(name), re.MULTILINE)
+    return {fact: " ".join(re.split(r"\n# +", text)) for fact, text in found}
 
 
 def test_the_promised_recipes_are_there() -> None:
@@ -45,17 +58,21 @@ def test_every_recipe_resolves_to_the_values_it_holds(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_begins_with_command_hardware_duration_and_accuracy(name: str) -> None:
-    text = header(name)
     assert (RECIPES / f"{name}.toml").read_text().startswith("# ")
-    for fact in ("command", "hardware", "duration", "accuracy"):
-        assert re.search(rf"^# {fact} +\S", text, re.MULTILINE), fact
+    told = facts(name)
+    assert list(told) == list(FACTS)
+    for fact, pattern in FACTS.items():
+        assert re.search(pattern, told[fact]), (fact, told[fact])
+    flags = " --data data --output artifacts/model"
+    assert told["command"].startswith((f"python -m training.train_model --recipe {name}{flags}", "make serve,"))
 
 
-def test_the_readme_states_what_the_samples_recipe_does() -> None:
-    (row,) = [line for line in (RECIPES.parents[1] / "README.md").read_text().splitlines() if "| Starter:" in line]
-    for fact, figure in (("duration", r"\d+ s"), ("accuracy", r"[\d.]+ %")):
-        (stated,) = re.findall(rf"^# {fact} +({figure})", header("sample"), re.MULTILINE)
-        assert stated in row, fact
+@pytest.mark.parametrize(("name", "row"), [("sample", "| Starter:"), ("quick", "| Recipe `quick` on")])
+def test_the_readme_states_what_a_recipe_was_measured_at(name: str, row: str) -> None:
+    (said,) = [line for line in (RECIPES.parents[1] / "README.md").read_text().splitlines() if line.startswith(row)]
+    for fact, figure in (("duration", r"\d+ s"), ("accuracy", r"[\d.]+ % \(n = [\d,]+")):
+        stated = re.match(figure, facts(name)[fact])
+        assert stated and stated[0] in said, fact
 
 
 def test_the_reference_states_the_published_numbers_and_is_the_default() -> None:
@@ -95,6 +112,13 @@ def test_flags_and_hyperparameters_win_over_the_recipe_and_the_recipe_over_defau
     config = resolve("--recipe", "quick", "--epochs", "9", seed="5", epochs="7")
     assert (config.epochs, config.seed) == (9, 5)
     assert (config.side, config.schedule, config.momentum) == (64, "one-cycle", 0.9)
+
+
+def test_the_best_recipe_unfreezes_unless_a_flag_says_otherwise() -> None:
+    assert resolve("--recipe", "best").unfreeze_at == 6
+    for off in (resolve("--recipe", "best", "--unfreeze-at", "none"), resolve(recipe="best", unfreeze_at="none")):
+        assert off.unfreeze_at is None
+        assert off.frozen == ("stem", "layer1", "layer2", "layer3")
 
 
 def test_a_recipe_can_be_a_file_of_ones_own(tmp_path: Path) -> None:

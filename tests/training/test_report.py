@@ -116,7 +116,7 @@ def test_the_run_is_told_of(hundred: Path) -> None:
     for said in (
         "An example.", "Batch accuracy", "Learning rate", "Seconds per epoch", "issues found",
         "Steps 3, 7: It <b>grew</b>.", "Stop.", "The loader is the bottleneck.", "12.5 ms",
-        "aten::convolution", "Load in percent", "0.875",
+        "aten::convolution", "Load in percent", "loader wait", "0.875",
         "Debugging rules that found issues: Overfit. 1 of 3 saw too little to judge.", "not judged",
         "judges from step 300 on, the run had 12", "Parameters", "ended before its last epoch: No gain in 5 epochs.",
         "of the mistakes stay within the superclass",

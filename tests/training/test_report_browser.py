@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.chromium import chromium
 from tests.training.reports import write_hundred
 from training.data import sample
+from training.report.write import PAIRS
 
 LEGIBLE_PX = 8
 """Letters of this size can be read on a common screen."""
@@ -96,6 +97,17 @@ def test_every_section_is_shown_and_nothing_is_cut_off(visit: Open) -> None:
         assert [text for text in steps if text != "step" and not text.isdigit()] == []
         cut = "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"
         assert page.eval_on_selector_all("#classes .bars .row > span:first-child", cut) == []
+
+
+def test_confused_pairs_and_mistakes_are_shown_as_pictures(visit: Open) -> None:
+    with visit() as page:
+        loaded = "(all, inside) => all.map(e => [...e.querySelectorAll(inside)].filter(i => i.naturalWidth > 0).length)"
+        pairs = page.eval_on_selector_all("#mistakes .pair", loaded, "img")
+        assert len(pairs) == PAIRS
+        assert min(pairs) >= 1
+        mistakes = page.eval_on_selector_all("#mistakes .shots", loaded, ".shot img")
+        assert len(mistakes) == 2  # the most surprising, the worst
+        assert min(mistakes) >= 6
 
 
 def test_the_names_of_100_classes_can_be_read_at_the_matrix(visit: Open) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -133,6 +134,30 @@ def test_a_finished_study_prepares_no_data_and_trains_nothing(
     rows = [line for line in caplog.messages if line.lstrip()[:1].isdigit()]
     assert len(rows) == 8
     assert "complete" in rows[0]
+
+
+def test_each_trial_has_its_row_before_the_next_one_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    tiny.tuner(tmp_path, tiny.preparation(), trials=3).run()
+    told = [re.match(r"(trial \d):| +(\d)  ", line) for line in caplog.messages]
+    assert [one or f"row {other}" for one, other in (found.groups() for found in told if found)] == [
+        "trial 0", "row 0", "trial 1", "row 1", "trial 2", "row 2",
+    ]  # fmt: skip
+
+
+def test_tpe_draws_the_learning_rate_on_a_log_scale(tmp_path: Path) -> None:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.samplers import TPESampler
+
+    study = open_study(tmp_path)
+    trial = study.claim()
+    assert trial is not None
+    assert trial.distributions == {
+        "learning_rate": FloatDistribution(1e-4, 1e-1, log=True), "batch_size": CategoricalDistribution((8, 16, 32)),
+        "epochs": IntDistribution(2, 6),
+    }  # fmt: skip
+    assert type(study._study.sampler) is TPESampler
+    study.close()
 
 
 # Going on -------------------------------------------------------------------------------------------------------

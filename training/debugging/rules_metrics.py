@@ -253,6 +253,7 @@ class ClassImbalance(Rule):
 class StalledTrainingRule(Rule):
     """No progress for `threshold` seconds: live, no step ends (a watchdog looks); afterwards, a gap in the times.
 
+    In files of smdebug epochs follow all steps, whatever their times: a gap is counted from the latest time so far.
     `stop_training_on_fire` is the action "stop"; a step that never ends can only be reported, not stopped. It is this
     run that is stopped: `training_job_name_prefix`, by which AWS finds it, is accepted and has no effect.
     """
@@ -266,11 +267,13 @@ class StalledTrainingRule(Rule):
 
     def __post_init__(self) -> None:
         self.live = False
-        self._last: Observation | None = None
+        self._latest: Observation | None = None
 
     def observe(self, seen: Observation) -> Iterator[Firing]:
         """See `Rule`; nothing when live."""
-        earlier, self._last = self._last, seen
+        earlier = self._latest
+        if earlier is None or seen.kind == "start" or seen.time_s > earlier.time_s:
+            self._latest = seen
         self.judged = self.judged or earlier is not None
         if self.live or earlier is None or seen.kind == "start":
             return

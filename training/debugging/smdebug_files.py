@@ -26,8 +26,8 @@ def is_trial(folder: Path) -> bool:
 def read_trial(folder: Path, atol: float = 1e-8) -> Iterator[Observation]:
     """What smdebug wrote of the training steps, and the scalars of epochs, in the order of steps.
 
-    Changes of weights are those between saved steps. There are no labels in it, and no times of validation.
-    Raises: DataError.
+    Changes of weights are those between saved steps; the time of a step is when the first of its tensors was written.
+    There are no labels in it. Raises: DataError.
     """
     if import_smdebug() is None:
         raise DataError(
@@ -49,12 +49,26 @@ def read_trial(folder: Path, atol: float = 1e-8) -> Iterator[Observation]:
         for epoch in trial.tensor(name).steps(mode=ModeKeys.EVAL):
             entries.append((epoch, 2, name, ModeKeys.EVAL))
     before: dict[str, tuple[int, torch.Tensor]] = {}
+    times_s: dict[tuple[float, Any], float] = {}
     last = int(train_steps[-1]) if train_steps else 0
     # Epochs have no step of training in these files: they are judged after all steps, each in its turn.
     for step, _, name, mode in sorted(entries, key=lambda entry: (entry[3] is ModeKeys.EVAL, *entry[:3])):
         value = trial.tensor(name).value(int(step), mode=mode)
+        if (step, mode) not in times_s:
+            times_s[step, mode] = _written_s(trial.tensor(name)._step(int(step), mode=mode).location)
         number = int(step) if mode is ModeKeys.TRAIN else last + epochs.index(step) + 1
-        yield _observation(number, name, torch.as_tensor(value), before, atol)
+        yield _observation(number, name, times_s[step, mode], torch.as_tensor(value), before, atol)
+
+
+def _written_s(location: Any) -> float:
+    """The time of the event at a place in smdebug's files, which its trials do not hand out; seconds since 1970."""
+    from smdebug.core.tfevent.proto.event_pb2 import Event  # type: ignore[import-untyped]
+    from smdebug.core.tfrecord.tensor_reader import TensorReader  # type: ignore[import-untyped]
+
+    with Path(location.event_file_name).open("rb") as file:
+        file.seek(location.start_idx)
+        record = TensorReader(file.read(location.length)).read_record()
+    return float(Event.FromString(record).wall_time)
 
 
 def _kind(name: str) -> Kind:
@@ -70,11 +84,16 @@ def _kind(name: str) -> Kind:
 
 
 def _observation(
-    step: int, name: str, tensor: torch.Tensor, before: dict[str, tuple[int, torch.Tensor]], atol: float
+    step: int,
+    name: str,
+    time_s: float,
+    tensor: torch.Tensor,
+    before: dict[str, tuple[int, torch.Tensor]],
+    atol: float,
 ) -> Observation:
     kind = _kind(name)
     if kind in ("scalar", "loss") and tensor.numel() == 1:
-        return scalar(step, name, float(tensor), 0.0, kind)
+        return scalar(step, name, float(tensor), time_s, kind)
     table = dict(statistics.tensor_figures([tensor])[0])
     extra: dict[str, float] = {}
     if kind == "gradient":
@@ -88,4 +107,4 @@ def _observation(
         before[name] = step, tensor
     (figures,) = statistics.transfer([table])
     series = tuple(figures.pop("activity", ()))
-    return Observation(step, name, kind, 0.0, {each: value for each, (value,) in figures.items()} | extra, series)
+    return Observation(step, name, kind, time_s, {each: value for each, (value,) in figures.items()} | extra, series)

@@ -25,6 +25,7 @@ class RunClock:
         self._step_ms: Thinned[float] = Thinned(STEPS_KEPT)
         self.data_wait_s = self.step_s = self.validation_s = self.profiling_s = 0.0
         self._own_in_step_s = 0.0
+        self._told_s = 0.0, 0.0
         self.steps = self.images = 0
 
     def epoch_start(self) -> None:
@@ -75,6 +76,15 @@ class RunClock:
         parts["other"] = max(0.0, elapsed_s - sum(parts.values()))
         whole = sum(parts.values())
         return {name: seconds / whole for name, seconds in parts.items()}
+
+    def wait_since_told(self) -> dict[str, float]:
+        """`loader_wait_percent`: the wait's part of the steps that ended since the last call; empty if none did."""
+        wait_s = self.data_wait_s
+        both_s = wait_s + self.step_s
+        (wait_before_s, both_before_s), self._told_s = self._told_s, (wait_s, both_s)
+        if both_s <= both_before_s:
+            return {}
+        return {"loader_wait_percent": round(100 * (wait_s - wait_before_s) / (both_s - both_before_s), 3)}
 
     def step_ms(self) -> dict[str, float] | None:
         """Median and 95th percentile of a step with its wait, milliseconds; None before the first."""

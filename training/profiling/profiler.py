@@ -99,7 +99,8 @@ class Profiler(Callback):
         # Of several processes that train together each is the others' "other process" unless all below torchrun count.
         pid = os.getppid() if ranks().is_distributed else os.getpid()
         try:
-            self._sampler = SystemSampler(pid, self._interval_s, gpu.read if gpu is not None else None)
+            readers = [lambda: self._clock.wait_since_told(), *([gpu.read] if gpu is not None else [])]
+            self._sampler = SystemSampler(pid, self._interval_s, readers)
         except ImportError as exc:
             log.warning("the machine is not watched: %s", exc)
         else:

@@ -1,9 +1,9 @@
-"""The machine while a run goes: a thread that reads processor, memory, disk, network and GPU once a second."""
+"""The machine while a run goes: a thread that reads processor, memory, disk, network, loader and GPU once a second."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from training.profiling.thinned import Thinned
@@ -21,10 +21,10 @@ class SystemSampler:
     A sample: `t_s` since the start; `cpu_percent` of the watched process and its children, `machine_cpu_percent`
     of all processes (both: 100 is one core); `memory_gb` of the process alone (children share pages with it),
     `machine_memory_gb`; `read_mb_s`, `write_mb_s` of all disks, `received_mb_s`, `sent_mb_s` of all networks, where the
-    system tells; and what `read_gpu` returns.
+    system tells; and what the `readers` return: `loader_wait_percent` (clock.py), figures of the GPU (gpu.py).
     """
 
-    def __init__(self, pid: int, interval_s: float, read_gpu: Callable[[], dict[str, float]] | None = None) -> None:
+    def __init__(self, pid: int, interval_s: float, readers: Sequence[Callable[[], dict[str, float]]] = ()) -> None:
         """`pid`: the process whose children, too, count as this run. Raises: ImportError without psutil."""
         import psutil  # type: ignore[import-untyped]  # optional; it has no types
 
@@ -33,7 +33,7 @@ class SystemSampler:
         self.cores: int = psutil.cpu_count() or 1
         """Of the machine: `machine_cpu_percent` is at most 100 times this."""
         self._interval_s = interval_s
-        self._read_gpu = read_gpu
+        self._readers = readers
         self._samples: Thinned[dict[str, float]] = Thinned(SAMPLES_KEPT)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="system-sampler", daemon=True)
@@ -87,7 +87,9 @@ class SystemSampler:
             "memory_gb": round(self._psutil.Process().memory_info().rss / 1e9, 4),
             "machine_memory_gb": round(self._psutil.virtual_memory().used / 1e9, 4),
         }
-        return levels if self._read_gpu is None else levels | self._read_gpu()
+        for read in self._readers:
+            levels |= read()
+        return levels
 
     def _own_cpu_s(self) -> float:
         """Of the process and all below it; an ended child's time is its parent's from then on."""

@@ -313,6 +313,11 @@ def test_a_wrong_configuration_is_refused_with_what_is_known(given: object, prob
         create_rules(given)
 
 
+def test_each_of_the_twelve_rules_says_what_to_do() -> None:
+    assert len(RULES) == 12
+    assert [name for name, rule in RULES.items() if not rule.advice.endswith(".")] == []
+
+
 def test_a_rule_that_cannot_judge_says_so(train: Any, small: Any, points: Any) -> None:
     run = train(small(), points(100), [Observer(1)], epochs=1)
     rules = create_rules([{"rule": "UnchangedTensor", "parameters": {"atol": 1e-3}}])

@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from training.debugging.__main__ import main
 from training.debugging.configuration import create_rules
 from training.debugging.observations import read
 from training.debugging.observer import Observer
+from training.debugging.rules_metrics import StalledTrainingRule
 from training.debugging.smdebug_files import read_trial
 from training.debugging.smdebug_hook import SmdebugHook, import_smdebug
 from training.debugging.verdicts import judge
@@ -139,8 +141,24 @@ def test_rules_judge_smdebugs_files_too(train: Any, small: Any, points: Any) -> 
     rules = judge(create_rules(), read_trial(run.folder / "tensors"))
     found = {verdict.rule.name for verdict in rules.verdicts if verdict.count}
     assert {"UnchangedTensor", "WeightUpdateRatio", "LossNotDecreasing"} <= found
-    assert not found & {"ExplodingTensor", "VanishingGradient", "DeadRelu", "AllZero"}
+    assert not found & {"ExplodingTensor", "VanishingGradient", "DeadRelu", "AllZero", "StalledTrainingRule"}
+    judged = {verdict.rule.name: verdict.rule.judged for verdict in rules.verdicts}
+    assert judged["StalledTrainingRule"] and not judged["ClassImbalance"]  # the files have times, and no labels
     assert main([str(run.folder / "tensors")]) == 3
+
+
+@needs_smdebug
+def test_a_gap_in_the_times_of_smdebugs_files_is_found(train: Any, small: Any, points: Any) -> None:
+    began_s = time.time()
+    run = train(
+        small(), points(100), [SmdebugHook(save_interval=1)], epochs=2,
+        after_step=lambda number: time.sleep(1.5) if number == 3 else None,
+    )  # fmt: skip
+    seen = [*read_trial(run.folder / "tensors")]
+    assert began_s < min(each.time_s for each in seen) <= max(each.time_s for each in seen) < time.time()
+    rule = StalledTrainingRule(threshold=1)
+    gaps = {firing.step: firing.value for each in seen for firing in rule.observe(each)}
+    assert gaps[4] is not None and gaps[4] > 1.5
 
 
 def test_without_smdebug_training_goes_on(
