@@ -20,7 +20,7 @@ from typing import Any, Literal, TextIO
 Format = Literal["text", "json"]
 
 _SECRET = re.compile(r"token|secret|password|passwd|credential|auth|(?:^|_)key", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_USERINFO = re.compile(r"(?<=://)[^/\s]+(?=@)")
 MASK = "***"
 
 PATIENCE_MS = 100
@@ -56,7 +56,12 @@ def configure_logging(level: str, format: Format = "text") -> None:
 def shown(settings: Mapping[str, Any]) -> str:
     """Settings as `name=value` pairs; the values of names that tell of a secret, and names in URLs, are masked."""
     pairs = ((name, MASK if _SECRET.search(name) else value) for name, value in settings.items())
-    return " ".join(f"{name}={_USERINFO.sub(MASK, str(value))}" for name, value in pairs)
+    return " ".join(f"{name}={masked(str(value))}" for name, value in pairs)
+
+
+def masked(text: str) -> str:
+    """The text without the name and password of any URL in it."""
+    return _USERINFO.sub(MASK, text)
 
 
 def counted(count: int, noun: str) -> str:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.engines.names import Wanted
-from service.logs import Format
+from service.logs import Format, masked
 from service.model.machine import SAGEMAKER_MODEL, cores
 
 PREFIX = "CLASSIFIER_"
@@ -32,6 +32,13 @@ def _number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _place(value: object) -> object:
+    """Before it is a path, which would have one slash of the two and hide that there is a password in it."""
+    if isinstance(value, str) and "://" in value:
+        raise ValueError("that is an address; copy the model to this machine and name its folder or .tar.gz")
+    return value
+
+
 class Settings(BaseSettings):
     """Everything that can be set; each sentence tells the consequence."""
 
@@ -39,7 +46,7 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, allow_inf_nan=False
     )
 
-    model: Path = Field(default_factory=default_model)
+    model: Annotated[Path, BeforeValidator(_place)] = Field(default_factory=default_model)
     """Artifact folder or .tar.gz archive of one; loaded, verified and warmed up before /ping turns 200.
     Default: /opt/ml/model where that folder is, else artifacts/model."""
     host: str = "0.0.0.0"  # noqa: S104  # SageMaker connects from outside the container
@@ -146,7 +153,7 @@ def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     if not error["loc"]:  # of the settings together
         return said
     name, given = str(error["loc"][0]), str(error["input"])
-    shown = given if given.isprintable() else repr(given)
+    shown = masked(given if given.isprintable() else repr(given))
     return f"{sources.get(name, f'{PREFIX}{name.upper()}=')}{shown}: {said[0].lower()}{said[1:]}"
 
 

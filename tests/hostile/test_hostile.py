@@ -153,6 +153,28 @@ def test_bombs_in_one_request_cost_no_more_than_one_and_others_are_answered(hard
     assert [result["error"]["code"] for result in bombs_said] == ["image_too_costly"] * 20
 
 
+def test_bombs_that_hold_every_decoder_are_answered_within_the_promised_time(artifact: Path, start_server: Any) -> None:
+    """With the default limits: two have 5 s of processor time, 7.5 by the clock; the others find no decoder for 2 s."""
+    plain = GOOD["image/jpeg"]
+    bomb = plain[:2] + b"\xff" * 26_000_000 + plain[2:]  # fill bytes, which Pillow reads one by one: 11 s of an EPYC
+    with start_server(artifact, CLASSIFIER_DECODE_THREADS="2") as server, ThreadPoolExecutor(5) as clients:
+        before = answers_to_good(server)
+
+        def send() -> tuple[Any, float]:
+            started_s = time.monotonic()
+            answer = server.ask("POST", "/invocations", bomb, {"Content-Type": "image/jpeg"})
+            return answer, time.monotonic() - started_s
+
+        answered = [request.result() for request in [clients.submit(send) for _ in range(5)]]
+        assert max(took_s for _, took_s in answered) < QUICKLY_S
+        told = [(answer.status, answer.json["error"]["code"]) for answer, _ in answered]
+        assert set(told) <= {(413, "image_too_costly"), (503, "overloaded")}
+        assert told.count((503, "overloaded")) >= 3
+        assert all(answer.headers["retry-after"] for answer, _ in answered if answer.status == 503)
+        assert answers_to_good(server) == before
+        assert "Traceback" not in server.log.read_text()
+
+
 @pytest.mark.parametrize("target", ["images", "multipart"])
 def test_coverage_guided_fuzzing_finds_nothing_in_a_few_seconds(target: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("atheris") is None:

@@ -220,6 +220,10 @@ def test_a_batch_is_a_valid_request_within_its_100_megabytes() -> None:
     request = batch.request(PROJECT, "model-1", PROJECT.uri("batch", "1", "input") + "/")
     assert problems("CreateTransformJob", {"TransformJobName": "j", **request}) == []
     assert request["MaxPayloadInMB"] * request["MaxConcurrentTransforms"] <= 100
+    assert request["BatchStrategy"] == "SingleRecord"
+    source = request["TransformInput"]
+    assert source["SplitType"] == source["CompressionType"] == request["TransformOutput"]["AssembleWith"] == "None"
+    assert source["ContentType"] == "application/octet-stream"
 
 
 def test_what_cannot_be_hosted_is_refused() -> None:

@@ -278,6 +278,8 @@ def test_a_client_that_hangs_up_while_waiting_never_reaches_the_engine(caplog: p
             client.sendall(head.encode() + jpeg())
             served.until(lambda: b"\nclassifier_queue_depth_images 1.0\n" in served.ask("GET", "/metrics").body)
         served.until(lambda: "status=0 code=client_gone" in caplog.text)
+        served.until(lambda: served.app.state.runtime.admission.under_way == 1)
+        assert not busy.done()  # its place is free before the engine could have come to it
         engine.delay_s = 0
         assert busy.result().status == 200
         assert served.ask("POST", "/invocations", png()).status == 200

@@ -23,6 +23,7 @@ from service import allowance, decoder_process, decoding
 from service.decoding import Decoders
 from service.errors import Overloaded
 from service.model.errors import ImageTooCostly, ImageTooLarge, UnreadableImage
+from service.model.images import MAX_PIXELS
 from service.model.resize import decode_resized
 from tests.hostile.bombs import behind_jfif, jpeg_of_size, segment
 
@@ -227,6 +228,61 @@ def test_an_image_that_takes_too_much_memory_is_refused() -> None:
             assert pids() == {pid}
 
     run(main)
+
+
+def test_a_process_may_take_what_the_pixels_need_and_no_more() -> None:
+    """The limits that the kernel holds the process to, for sizes that are decoded together and the one that is not."""
+    large = encoded(Image.new("L", (4200, 4200), 77), "PNG", compress_level=1)
+    assert decoding.ORDINARY_PIXELS < 4200**2
+
+    async def main() -> None:
+        async with opened() as decoders:
+            (process,) = decoders._idle
+            await process.ready()
+            mapped = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+            for file, pixels in ((FILES["png"], decoding.ORDINARY_PIXELS), (large, MAX_PIXELS)):
+                await decoders.decode(file, 32)
+                limit = resource.prlimit(process.pid, resource.RLIMIT_AS)[0]
+                expected = mapped + decoder_process.memory_limit(pixels, len(file))
+                assert abs(limit - expected) < 2**20  # it looked a moment before us
+
+    run(main)
+    ordinary, largest = (
+        decoder_process.memory_limit(pixels, 25 * 2**20) for pixels in (decoding.ORDINARY_PIXELS, MAX_PIXELS)
+    )
+    assert (ordinary / 2**20, round(largest / 2**30, 1)) == (452, 1.5)  # as README and `service.decoding` say
+
+
+def test_of_large_images_one_is_decoded_at_a_time_whosever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = encoded(Image.new("L", (4200, 4200), 77), "PNG", compress_level=1)
+    ask, looked_at, together, most = decoding._Process.ask, 0, 0, 0
+
+    async def noted(process: decoding._Process, request: bytes, *what: Any) -> Any:
+        nonlocal looked_at, together, most
+        if decoder_process.REQUEST.unpack(request)[1] == decoding.ORDINARY_PIXELS:
+            looked_at += 1
+            return await ask(process, request, *what)
+        together += 1
+        most = max(most, together)
+        try:
+            await until(lambda: looked_at == 4)  # every process is there by then, and the others could be decoded too
+            await asyncio.sleep(0.1)
+            return await ask(process, request, *what)
+        finally:
+            together -= 1
+
+    async def main() -> None:
+        async with opened(places=4) as decoders:
+            monkeypatch.setattr(decoding._Process, "ask", noted)
+            several = decoders.allowance(several=True)
+            images = await asyncio.gather(
+                *[decoders.decode(file, 32) for _ in range(2)],
+                *[decoders.decode(file, 32, None, several) for _ in range(2)],
+            )
+            assert all((image == 77).all() for image in images)
+
+    run(main)
+    assert most == 1
 
 
 @pytest.mark.parametrize(

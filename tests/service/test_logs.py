@@ -172,8 +172,8 @@ def test_a_path_of_a_client_cannot_forge_a_line_nor_fill_the_log() -> None:
 
 
 def test_settings_that_tell_of_a_secret_are_masked() -> None:
-    line = shown({"port": 80, "api_token": "t1", "hub_key": "k1", "model": "s3://me:pw@host/x", "Password": "p"})
-    assert line == "port=80 api_token=*** hub_key=*** model=s3://***@host/x Password=***"
+    line = shown({"port": 80, "api_token": "t1", "hub_key": "k1", "host": "tcp://me:pw@host/x", "Password": "p"})
+    assert line == "port=80 api_token=*** hub_key=*** host=tcp://***@host/x Password=***"
 
 
 @pytest.mark.parametrize("level", ["info", "debug"])

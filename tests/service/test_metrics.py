@@ -117,7 +117,7 @@ def test_counts_are_those_of_all_workers_whichever_is_asked_and_outlive_a_worker
     assert "worker 1 died (signal SIGKILL: probably the kernel's memory killer or an operator" in pair.log.read_text()
 
 
-def test_both_text_formats_are_given_as_asked(server: Any) -> None:
+def test_both_text_formats_are_given_as_asked(server: Any, artifact: Path) -> None:
     assert server.ask("POST", "/invocations", b"no image").status == 400
     accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
     answer = server.ask("GET", "/metrics", headers={"Accept": accept})
@@ -128,6 +128,7 @@ def test_both_text_formats_are_given_as_asked(server: Any) -> None:
     )
     (model,) = families["classifier_model"].samples
     assert model.labels["name"] == "tiny"
+    assert model.labels["version"] == open_artifact(artifact).manifest.version
     assert model.labels["engine"].startswith("openvino")
     for family in families.values():
         unit = [name for name in ("seconds", "bytes") if name in family.name]

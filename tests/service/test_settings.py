@@ -66,6 +66,18 @@ def test_what_a_variable_may_not_be_is_refused_by_its_name(
     assert refusal(capsys).startswith(said)
 
 
+def test_an_address_is_no_model_and_its_password_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "s3://***@host/model.tar.gz: that is an address; copy the model to this machine"
+    assert refusal(capsys, "--model", "s3://me:pw@host/model.tar.gz").startswith(f"error: --model {said}")
+    monkeypatch.setenv("CLASSIFIER_MODEL", "s3://me:p@w@host/model.tar.gz")
+    assert refusal(capsys).startswith(f"error: CLASSIFIER_MODEL={said}")
+    monkeypatch.setenv("CLASSIFIER_MODEL", "model")
+    monkeypatch.setenv("CLASSIFIER_PORT", "tcp://me:pw@host:80")
+    assert refusal(capsys).startswith("error: CLASSIFIER_PORT=tcp://***@host:80: input should be")
+
+
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--mode" in refusal(capsys, "--mode", "x")
 

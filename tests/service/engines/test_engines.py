@@ -62,6 +62,22 @@ def test_a_batch_gives_what_its_images_give_one_by_one(model: Artifact, engine: 
     np.testing.assert_array_equal(together, one_after_the_other)
 
 
+def test_batches_take_no_memory_of_a_gpu_that_the_first_did_not(engine: Make) -> None:
+    made = engine("torch-cuda")
+    images = np.random.default_rng(4).integers(0, 256, (20, 32, 32, 3), np.uint8)  # some in pieces of the largest batch
+
+    def taken() -> tuple[int, int]:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    made.infer(images[:1])
+    first = taken()
+    assert first[0] > 0
+    for k in range(500):
+        made.infer(images[: 1 + k % len(images)])
+    assert taken() == first
+
+
 @pytest.mark.parametrize("name", ["openvino-fp32", "openvino-bf16", "openvino-int8"])
 @pytest.mark.parametrize("n", [2, 4, 5, 15, 16, 17, 33])
 def test_padding_a_batch_changes_nothing(engine: Make, name: EngineName, n: int) -> None:
