@@ -37,7 +37,7 @@ from container.build import NAME, PLATFORM, ROOT, TARGETS
 from container.content import REVISION_LABEL, content_hash
 from container.ecr import PUSH_ACTIONS, Ecr, Repository, policy
 from container.engine import ContainerError, docker, exit_status, require_engine
-from container.registry import Pushed, look
+from container.registry import SCHEMA_2, Pushed, look
 from container.rules import CUDA_LABEL
 
 log = logging.getLogger("container")
@@ -107,7 +107,11 @@ def push(
         log.info("%s:%s is there already", repository.uri, tag)
     problem = pushed.problem(PLATFORM)
     if problem is not None:
-        raise ContainerError(problem)
+        raise ContainerError(
+            f"{problem} The tag is immutable and follows from the content: first remove what has it, 'aws ecr "
+            f"batch-delete-image --region {repository.region} --repository-name {repository.name} --image-ids "
+            f"imageTag={tag}'."
+        )
     log.info("%s, %s, %.0f MB compressed", pushed.media_type, pushed.platform, pushed.compressed_bytes / 1e6)
     return entry_of(repository, tag, pushed, labels)
 
@@ -115,7 +119,8 @@ def push(
 def inspect(image: str, target: str) -> dict[str, Any]:
     """What docker knows of the local image.
 
-    Raises: ContainerError when there is none, it is for other machines, or ours of another target or without labels.
+    Raises: ContainerError when there is none, SageMaker takes none of its form or for its machines, or it is ours of
+    another target or without labels.
     """
     try:
         found: dict[str, Any] = json.loads(docker("image", "inspect", image))[0]
@@ -128,6 +133,12 @@ def inspect(image: str, target: str) -> dict[str, Any]:
         raise ContainerError(
             f"{image} is for {platform}, SageMaker's instances are {PLATFORM}: 'make image TARGET={target}' builds "
             "for them."
+        )
+    media_type = (found.get("Descriptor") or {}).get("mediaType", SCHEMA_2)  # containerd's store alone tells
+    if media_type != SCHEMA_2:
+        raise ContainerError(
+            f"{image} is {media_type} in docker's store and would be pushed so, and SageMaker takes {SCHEMA_2} alone: "
+            f"'make image TARGET={target}' builds that, 'docker compose build' need not."
         )
     labels = found["Config"].get("Labels") or {}
     if labels.get(TARGET_LABEL, target) != target:

@@ -34,11 +34,24 @@ class Answer:
     """By their names in lower case."""
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """What became of a container, and of the requests under way, once it was told to stop."""
+
+    code: int | None
+    """None where it still ran when the time was over."""
+    seconds: float
+    under_way: int
+    statuses: list[int]
+    """Of all requests that were sent before; 0 for one without an answer."""
+
+
 class Running:
     """A container that runs."""
 
     def __init__(self, name: str, host: str, port: int) -> None:
         self.name, self.host, self.port = name, host, port
+        self.stopped: Stopped | None = None
 
     def ask(self, method: str, path: str, body: bytes | None = None, timeout_s: float = 60, **headers: str) -> Answer:
         """One request on a connection of its own; header names with _ for -. Raises: OSError, HTTPException."""
@@ -104,13 +117,16 @@ def telling_line(log: str) -> str:
 def running(
     image: str, command: Sequence[str] = ("serve",), model: Path | None = None, port: int = 8080,
     environment: dict[str, str] | None = None, options: Sequence[str] = (), network: str | None = None,
+    read_only: bool = True,
 ) -> Iterator[Running]:  # fmt: skip
-    """Run the image until the block ends: the model at /opt/ml/model and the root file system read-only, /tmp writable.
+    """Run the image until the block ends, with the model read-only at /opt/ml/model.
 
-    With `network` it is reached at its own address there, else over a published port of this machine.
+    `read_only` is about the root file system, with /tmp to write to. With `network` it is reached at its own address
+    there, else over a published port of this machine.
     """
     name = f"contract-{uuid.uuid4().hex[:12]}"
-    flags = ["run", "--detach", "--name", name, "--label", LABEL, "--read-only", "--tmpfs", "/tmp", *options]  # noqa: S108
+    flags = ["run", "--detach", "--name", name, "--label", LABEL]
+    flags += [*(("--read-only", "--tmpfs", "/tmp") if read_only else ()), *options]  # noqa: S108
     flags += ["--network", network] if network else ["--publish", f"127.0.0.1::{port}"]
     for key, value in (environment or {}).items():
         flags += ["--env", f"{key}={value}"]
@@ -123,11 +139,16 @@ def running(
         _remove("rm", "--force", "--volumes", name)
 
 
+def direct_network() -> str | None:
+    """docker's own network, with a way out, on which this machine reaches containers; None where not (no Linux)."""
+    host = os.environ.get("DOCKER_HOST", "unix://")
+    return "bridge" if sys.platform == "linux" and host.startswith("unix://") else None
+
+
 @contextmanager
 def isolated_network() -> Iterator[str | None]:
-    """A network without a way out, on which this machine reaches containers; None where it could not (no Linux)."""
-    host = os.environ.get("DOCKER_HOST", "unix://")
-    if sys.platform != "linux" or not host.startswith("unix://"):
+    """A network without a way out, on which this machine reaches containers; None where it could not."""
+    if direct_network() is None:
         yield None
         return
     name = f"contract-{uuid.uuid4().hex[:12]}"

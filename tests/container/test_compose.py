@@ -1,7 +1,7 @@
 """docker-compose.yml with both clients: Compose v2 (Debian's as a plugin where there is none) and docker-compose 1.29.
 
-Prometheus is the pinned image where it can be pulled, else Debian's on the base image; Grafana cannot be had here
-without a registry, so that of it only the files are looked at (test_monitoring.py).
+Prometheus is the pinned image where it can be pulled, else Debian's on the base image. Grafana is the pinned image, and
+where that cannot be pulled only its files are looked at (test_monitoring.py).
 """
 
 import json
@@ -27,7 +27,7 @@ from service.model.artifact import open_artifact
 from tests.conftest import free_port
 from tests.container.conftest import run
 from tests.container.debian import unpack
-from tests.container.test_monitoring import EXPRESSIONS
+from tests.container.test_monitoring import DASHBOARD, EXPRESSIONS
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(600)]
 
@@ -175,6 +175,53 @@ def test_prometheus_scrapes_the_service_and_every_panel_has_its_data(
         assert names <= metrics, f"{expression}: {names - metrics} is not scraped"
         # A panel of what should not be (refusals, deaths) is empty while all is well.
         assert asked(expression) or expression.endswith(" > 0"), f"no data: {expression}"
+
+
+@pytest.fixture(scope="module")
+def grafana(engine: None) -> None:
+    """The pinned Grafana."""
+    pinned = re.search(r"image: (grafana/grafana\S+)", (ROOT / "docker-compose.yml").read_text())
+    assert pinned is not None
+    if run("docker", "pull", "--quiet", pinned[1]).returncode != 0:
+        pytest.skip(f"{pinned[1]} cannot be pulled, so that the dashboard is seen in no Grafana")
+
+
+def test_grafana_has_the_provisioned_dashboard_and_asks_prometheus(
+    grafana: None, compose: Any, image: Callable[[str], str], monitoring: list[str]
+) -> None:
+    """Asked as anyone on this machine may: without logging in."""
+    image("serve-cpu")
+    up = compose(
+        *monitoring, "--profile", "monitoring", "up", "--detach", "--no-build", "serve", "prometheus", "grafana"
+    )
+    assert up.returncode == 0, up.stderr
+    ends_s = time.monotonic() + 120
+    while of_grafana("health") is None or not asked('up{job="classifier"} == 1'):
+        assert time.monotonic() < ends_s, compose(*monitoring, "logs", "grafana", "prometheus").stdout
+        time.sleep(1)
+    found = of_grafana("dashboards/uid/classifier")
+    assert found["meta"]["provisioned"]
+    assert [each["title"] for each in found["dashboard"]["panels"]] == [each["title"] for each in DASHBOARD["panels"]]
+    (source,) = [
+        each for each in of_grafana("frontend/settings")["datasources"].values() if each["type"] == "prometheus"
+    ]
+    assert (source["uid"], source["isDefault"]) == ("prometheus", True)
+    query = {"refId": "A", "datasource": {"uid": "prometheus"}, "expr": 'up{job="classifier"}', "instant": True}
+    answer = of_grafana("ds/query", {"from": "now-5m", "to": "now", "queries": [query]})
+    assert answer["results"]["A"]["frames"][0]["data"]["values"][1] == [1]
+
+
+def of_grafana(path: str, asked: object = None) -> Any:
+    """What Grafana's API says; None while it does not answer."""
+    body = None if asked is None else json.dumps(asked).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:3000/api/{path}", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as exc:
+        pytest.fail(f"{path}: {exc.code} {exc.read().decode()}")
+    except OSError:
+        return None
 
 
 def answer_of(path: str, **parameters: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from container.build import ROOT
+from container.contract import STARTS
 from container.engine import docker
 from container.rules import OF_OTHER_STARTS, OF_THE_IMAGE, OF_THE_SERVICE, Subject
 from container.running import LABEL
@@ -37,7 +38,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status):
         self.send_response(status)
         if "X-Amzn-SageMaker-Custom-Attributes" in self.headers:
-            self.send_header("X-Amzn-SageMaker-Custom-Attributes", "mine")
+            self.send_header("X-Amzn-SageMaker-Custom-Attributes", "mine" * 300)
         self.send_header("Content-Length", "0")
         self.end_headers()
     def log_message(self, *_):
@@ -47,6 +48,31 @@ server = http.server.HTTPServer(("0.0.0.0", 8080), Handler)
 server.asked = server.served = False
 server.serve_forever()
 """
+PLAIN_SERVER = """
+import http.server, os, pathlib, signal
+pathlib.Path("/var/log/started").write_text("at the start, as nginx does")
+signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+print("starting at", os.times().elapsed, flush=True)
+if not os.listdir("/opt/ml/model"):
+    raise SystemExit(1)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(200 if self.path == "/ping" else 404)
+    def do_POST(self):
+        while (left := int(self.headers["Content-Length"] or 0)) > 6e6:
+            return self.answer(413)
+        self.rfile.read(left)
+        self.answer(200 if self.path == "/invocations" else 405)
+    def answer(self, status):
+        self.send_response(status)
+        self.send_header("X-Amzn-SageMaker-Custom-Attributes", "one of mine")
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer.request_queue_size = 128
+http.server.ThreadingHTTPServer(("0.0.0.0", 8080), Handler).serve_forever()
+"""
+"""What SageMaker hosts, without anything that is recommended."""
 
 
 def verdicts(*arguments: str) -> tuple[int, dict[str, str], str]:
@@ -65,6 +91,38 @@ def test_our_image_keeps_every_rule(
     assert status == 0, said
     assert set(rules.values()) == {"PASS"}
     assert len(rules) == RULES
+    assert said.endswith(f"{RULES} of {RULES} rules hold, all that SageMaker demands do\n")
+    # The service's own sentences, not the entry point's first line.
+    assert re.search(r"PASS  a missing model .*: exit code 1: .*The folder /opt/ml/model is empty", said)
+    assert re.search(r"PASS  a damaged model .*: exit code 1: .*safetensors is damaged: its sha256 is not", said)
+
+
+def test_an_image_without_what_is_recommended_keeps_what_sagemaker_demands(
+    base_image: str, model: Path, tmp_path: Path
+) -> None:
+    """It writes to its root, takes no POST of /ping, ends with 143; without a model it says what it always says."""
+    if not base_image:
+        pytest.skip("no local base image with Python to build an image on")
+    (tmp_path / "server.py").write_text(PLAIN_SERVER)
+    (tmp_path / "Dockerfile").write_text(f'FROM {base_image}\nCOPY server.py /\nENTRYPOINT ["python3", "/server.py"]\n')
+    docker("build", "--tag", "contract-plain", str(tmp_path))
+    status, rules, said = verdicts("contract-plain", "--model", str(model), "--patience", "5")
+    docker("rmi", "contract-plain")
+    assert (status, len(rules)) == (1, RULES), said
+    assert {rule for rule, verdict in rules.items() if verdict == "FAIL"} == {
+        "/ping answers POST as well (recommended)",
+        "/invocations takes 25 MB, as much as SageMaker passes on (recommended)",
+        "a payload it cannot read gets 4xx, and harms nothing (recommended)",
+        "after SIGTERM what was accepted is answered, and the exit code is 0 (recommended)",
+        "it also runs with a read-only root and without network (recommended)",
+        "it listens on SAGEMAKER_BIND_TO_PORT, and has the label (recommended)",
+        "a missing model ends the start, and it says why (recommended)",
+        "a damaged model ends the start, and it says why (recommended)",
+        "a command it does not know is refused, and it says so (recommended)",
+    }, said
+    assert "(recommended): exit code 1, and nothing that a good start does not say too: starting at" in said
+    assert "Read-only file system" in said
+    assert said.endswith(f"{RULES - 9} of {RULES} rules hold, all that SageMaker demands do\n")
 
 
 def test_a_bad_image_fails_the_rules_it_breaks_and_those_alone(base_image: str, model: Path, tmp_path: Path) -> None:
@@ -83,7 +141,7 @@ def test_a_bad_image_fails_the_rules_it_breaks_and_those_alone(base_image: str, 
     assert {rule for rule, verdict in rules.items() if verdict == "PASS"} == {
         "it is for linux/amd64",
         "its manifest is no OCI index",
-        "`serve` starts with model and root read-only, without network",
+        STARTS,
         "it accepts connections within 250 ms",
         "/invocations answers within 60 s under load",
         "what is labelled bidirectional-streaming takes a WebSocket",
@@ -115,14 +173,18 @@ def test_an_image_that_ends_at_once_fails_by_its_last_words(
     status, rules, told = verdicts("contract-dead", "--model", str(model))
     subject = Subject("contract-dead", model, b"", "image/png", {}, 30)
     unknown = "a command it does not know is refused, and it says so (recommended)"
-    assert OF_OTHER_STARTS[unknown](subject, None)[0]
+    assert OF_OTHER_STARTS[unknown](subject, "")[0]
     docker("rmi", "contract-dead")
     assert status == 1
-    assert told.endswith(f"{RULES - list(rules.values()).count('FAIL')} of {RULES} rules hold\n")
+    failed = [rule for rule, verdict in rules.items() if verdict == "FAIL"]
+    demanded = [rule for rule in failed if not rule.endswith("(recommended)")]
+    assert told.endswith(
+        f"{RULES - len(failed)} of {RULES} rules hold, {len(demanded)} that SageMaker demands do not\n"
+    )
     assert len(rules) == RULES
     assert said in told
     assert rules["ENTRYPOINT, if there is one, passes `serve` on (exec form), and is not tini"] == "PASS"
-    assert rules["/invocations takes 25 MB"] == "FAIL"
+    assert rules["/invocations works as soon as /ping is 200"] == "FAIL"
     assert rules[unknown] == "FAIL" and f"{unknown}: not reached" in told
 
 
@@ -149,7 +211,7 @@ def test_who_ends_it_finds_nothing_left(number: signal.Signals, image: Callable[
 
 def test_a_word_that_docker_run_does_not_know_is_told(image: Callable[[str], str], model: Path) -> None:
     status, rules, said = verdicts(image("serve-cpu"), "--model", str(model), "--docker-options=--bogus")
-    assert (status, rules["/invocations takes 25 MB"]) == (1, "FAIL")
+    assert (status, rules["/invocations works as soon as /ping is 200"]) == (1, "FAIL")
     assert said.count("docker run failed: unknown flag: --bogus.") == 1
 
 

@@ -33,9 +33,10 @@ from container.content import content_hash
 from container.ecr import LIFECYCLE, PUSH_ACTIONS, Ecr, policy
 from container.engine import ContainerError, docker
 from container.push import _logged_in, _push_sentence, content_tag, note
-from container.registry import SCHEMA_2, Pushed
+from container.registry import OTHERS, SCHEMA_2, Pushed
 from tests.conftest import free_port
 from tests.container.debian import unpack
+from training.launch.images import Image, image_for
 
 ACCOUNT, REGION = "123456789012", "eu-central-1"
 HOST = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
@@ -243,6 +244,19 @@ def test_the_image_of_another_target_is_refused(aws: Aws, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("media_type", OTHERS)
+def test_an_image_in_another_form_is_refused_before_it_is_sent(media_type: str, aws: Aws, tmp_path: Path) -> None:
+    """As an engine with containerd's store tells of what `docker compose build` made; the tag would be taken."""
+    described = IMAGE.replace('"Os"', f'"Descriptor": {{"mediaType": "{media_type}"}}, "Os"')
+    script = f"echo $1 >> {tmp_path}/called; case $1 in image) echo '{described}';; esac"
+    said = sentence(push("--target", "serve-cpu", env=aws.env(PATH=fake_docker(tmp_path / "bin", script))))
+    assert said == (
+        f"resnet34-sagemaker:serve-cpu is {media_type} in docker's store and would be pushed so, and SageMaker takes "
+        f"{SCHEMA_2} alone: 'make image TARGET=serve-cpu' builds that, 'docker compose build' need not."
+    )
+    assert (tmp_path / "called").read_text().split() == ["version", "image"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -421,7 +435,7 @@ def registry(engine: None, aws: Aws, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "htpasswd").write_text(f"AWS:{HASH}\n")
     settings = {
         "version": 0.1,
-        "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}},
+        "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}, "delete": {"enabled": True}},
         "http": {
             "addr": "127.0.0.1:443",
             "tls": {"certificate": str(folder / "host.crt"), "key": str(folder / "host.key")},
@@ -482,6 +496,7 @@ def test_a_push_arrives_as_sagemaker_wants_it_and_can_be_pulled(
     assert [*(tmp_path / "tmp").iterdir(), *home.rglob("config.json")] == []
     entry = json.loads(output.read_text())["serve-cpu"]
     assert first.stdout == f"{entry['uri']}\n"
+    assert image_for("serve-cpu", None, output) == Image(entry["uri"], None), "what deployment reads"
     assert entry["uri"].startswith(f"{HOST}/resnet34-sagemaker:{version()}-serve-cpu-")
     assert (entry["media_type"], entry["platform"], entry["cuda"]) == (SCHEMA_2, "linux/amd64", None)
     assert PASSWORD not in first.stderr
@@ -569,9 +584,16 @@ def test_an_index_under_the_tag_is_refused(
         "platform": {"os": "linux", "architecture": "amd64"},
     }  # fmt: skip
     index = {"schemaVersion": 2, "mediaType": index_type, "manifests": [manifest]}
-    registry.request("PUT", f"indexed/manifests/{tag}", json.dumps(index).encode(), Content_Type=index_type)
-    said = sentence(push("--target", "serve-cpu", "--repository", "indexed", "--output", output, env=aws.env()))
+    _, put = registry.request("PUT", f"indexed/manifests/{tag}", json.dumps(index).encode(), Content_Type=index_type)
+    arguments = ["--target", "serve-cpu", "--repository", "indexed", "--output", output]
+    said = sentence(push(*arguments, env=aws.env()))
     assert f"The pushed manifest is {index_type}" in said
+    remove = f"aws ecr batch-delete-image --region {REGION} --repository-name indexed --image-ids imageTag={tag}"
+    assert f"first remove what has it, '{remove}'." in said
+    registry.request("DELETE", f"indexed/manifests/{put['Docker-Content-Digest']}")  # as told; moto has not this image
+    after = push(*arguments, env=aws.env())
+    assert after.returncode == 0, after.stderr
+    assert "is there already" not in after.stderr
 
 
 @pytest.mark.container

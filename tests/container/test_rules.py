@@ -20,13 +20,14 @@ from container.rules import CUDA_LABEL, OF_THE_IMAGE, OF_THE_SERVICE, STREAMING_
 from container.running import Running
 
 SUBJECT = Subject("none", Path(), b"payload", "image/png", {}, 1.0)
-ATTRIBUTES = "Custom-Attributes come back as they were, or not at all"
+ATTRIBUTES = "Custom-Attributes that it sends are at most 1,024 visible characters"
 METRICS = "/metrics is text for Prometheus, or 404 (optional)"
 ENTRYPOINT = "ENTRYPOINT, if there is one, passes `serve` on (exec form), and is not tini"
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 """Of RFC 6455."""
 PARAMETERS = "/execution-parameters fits batch transform, or is 404"
 STREAMS = "what is labelled bidirectional-streaming takes a WebSocket"
+DRAINS = "after SIGTERM what was accepted is answered, and the exit code is 0 (recommended)"
 CUDA = "an image for GPUs says its CUDA version in a label (recommended)"
 
 
@@ -75,9 +76,16 @@ def answering(status: int, body: bytes = b"", delay_s: float = 0, **headers: str
 
 @pytest.mark.parametrize(
     ("status", "headers", "holds"),
-    [(200, {}, True), (200, {"echo": ""}, True), (200, {"echo": "!"}, False), (500, {"echo": ""}, False)],
+    [
+        (200, {}, True),
+        (200, {"echo": ""}, True),
+        (200, {"echo": "!"}, False),
+        (200, {"X_Amzn_SageMaker_Custom_Attributes": "trace=mine; of=2"}, True),
+        (200, {"X_Amzn_SageMaker_Custom_Attributes": "trace=\xe9"}, False),
+        (500, {"echo": ""}, False),
+    ],
 )
-def test_custom_attributes_come_back_unchanged_or_not_at_all(status: int, headers: dict[str, str], holds: bool) -> None:
+def test_custom_attributes_are_any_that_sagemaker_passes_on(status: int, headers: dict[str, str], holds: bool) -> None:
     with answering(status, **headers) as service:
         ok, seen = judged(OF_THE_SERVICE[ATTRIBUTES], service, SUBJECT)
     assert ok is holds, seen
@@ -248,6 +256,51 @@ def test_what_is_about_time_is_measured_once_more_before_it_fails() -> None:
     assert judged(lambda: next(slow), times=2) == (True, "1 s (before that: 3 s)")
     broken = iter([(False, "3 s"), (False, "4 s"), (True, "never asked")])
     assert judged(lambda: next(broken), times=2) == (False, "4 s (before that: 3 s)")
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("2026-11-30T09:00:07.001Z INFO on port 9217\nstarting\n\n", ""),
+        ("2026-11-30T09:00:07.001Z INFO on port 9217\nno model\n", "no model"),
+        ('{"time":"2026-11-30T09:00:07Z","message":"up"}\n', ""),
+        ('{"time":"2026-11-30T09:00:07Z","message":"down"}\n', '{"time":"2026-11-30T09:00:07Z","message":"down"}'),
+    ],
+)
+def test_a_reason_is_what_a_good_start_does_not_say(said: str, why: str) -> None:
+    usual = (
+        '2026-11-30T08:00:00.000Z INFO on port 8080\nstarting\n{"time":"2026-11-30T08:00:00Z","message":"up"}\nserved\n'
+    )
+    assert rules.unusual(said, usual) == why
+
+
+class Told(Running):
+    """A service here that ends, with a code, once it is told to; None: it goes on."""
+
+    def __init__(self, service: Running, code: int | None) -> None:
+        super().__init__(service.name, service.host, service.port)
+        self.signals, self.code = list[str](), code
+
+    def signal(self, name: str) -> None:
+        self.signals.append(name)
+
+    def wait_for_exit(self, limit_s: float) -> int | None:
+        return self.code
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "ends", "drains"),
+    [(200, 0, True, True), (200, 143, True, False), (503, 0, True, False), (200, None, False, False)],
+)
+def test_that_it_ends_is_demanded_and_how_is_recommended(
+    status: int, code: int | None, ends: bool, drains: bool
+) -> None:
+    """One stop tells both."""
+    with answering(status) as service:
+        told = Told(service, code)
+        assert judged(OF_THE_SERVICE["it ends within 30 s of SIGTERM"], told, SUBJECT)[0] is ends
+        assert judged(OF_THE_SERVICE[DRAINS], told, SUBJECT)[0] is drains
+    assert told.signals == ["SIGTERM"]
 
 
 def test_who_does_not_answer_fails_the_rule() -> None:

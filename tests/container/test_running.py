@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,8 @@ from service.model.artifact import open_artifact
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 
 Image = Callable[[str], str]
+START_S, START_PROCESSOR_S = 3, 20
+"""Of serve-cpu; the second on any machine: 10 s were seen where two cores had a load of 19 (one run)."""
 
 
 def health(name: str) -> str:
@@ -48,23 +52,43 @@ def test_docker_sees_its_health_without_network_and_home(target: str, image: Ima
         assert container.wait_for_exit(30) == 0
 
 
+def processor_s(name: str) -> float:
+    """What a container has computed so far, by its control group (the kernel's admin-guide, cgroup-v1, cgroup-v2)."""
+    script = "cat /sys/fs/cgroup/cpuacct/cpuacct.usage 2> /dev/null || cat /sys/fs/cgroup/cpu.stat"
+    words = docker("exec", name, "sh", "-c", script).split()
+    return int(words[0]) / 1e9 if words[0].isdigit() else int(words[words.index("usage_usec") + 1]) / 1e6
+
+
 @pytest.mark.parametrize("target", ["serve-cpu", "serve"])
 def test_from_start_to_the_first_ping(
     target: str, image: Image, model: Path, tell: Callable[[str], None]
 ) -> None:  # fmt: skip
-    """`docker run` returns when the container has been started. serve-cpu within 3 s, unless this machine is busy."""
-    taken: list[float] = []
+    """`docker run` returns when the container has been started. serve-cpu within 3 s (median of three), unless this
+    machine is busy; what it computes until then is bounded on any.
+    """
+    taken, computed = list[float](), list[float]()
+    name, cores = image(target), os.cpu_count() or 1
+    gives_up_s = time.monotonic() + 60
+    while target == "serve-cpu" and os.getloadavg()[0] > cores and time.monotonic() < gives_up_s:
+        time.sleep(1)  # a build that has just ended
     for _ in range(3):
         started_s = time.monotonic()
-        with running(image(target), model=model) as container:
-            container.wait_until_ready(120)
+        with running(name, model=model) as container:
+            container.wait_until_ready(300)
             taken.append(time.monotonic() - started_s)
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    tell(
-        f"{target}: /ping 200 after {', '.join(f'{each:.1f}' for each in taken)} s, docker run included "
-        f"(load {load:.1f} on {cores} cores)"
+            computed.append(processor_s(container.name))
+    load = os.getloadavg()[0]
+    said = (
+        f"{target}: /ping 200 after {', '.join(f'{each:.1f}' for each in taken)} s, docker run included, and "
+        f"{', '.join(f'{each:.1f}' for each in computed)} s of processor time (load {load:.1f} on {cores} cores)"
     )
-    assert target != "serve-cpu" or min(taken) <= 3 or load > cores
+    tell(said)
+    if target != "serve-cpu":
+        return
+    assert min(computed) <= START_PROCESSOR_S, said
+    if statistics.median(taken) > START_S and load > cores:
+        pytest.skip(f"this machine is busy, so that {START_S} s from start to /ping say nothing: {said}")
+    assert statistics.median(taken) <= START_S, said
 
 
 @pytest.mark.parametrize(("target", "command"), [("serve-cpu", "serve"), ("train", "train")])
@@ -82,6 +106,20 @@ def test_a_stop_that_comes_while_it_starts_is_heard(
             time.sleep(delay_s)
             container.signal("SIGTERM")
             assert container.wait_for_exit(20) in (0, 143), (delay_s, container.log())
+
+
+def test_with_a_gpu_it_answers_from_there(image: Image, model: Path, base_image: str) -> None:
+    """Skipped where docker has none to give, as everywhere this was built."""
+    try:
+        docker("run", "--rm", "--label", LABEL, "--gpus=all", "--entrypoint=true", base_image or image("serve"))
+    except ContainerError as exc:
+        pytest.skip(f"no GPU for containers here: {exc}")
+    with running(image("serve"), model=model, options=("--gpus=all",)) as container:
+        container.wait_until_ready(300)
+        first, *lines = container.log().splitlines()
+        assert re.search(r"NVIDIA driver \S+ (fits CUDA|is too old .* bridges that)", first)
+        assert any("torch-cuda" in line for line in lines), container.log()
+        assert top_label(container, model) in open_artifact(model).manifest.classes
 
 
 def test_flags_go_to_the_service_and_the_healthcheck_follows(image: Image, model: Path) -> None:
