@@ -26,7 +26,8 @@ def format_of(path: Path | None, given: Format | None) -> Format:
     if given:
         return given
     ending = ".csv" if path is None else path.suffix
-    found = next((known for known in get_args(Format) if ending == f".{known}"), None)
+    known: tuple[Format, ...] = get_args(Format)
+    found = next((each for each in known if ending == f".{each}"), None)
     if found is None:
         raise ConfigError(f"--output {path}: the name must end in .csv, .json or .jsonl, or give --format.")
     return found
