@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from training.command_line import positive
-from training.launch import batch, endpoint, jobs, results
+from training.launch import autoscaling, batch, endpoint, jobs, results
 from training.launch.names import DEFAULT_PROJECT
 from training.launch.wait import POLL_S
 
@@ -130,6 +130,11 @@ def parser() -> argparse.ArgumentParser:
         "--max", type=between(1, 1000), dest="max_count",
         help="instances at most (default: --min, no autoscaling; without either it scales on as it does)",
     )  # fmt: skip
+    for name, ours in vars(endpoint.Targets()).items():
+        one.add_argument(
+            autoscaling.flag_of(name), type=up_to(1_000_000), metavar="N",
+            help=f"add instances where one has more {autoscaling.UNITS[name]} (default: as it does, else {ours:g})",
+        )  # fmt: skip
     one.add_argument("--ami", help="InferenceAmiVersion (default: the one CUDA 13 needs)")
     one.add_argument(
         "--startup-seconds", type=between(60, 3600), default=endpoint.STARTUP_S, help="default: %(default)s"
