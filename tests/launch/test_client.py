@@ -203,6 +203,8 @@ def test_the_command_writes_csv_and_json_lines_and_tells_of_problems(
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert len(rows) == 1 + len(lines) == 1 + len(list(asked.iterdir()))
     assert rows[1].split(",")[1] == lines[0]["predictions"][0]["label"]
+    assert main(["invoke", *url, str(asked), "--output", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text()) == lines  # one document
     (tmp_path / "bad.png").write_bytes(b"no picture")
     assert main(["invoke", *url, str(tmp_path / "bad.png"), "--output", str(tmp_path / "b.csv")]) == 1
     assert "unreadable_image" in (tmp_path / "b.csv").read_text()

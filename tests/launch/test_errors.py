@@ -48,6 +48,7 @@ def test_a_denial_without_words_names_the_operation() -> None:
         ("s3", "HeadBucket", "s3:ListBucket"),
         ("s3", "HeadObject", "s3:GetObject"),
         ("s3", "UploadPart", "s3:PutObject"),
+        ("s3", "GetPublicAccessBlock", "s3:GetBucketPublicAccessBlock"),
         ("s3", "PutPublicAccessBlock", "s3:PutBucketPublicAccessBlock"),
         ("service-quotas", "ListServiceQuotas", "servicequotas:ListServiceQuotas"),
         ("cloudwatch-logs", "GetLogEvents", "logs:GetLogEvents"),

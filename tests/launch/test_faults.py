@@ -252,6 +252,7 @@ def test_an_endpoint_that_does_not_come_up_is_removed_with_reason_and_log(cloud:
     assert "Endpoint sick failed: The primary container" in stderr and "ping health check" in stderr
     assert re.search(r"The last lines of its log:\n(    .*\n)*    .*no NVIDIA GPU here", stderr), stderr
     assert "The endpoint is removed" in stderr
+    assert "The new model's version stays in the registry and its archive in S3" in stderr
     kept = left(cloud, "sick")
     assert set(kept) <= {"model packages", "model package groups"}, kept  # the model itself is sound
     assert "all of it is removed" in said(cloud, "delete", "--project", "sick", "--yes", "--data", status=0)

@@ -18,7 +18,7 @@ def test_what_make_push_noted_is_taken_and_what_is_given_wins(tmp_path: Path) ->
     )
     assert image_for("serve", None, pushed) == Image("a/b:1", (13, 0))
     assert image_for("serve-cpu", None, pushed) == Image("a/b:2", None)
-    assert image_for("serve", ECRS, pushed) == Image(ECRS, (13, 0))
+    assert image_for("serve", ECRS, pushed) == Image(ECRS, (13, 0), known=False)
     pushing = "`make image TARGET=train && make push TARGET=train`"
     for path, said in ((pushed, "has no train"), (tmp_path / "none", "--image is missing")):
         with pytest.raises(ConfigError, match=f"{said}.*{pushing} first"):
@@ -30,6 +30,16 @@ def test_what_make_push_noted_is_taken_and_what_is_given_wins(tmp_path: Path) ->
     pushed.write_text("no json")
     with pytest.raises(ConfigError, match=f'not as `make push` writes it, .*"uri".*{pushing}'):
         image_for("train", None, pushed)
+
+
+def test_of_an_image_that_is_given_what_was_noted_of_it_is_taken(tmp_path: Path) -> None:
+    pushed = tmp_path / "image.json"
+    pushed.write_text(json.dumps({"train": {"uri": ECRS, "cuda": "12.4"}, "serve-cpu": {"uri": f"{ECRS}1"}}))
+    assert image_for("serve", ECRS, pushed) == Image(ECRS, (12, 4))
+    assert image_for("train", f"{ECRS}1", pushed) == Image(f"{ECRS}1", None)
+    for text in ("[]", '{"train": 1}', '{"train": {}}', "no json"):  # what nobody asked for disturbs nobody
+        pushed.write_text(text)
+        assert image_for("train", ECRS, pushed) == Image(ECRS, (13, 0), known=False)
 
 
 def test_images_that_others_pushed_can_be_noted_once(tmp_path: Path) -> None:

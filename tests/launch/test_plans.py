@@ -174,6 +174,7 @@ def test_the_help_of_tune_names_what_is_searched(capsys: pytest.CaptureFixture[s
     assert ",".join(map(str, defaults.batch_sizes)) in said and f"(default: {defaults.trials})" in said
     for low, high in (defaults.learning_rate_range, defaults.epochs_range):
         assert f"({low}:{high})" in said
+    assert "a trial that loses its machine begins anew" in said and "goes on from its checkpoints" not in said
 
 
 def test_the_price_is_told_before_the_job_is_started(

@@ -146,16 +146,19 @@ def test_without_a_role_preflight_and_train_name_what_makes_one_and_what_prints_
     sentence = problem(caplog, "train", *project, "--data", data, "--image", IMAGE)
     for said in (table, sentence):
         assert "iam-role --project no-role` makes one, or give --role ARN; with --policy it prints" in said
-    assert "sts:AssumeRole" not in sentence + table
+    assert "sts:AssumeRole" not in sentence  # which stays one
     printed = json.loads(shown(caplog, capsys, "iam-role", *project, "--policy"))
     assert printed["trust policy"] == trust_policy()
+    row = table[table.index("Its trust policy: ") : table.index("  PASS  permissions")]
+    trust, may = row.removeprefix("Its trust policy: ").split("Its permissions: ")
+    assert [json.loads(trust), json.loads(may)] == list(printed.values())  # as they are shown, ready to be copied
     allowed = json.dumps(printed["permissions"])
     assert "s3:GetObject" in allowed and "arn:aws:s3:::sagemaker-eu-central-1" in allowed
     assert "iam CreateRole" not in here.calls
 
 
 def test_of_an_image_that_is_not_there_the_driver_does_not_pass(aws: Aws) -> None:
-    for image, results in ((IMAGE, ["PASS"]), (IMAGE.replace(":rehearsal", ":nothing"), [])):
+    for image, results in ((IMAGE, ["WARN"] * 2), (IMAGE.replace(":rehearsal", ":nothing"), [])):
         found = preflight.run(aws, PROJECT, Plan(TRAINING, GPU, image, "resnet34-sagemaker"))
         assert [check.result for check in found if check.name == "driver"] == results
 
@@ -173,17 +176,37 @@ def test_an_image_that_jobs_cannot_pull_is_told(aws: Aws, uri: str, said: str) -
     assert result == "FAIL" and said in found and fix
 
 
-def test_the_hosts_driver_is_compared_with_the_images_cuda() -> None:
-    def driver(instance: str = GPU, image: str | None = IMAGE, **more: str) -> tuple[str, str, str]:
-        ((result, found, fix),) = checks(preflight._driver(Plan(TRAINING, instance, image, **more)))  # type: ignore[arg-type]
-        return result, found, fix
+def test_the_hosts_driver_is_compared_with_the_images_cuda(pushed: Path) -> None:
+    def drivers(instance: str = GPU, image: str | None = None, training: str = TRAINING, **more: str) -> list[Any]:
+        return checks(preflight._drivers(Plan(training, instance, image, **more)))  # type: ignore[arg-type]
 
-    assert driver()[0] == "PASS" and "CUDA 13.0, which --image is taken to bring" in driver()[1]
+    def driver(*given: str, **more: str) -> tuple[str, str, str]:
+        row: tuple[str, str, str] = drivers(*given, **more)[1]
+        return row
+
+    Rehearsal.note_images(pushed.parents[1])
+    assert [result for result, *_ in drivers()] == ["PASS", "PASS"] and "runs the image's CUDA 13.0" in driver()[1]
     result, found, fix = driver(ami="al2-ami-sagemaker-inference-gpu-2")
     assert result == "FAIL" and "cannot run CUDA 13.0" in found and "al2023-ami-sagemaker-inference-gpu-4-1" in fix
     result, found, fix = driver(ami="al-none")
     assert (result, found) == ("FAIL", "--ami al-none is unknown") and "al2023-ami-sagemaker-inference-gpu-4-1" in fix
     assert driver(CPU)[:2] == ("PASS", f"{CPU} has no GPU; take the image for CPUs")
+    assert drivers(training=CPU)[0][:2] == ("PASS", f"{CPU} has no GPU; trainings compute on its processor")
+    # Of an image that is given and was not noted nobody knows, which is no PASS; old GPUs are refused all the same.
+    other = IMAGE.replace(":rehearsal", ":other")
+    for result, found, fix in drivers(image=other):
+        assert result == "WARN" and "CUDA 13.0, which is not known" in found
+        assert f'"uri": "{other}", "cuda": "13.0"' in fix
+    for image in (None, other):
+        old = drivers("ml.p3.2xlarge", image, "ml.p3.2xlarge")
+        assert [result for result, *_ in old] == ["FAIL", "FAIL"], old
+        assert all("CUDA 13 dropped its GPU" in said for _, said, _ in old)
+    pushed.write_text(json.dumps({"train": {"uri": other, "cuda": "12.4"}}))
+    (_, training, _), (result, found, _) = drivers("ml.p3.2xlarge", other, "ml.p3.2xlarge")
+    assert "the image's CUDA 12.4" in training
+    assert result == "PASS" and "gpu-3-1 (driver 550, CUDA 12.4) runs the image's CUDA 12.4" in found
+    pushed.write_text(json.dumps({"serve-cpu": {"uri": other, "cuda": None}}))
+    assert all(result == "WARN" and "leaves it unused" in found for result, found, _ in drivers(image=other))
 
 
 @pytest.mark.parametrize(("seconds", "result"), [(59, "FAIL"), (60, "PASS"), (3600, "PASS"), (3601, "FAIL")])

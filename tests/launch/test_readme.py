@@ -12,9 +12,11 @@ from tests.launch.test_client import GOOD, answering
 from tests.launch.test_interrupted import train
 from tests.rehearsal.start import IMAGE, ROOT
 from training.launch.attempts import TRAINING_JOBS
+from training.launch.client import EndpointTarget
 from training.launch.commands import COMMANDS
 from training.launch.flags import options_of
 from training.launch.names import Project
+from training.launch.session import connect
 
 VALUES = {"--capture-percent": "20", "--min": "1", "--max": "2", "--kind": "async"}
 """For flags that are named alone."""
@@ -78,3 +80,19 @@ def test_the_commands_in_the_readmes_sentences_are_understood(
             before = here.cloud.plane.leftovers()
             told(caplog, name, *usual[name], *given, *more)
             assert here.cloud.plane.leftovers() == before, words
+
+
+def test_the_readmes_python_asks_a_service_and_would_ask_an_endpoint(
+    here: Account, asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "photos").symlink_to(asked)
+    monkeypatch.chdir(tmp_path)
+    with answering((200, {}, GOOD)) as (url, _):
+        exec(block.replace("http://127.0.0.1:8080", url), {})
+    lines = capsys.readouterr().out.splitlines()
+    label = GOOD["predictions"][0]["label"]
+    assert sorted(lines) == sorted(f"{Path('photos') / path.name} {label}" for path in asked.iterdir())
+    (target,) = re.findall(r"`(EndpointTarget\(.*?\))`, with", text)
+    assert eval(target, {"EndpointTarget": EndpointTarget, "connect": connect}).name == "endpoint resnet34"

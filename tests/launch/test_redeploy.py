@@ -98,6 +98,19 @@ def test_scaling_stays_until_someone_says_otherwise_and_each_change_is_told(
     assert "keeps scales from 1 to 2 instances (keeps-requests, keeps-concurrency), before from 1 to 3" in told(
         caplog, *command, *elsewhere, "--max", 2
     )
+    # What each instance is to have: told with its flag, and kept like the counts.
+    aim = "{} requests a minute (--scale-at-requests) or {} requests at once (--scale-at-concurrency)"
+    assert f"instances are added where one has more than {aim.format(1200, 16)}" in told(caplog, *command, *elsewhere)
+    given = (*command, *elsewhere, "--scale-at-requests", 600)
+    assert f"would add instances where one has more than {aim.format(600, 16)}" in told(caplog, *given, "--dry-run")
+    for changed in (given, (*command, *elsewhere), (*command, *elsewhere, "--max", 2)):
+        assert f"instances are added where one has more than {aim.format(600, 16)}" in told(caplog, *changed)
+        policies_now = autoscaling.found(here.aws, Project("keeps", BUCKET))[1]
+        tracked = {each["PolicyName"]: each["TargetTrackingScalingPolicyConfiguration"] for each in policies_now}
+        assert {name: each["TargetValue"] for name, each in tracked.items()} == {
+            "keeps-requests": 600, "keeps-concurrency": 16
+        }  # fmt: skip
+        assert bounds(here, "keeps") == (1, 2)
     said = told(caplog, *command, *elsewhere, "--max", 1, "--dry-run")
     assert "would end its scaling, which is from 1 to 2 instances" in said and bounds(here, "keeps") == (1, 2)
     here.records.endpoints["keeps"].production_variants[0]["DesiredInstanceCount"] = 2  # what scaling has reached

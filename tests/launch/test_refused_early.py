@@ -1,5 +1,6 @@
 """What cannot be is refused with a sentence before anything is made at AWS, and before anything costs."""
 
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from tests.launch.in_process import ROLE, Account
 from tests.launch.telling import problem, shown, told
 from tests.rehearsal.start import IMAGE, Rehearsal
 from training.errors import ConfigError
+from training.launch import images
 from training.launch.__main__ import main
 from training.launch.names import Project
 from training.launch.places import require_output
@@ -144,6 +146,14 @@ def test_a_gpu_that_the_image_cannot_use_is_refused(
     noted = [each for each in train(data) if each not in ("--image", IMAGE)]
     assert "CUDA 13 dropped its GPU" in refused(here, caplog, *noted, "--instance", "ml.p3.2xlarge")
     assert "instance types look like" in refused(here, caplog, *train(data), "--instance", "banana")
+    # The same of one that is given, unless it is known to bring an older CUDA, or is AWS's, of which nobody knows.
+    old = (*train(data), "--instance", "ml.p3.2xlarge")
+    monkeypatch.chdir(tmp_path.parent)
+    assert "CUDA 13 dropped its GPU" in refused(here, caplog, *old)
+    assert "would start" in told(caplog, *old, "--send-code", "--dry-run")
+    monkeypatch.chdir(tmp_path)
+    images.PUSHED.write_text(json.dumps({"train": {"uri": IMAGE, "cuda": "12.4"}}))
+    assert "would start" in told(caplog, *old, "--dry-run")
 
 
 def test_settings_of_an_endpoint_that_cannot_be_are_refused(
@@ -153,6 +163,8 @@ def test_settings_of_an_endpoint_that_cannot_be_are_refused(
     for flags, said in (
         (("--env", "NOVALUE"), "say NAME=VALUE"),
         (("--env", "A B=1"), "say NAME=VALUE, with letters"),
+        (("--scale-at-requests", 600), "--scale-at-requests: the endpoint does not scale, as --max is not above --min"),
+        (("--scale-at-backlog", 3), "--scale-at-backlog: a realtime endpoint scales by --scale-at-requests and"),
         (("--kind", "async", "--shadow", packed), "--shadow needs a real-time endpoint"),
         (("--shadow", "no/such"), "--shadow no/such: there is no such folder, no such file, and no training job"),
         (("--smoke", tmp_path / "bad.png"), "bad.png: "),

@@ -214,6 +214,10 @@ def test_autoscaling_follows_requests_and_concurrency_or_the_backlog() -> None:
                 "TargetTrackingScalingPolicyConfiguration": tracking,
             }  # fmt: skip
             assert problems("PutScalingPolicy", request, "application-autoscaling") == []
+            assert tracking["TargetValue"] == {"requests": 1200, "concurrency": 16, "backlog": 5}[name.split("-")[1]]
+    for kind, name in (("realtime", "backlog"), ("async", "requests"), ("serverless", "concurrency")):
+        with pytest.raises(ConfigError, match=f"--scale-at-{name}: a {kind} endpoint (scales by|is scaled by AWS)"):
+            autoscaling.require_targets(kind, {name: 1.0})  # type: ignore[arg-type]
 
 
 def test_a_batch_is_a_valid_request_within_its_100_megabytes() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.launch.in_process import Account
-from tests.launch.telling import told
+from tests.launch.telling import problem, told
 from training.launch.errors import LaunchError
 from training.launch.names import Project
 from training.launch.policies import permissions, trust_policy, trusts_sagemaker
@@ -58,6 +58,22 @@ def test_a_role_is_found_by_its_arn_its_name_or_the_project_and_refused_where_sa
     iam.create_role(RoleName="of-ec2", AssumeRolePolicyDocument=json.dumps({"Statement": [of_ec2]}))
     with pytest.raises(LaunchError, match="SageMaker may not take it; its trust policy must be"):
         find_role(here.aws, project, "of-ec2")
+
+
+@pytest.mark.parametrize("operation", ["CreateRole", "PutRolePolicy"])
+def test_a_role_whose_making_broke_off_is_finished_by_the_repeat(
+    here: Account, caplog: pytest.LogCaptureFixture, operation: str
+) -> None:
+    project = Project(f"half-{operation.lower()}", "b")
+    here.order(operation=operation, code="AccessDenied", message="no", status=403, times=1)
+    sentence = problem(caplog, "iam-role", "--project", project.name)
+    assert f"Permission iam:{operation} is missing" in sentence
+    made = made_before(here.aws, project)
+    assert (made is None) is (operation == "CreateRole") and (made is None or made.policy == {})
+    told(caplog, "iam-role", "--project", project.name)
+    made = made_before(here.aws, project)
+    assert made and trusts_sagemaker({"AssumeRolePolicyDocument": made.trust})
+    assert made.policy["Statement"]
 
 
 def test_a_role_of_that_name_that_somebody_else_made_is_left_as_it_is(here: Account) -> None:

@@ -180,13 +180,15 @@ def test_the_log_of_a_search_is_its_newest_trials(
     assert re.search(rf"the trials of {name}: {name}-\d{{3}}-\w+, {name}-\d{{3}}-\w+; the newest is shown", caplog.text)
 
 
-def test_a_batch_counts_answers_and_does_not_tell_its_log(
+def test_a_batch_counts_answers_and_tells_its_log_but_for_the_lines_of_requests(
     here: Account, packed: Path, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     here.containers.ready.clear()
     with when("0 of 5 images answered", here.containers.ready.set):
         said = told(caplog, *batch("counts", packed, asked, tmp_path / "a.csv"))
-    assert "starts with nothing" not in said
+    assert "  | starts with nothing" in said
+    of_requests = batch("counts", packed, asked, tmp_path / "b.csv")
+    assert "  | starts" not in told(caplog, *of_requests, "--env", "SAYS=path=/invocations status=200")
     assert re.search(r"its log: python -m training.launch logs counts-batch-\w+-1 --project counts", said)
 
 

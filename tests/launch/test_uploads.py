@@ -63,6 +63,22 @@ def test_parts_of_a_file_that_was_broken_off_do_not_stay(
     assert "uploading weights: 1 of 1 files sent" in told(caplog, *command)
 
 
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_bucket_whose_making_broke_off_is_closed_by_the_repeat(
+    here: Account, data: Path, caplog: pytest.LogCaptureFixture, filled: bool
+) -> None:
+    name = f"half-made-{'filled' if filled else 'empty'}"
+    command, s3 = ("upload", "--project", "half", "--data", data, "--bucket", name), here.client("s3")
+    here.order(operation="PutPublicAccessBlock", code="AccessDenied", message="Access Denied", times=1, status=403)
+    assert "Permission s3:PutBucketPublicAccessBlock is missing" in problem(caplog, *command)
+    if filled:  # someone uses it since, as it is
+        s3.put_object(Bucket=name, Key="page.html", Body=b"for all to see")
+    assert ("is closed to the public" in told(caplog, *command)) is not filled
+    if not filled:
+        assert all(s3.get_public_access_block(Bucket=name)["PublicAccessBlockConfiguration"].values())
+    assert "is closed to the public" not in told(caplog, *command)
+
+
 def test_a_wrong_object_of_the_same_size_is_sent_again(
     here: Account, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip

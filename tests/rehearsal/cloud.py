@@ -253,6 +253,8 @@ def operation_of(environ: dict[str, Any], body: bytes) -> str:
     if service_of(environ) == "s3":
         kind = "Object" if "/" in environ["PATH_INFO"].strip("/") else "Bucket"
         verb = environ["REQUEST_METHOD"].capitalize()
+        if environ.get("QUERY_STRING", "").startswith("publicAccessBlock"):
+            return f"{verb}PublicAccessBlock"
         part = "UploadPart" if "uploadId" in environ.get("QUERY_STRING", "") else ""
         return part or ("ListObjectsV2" if "list-type=2" in environ.get("QUERY_STRING", "") else f"{verb}{kind}")
     action = parse_qs(body.decode(errors="ignore")).get("Action") if b"Action=" in body[:4096] else None

@@ -44,15 +44,20 @@ def has_gpu(instance: str) -> bool:
     return family(instance).startswith(("g", "p"))
 
 
+def require_gpu(instance: str, cuda: tuple[int, int] = IMAGE_CUDA) -> None:
+    """Raises: ConfigError where the instance type's GPU is too old for an image with `cuda`."""
+    if family(instance) in ("p2", "p3", "p3dn") and cuda >= (13, 0):
+        raise ConfigError(f"--instance {instance}: CUDA 13 dropped its GPU; take ml.g4dn, ml.g5 or ml.g6.")
+
+
 def ami_for(instance: str, cuda: tuple[int, int] = IMAGE_CUDA) -> str | None:
     """The host image on which a container with `cuda` starts; None where none need be asked for (no GPU).
 
     Raises: ConfigError where there is none, or the GPU is too old for it.
     """
+    require_gpu(instance, cuda)
     if not has_gpu(instance):
         return None
-    if family(instance) in ("p2", "p3", "p3dn") and cuda >= (13, 0):
-        raise ConfigError(f"--instance {instance}: CUDA 13 dropped its GPU; take ml.g4dn, ml.g5 or ml.g6.")
     for ami in AMIS:
         # Of two with the same driver, the later edition.
         if cuda <= ami.cuda and (cuda >= (13, 0) or ami.name.endswith("-1")):

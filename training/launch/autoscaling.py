@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from training.errors import ConfigError
 from training.launch import ownership
-from training.launch.endpoint import VARIANT, Hosting, wait_while_changing
+from training.launch.endpoint import VARIANT, Hosting, Kind, Targets, wait_while_changing
 from training.launch.errors import AwsError
 from training.launch.names import Project
 from training.launch.session import Aws
@@ -15,13 +16,6 @@ from training.launch.wait import POLL_S
 log = logging.getLogger("training")
 
 NAMESPACE, DIMENSION = "sagemaker", "sagemaker:variant:DesiredInstanceCount"
-REQUESTS_PER_MINUTE = 1200.0
-"""Requests a minute that an instance is to have, 20 a second: well below what one answers (see the README), so that
-the minutes a new instance takes to start are bridged. Set it from a load test of your own pictures."""
-CONCURRENT = 16.0
-"""Requests at once that an instance is to have: half of a batch, of which the engine takes 32."""
-BACKLOG = 5.0
-"""Waiting requests per instance of an asynchronous endpoint."""
 SCALE_OUT_S, SCALE_IN_S = 60, 300
 POLICY_FIELDS = (
     "PolicyName", "PolicyType", "TargetTrackingScalingPolicyConfiguration", "StepScalingPolicyConfiguration",
@@ -54,17 +48,59 @@ def policies(project: Project, hosting: Hosting) -> dict[str, dict[str, Any]]:
             "MetricName": "ApproximateBacklogSizePerInstance", "Namespace": "AWS/SageMaker",
             "Dimensions": dimensions, "Statistic": "Average",
         }  # fmt: skip
-        return {f"{project.name}-backlog": tracking(BACKLOG, {"CustomizedMetricSpecification": backlog})}
+        metric = {"CustomizedMetricSpecification": backlog}
+        return {f"{project.name}-backlog": tracking(hosting.targets.backlog, metric)}
     predefined = {
-        "requests": (REQUESTS_PER_MINUTE, "SageMakerVariantInvocationsPerInstance"),
-        "concurrency": (CONCURRENT, "SageMakerVariantConcurrentRequestsPerModelHighResolution"),
+        "requests": (hosting.targets.requests, "SageMakerVariantInvocationsPerInstance"),
+        "concurrency": (hosting.targets.concurrency, "SageMakerVariantConcurrentRequestsPerModelHighResolution"),
     }
     return {
         f"{project.name}-{name}": tracking(
-            target, {"PredefinedMetricSpecification": {"PredefinedMetricType": metric}}
+            target, {"PredefinedMetricSpecification": {"PredefinedMetricType": kind}}
         )
-        for name, (target, metric) in predefined.items()
+        for name, (target, kind) in predefined.items()
     }  # fmt: skip
+
+
+TARGETS: Mapping[Kind, tuple[str, ...]] = {
+    "realtime": ("requests", "concurrency"), "async": ("backlog",), "serverless": ()
+}  # fmt: skip
+"""What an endpoint of a kind scales by: fields of Targets, ends of the policies' names and of the flags'."""
+
+
+UNITS = {"requests": "requests a minute", "concurrency": "requests at once", "backlog": "requests that wait"}
+
+
+def require_targets(kind: Kind, given: Mapping[str, float]) -> None:
+    """Raises: ConfigError where an endpoint of this kind does not scale by a target that was `given`."""
+    wrong = [flag_of(name) for name in given if name not in TARGETS[kind]]
+    if wrong:
+        by = " and ".join(map(flag_of, TARGETS[kind]))
+        does = f"scales by {by}" if by else "is scaled by AWS alone"
+        raise ConfigError(f"{', '.join(wrong)}: a {kind} endpoint {does}.")
+
+
+def flag_of(target: str) -> str:
+    """`requests` -> `--scale-at-requests`."""
+    return f"--scale-at-{target}"
+
+
+def targets(project: Project, was: Scaling, given: Mapping[str, float]) -> Targets:
+    """What an endpoint is to keep to: what is `given`, else what it keeps to as it `was`, else ours."""
+    found = {
+        name: float(policy["TargetTrackingScalingPolicyConfiguration"]["TargetValue"])
+        for policy in was[1]
+        for name in sum(TARGETS.values(), ())
+        if policy["PolicyName"] == f"{project.name}-{name}" and policy.get("TargetTrackingScalingPolicyConfiguration")
+    }
+    return Targets(**{**found, **given})
+
+
+def _aim(hosting: Hosting) -> str:
+    """What an instance is to have at most, with the flags that say so."""
+    return " or ".join(
+        f"{getattr(hosting.targets, name):g} {UNITS[name]} ({flag_of(name)})" for name in TARGETS[hosting.kind]
+    )  # fmt: skip
 
 
 def scales(hosting: Hosting) -> bool:
@@ -124,6 +160,7 @@ def tell_plan(project: Project, hosting: Hosting, was: Scaling, asked: bool, now
     elif scales(hosting):
         names = [*policies(project, hosting), *([wake(project)] if wakes(hosting) else ())]
         log.info("would let it scale from %d to %d instances (%s)%s", *wanted, ", ".join(names), _told(before))
+        log.info("would add instances where one has more than %s", _aim(hosting))
     elif before:
         log.info("would end its scaling, which is from %d to %d instances; instances then: %d", *before, wanted[0])
     elif asked and has not in (None, wanted[0]):
@@ -136,10 +173,11 @@ def bring(
 ) -> None:  # fmt: skip
     """Let an endpoint that is in service scale as asked, and say what that changes. Safe to repeat.
 
-    `was`: what `found` told before the deployment, which may have removed it; `asked`: --min or --max was given, else
-    it is to be so again; `interrupted`: a command before this one had taken it off, and was killed, so that `was` may
-    not be all of it; `arn`: of an endpoint that was there before, whose note is crossed out. Raises: LaunchError as
-    `apply` does; AwsError; StoppedWaiting.
+    `was`: what `found` told before the deployment, which may have removed it; `asked`: --min, --max or a target was
+    given, else it is to be so again; `interrupted`: a command before this one had taken it off, and was killed, so
+    that `was` may not be all of it; `arn`: of an endpoint that was there before, whose note is crossed out.
+
+    Raises: LaunchError as `apply` does; AwsError; StoppedWaiting.
     """
     before, kept = bounds(was), keeps(was, asked)
     if not kept or interrupted:
@@ -154,7 +192,9 @@ def bring(
             "endpoint %s scales from %d to %d instances as before; %s ends that",
             project.endpoint, hosting.min_count, hosting.max_count, end,
         )  # fmt: skip
-    elif asked and hosting.kind != "serverless" and not scales(hosting):
+    if scales(hosting):
+        log.info("instances are added where one has more than %s", _aim(hosting))
+    elif asked and hosting.kind != "serverless":
         # Without `before` too: a command that broke off may have ended the scaling, and not have got to the count.
         had = _set_count(aws, project, hosting.min_count, poll_s)
         if before:

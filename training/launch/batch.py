@@ -97,7 +97,7 @@ def request(project: Project, model: str, place: str, instance: str = INSTANCE, 
 
 
 def wait_for(aws: Aws, name: str, images: int, poll_s: float = POLL_S) -> dict[str, Any]:
-    """Until the job ends, telling how many of its `images` are answered; its log has a line for each of them.
+    """Until the job ends, telling how many of its `images` are answered, and its log but for the lines of requests.
 
     Returns: its description. Raises: JobFailed; StoppedWaiting; AwsError.
     """
@@ -107,15 +107,23 @@ def wait_for(aws: Aws, name: str, images: int, poll_s: float = POLL_S) -> dict[s
         status = str(job["TransformJobStatus"])
         return status if status in OVER else f"{status}, {count.of(job['TransformOutput']['S3OutputPath'])}"
 
+    tail = _WithoutRequests(aws, TRANSFORM, f"{name}/")
     job = wait(
         lambda: dict(client.describe_transform_job(TransformJobName=name)), state,
-        lambda job: job["TransformJobStatus"] in OVER, f"job {name}", None, poll_s, f"stop {name}",
+        lambda job: job["TransformJobStatus"] in OVER, f"job {name}", tail, poll_s, f"stop {name}",
     )  # fmt: skip
     if job["TransformJobStatus"] != "Completed":
         reason = job.get("FailureReason") or job["TransformJobStatus"]
         lines = LogTail(aws, TRANSFORM, f"{name}/").last_lines()
         raise JobFailed(f"Job {name}", reason, lines, failure_advice(reason))
     return job
+
+
+class _WithoutRequests(LogTail):
+    """A job's log without the line that the service writes of each request: images are counted."""
+
+    def new_lines(self) -> list[str]:
+        return [line for line in super().new_lines() if "/invocations" not in line]
 
 
 class _Answered:

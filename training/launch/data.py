@@ -183,10 +183,11 @@ def require_there(aws: Aws, flag: str, uri: str) -> None:
 
 
 def ensure_bucket(aws: Aws, project: Project) -> None:
-    """Make the project's bucket unless it is there and ours. Raises: LaunchError, AwsError."""
+    """Make the project's bucket unless it is there and ours, closed to the public. Raises: LaunchError, AwsError."""
     s3 = aws.client("s3")
     try:
         require_region(aws, project, s3.head_bucket(Bucket=project.bucket, ExpectedBucketOwner=aws.account))
+        _close_what_broke_off(aws, project)
         return
     except AwsError as exc:
         if exc.is_denied:
@@ -201,13 +202,35 @@ def ensure_bucket(aws: Aws, project: Project) -> None:
     except AwsError as exc:
         if not exc.is_there_already:  # made by another command this moment
             raise
-    s3.put_public_access_block(
+    _close(aws, project)
+    log.info("bucket %s is made", project.bucket)
+
+
+def _close(aws: Aws, project: Project) -> None:
+    """Nothing in the bucket can be made public."""
+    aws.client("s3").put_public_access_block(
         Bucket=project.bucket,
         PublicAccessBlockConfiguration=dict.fromkeys(
             ("BlockPublicAcls", "IgnorePublicAcls", "BlockPublicPolicy", "RestrictPublicBuckets"), True
         ),
     )
-    log.info("bucket %s is made", project.bucket)
+
+
+def _close_what_broke_off(aws: Aws, project: Project) -> None:
+    """Close a bucket that a command made which broke off before that: it is empty, and nobody has said how public it
+    may be. AWS closes new buckets by itself since April 2023. Raises: AwsError.
+    """
+    s3 = aws.client("s3")
+    try:
+        s3.get_public_access_block(Bucket=project.bucket)
+    except AwsError as exc:
+        if exc.is_denied:  # who may not look has not made it either
+            return
+        if exc.code != "NoSuchPublicAccessBlockConfiguration":
+            raise
+        if not s3.list_objects_v2(Bucket=project.bucket, MaxKeys=1).get("KeyCount"):
+            _close(aws, project)
+            log.info("bucket %s is closed to the public", project.bucket)
 
 
 def require_region(aws: Aws, project: Project, found: Mapping[str, Any]) -> None:

@@ -3,10 +3,14 @@
 Closed to new accounts since 2026-07-30; training/debugging has the same rules for everyone, and they run anywhere.
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from training.errors import ConfigError
 from training.launch.names import Project
+
+log = logging.getLogger("training")
 
 RULES = (
     "VanishingGradient", "ExplodingTensor", "DeadRelu", "LossNotDecreasing", "Overfit", "Overtraining",
@@ -58,3 +62,15 @@ def request(project: Project, region: str) -> dict[str, Any]:
         ],
         "ProfilerConfig": {"S3OutputPath": project.uri("profiler"), "ProfilingIntervalInMilliseconds": 500},
     }
+
+
+def tell_verdicts(job: Mapping[str, Any]) -> None:
+    """Say what AWS's rules found in a training, which DescribeTrainingJob tells; nothing where it has none."""
+    for rule in job.get("DebugRuleEvaluationStatuses") or ():
+        name, status = rule.get("RuleConfigurationName"), rule.get("RuleEvaluationStatus")
+        if status == "InProgress":
+            log.info("rule %s is at work still; the same command tells later what it found", name)
+            continue
+        details = rule.get("StatusDetails")
+        level = logging.WARNING if status in ("IssuesFound", "Error") else logging.INFO
+        log.log(level, "rule %s: %s%s", name, status, f" ({details})" if details else "")

@@ -47,6 +47,8 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     # What cannot be is told before anything is made, and before credentials are asked for.
     variables = environment(options)
     hosting_of(options, image, None)
+    given = {name: value for name in vars(endpoint.Targets()) if (value := getattr(options, f"scale_at_{name}"))}
+    autoscaling.require_targets(options.kind, given)
     registry.require_place(options.model)
     if options.shadow:
         endpoint.require_shadow(options.kind)
@@ -60,7 +62,11 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     scaling = now.scaling if now else autoscaling.NONE
     asked = options.min_count is not None or options.max_count is not None
     kept = autoscaling.bounds(scaling) if autoscaling.keeps(scaling, asked) else None
-    hosting = hosting_of(options, image, kept)
+    hosting = hosting_of(options, image, kept, autoscaling.targets(project, scaling, given))
+    if given and not autoscaling.scales(hosting):
+        flags = ", ".join(map(autoscaling.flag_of, given))
+        raise ConfigError(f"{flags}: the endpoint does not scale, as --max is not above --min; give --max 3, say.")
+    asked = asked or bool(given)
     log.info("cost: %s", hosting.price(bool(options.shadow)))
     with registry.located(aws, project, options.model) as model, _shadow(aws, project, options.shadow) as second:
         accuracy = (model.manifest.metrics.get("validation") or {}).get("accuracy")
@@ -106,13 +112,16 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     log.info("%s asks it; `delete` ends it and its cost", command_line(options, "invoke IMAGE_OR_FOLDER"))
 
 
-def hosting_of(options: Options, image: images.Image, bounds: tuple[int, int] | None) -> endpoint.Hosting:
+def hosting_of(
+    options: Options, image: images.Image, bounds: tuple[int, int] | None,
+    targets: endpoint.Targets | None = None,
+) -> endpoint.Hosting:  # fmt: skip
     """How the endpoint is to run; `bounds`: the instances that it is to go on scaling between. Raises: ConfigError."""
     least, most = bounds or endpoint.counts_of(options.kind, options.min_count, options.max_count)
     ami = options.ami or (amis.ami_for(options.instance, image.cuda) if image.cuda else None)
     return endpoint.Hosting(
         options.kind, options.instance, least, most, ami, options.startup_seconds, options.capture_percent,
-        options.memory, options.max_concurrency,
+        options.memory, options.max_concurrency, targets or endpoint.Targets(),
     )  # fmt: skip
 
 

@@ -44,8 +44,26 @@ MAX_UPDATE_S = 28800
 CHANGING = ("Creating", "Updating", "SystemUpdating", "RollingBack")
 """What AWS is at work on, and refuses to update or delete meanwhile. Besides: InService, Failed (never came up),
 Deleting, OutOfService and UpdateRollbackFailed (nothing but deleting helps)."""
+STAYS = (
+    "The new model's version stays in the registry and its archive in S3, where a repeated command finds them; "
+    "`delete --data` removes all of it."
+)
+"""Of a deployment that failed: the model itself is sound."""
 BEFORE_S = 900
 """How far back the log of an endpoint that is broken already is read."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What autoscaling keeps to: it adds instances where there is more for each, and takes them away where less."""
+
+    requests: float = 1200.0
+    """A minute: 20 a second, well below what an instance answers (see the README), so that the minutes a new one takes
+    to start are bridged. To be set from a load test of one's own pictures."""
+    concurrency: float = 16.0
+    """Requests at once: half of a batch, of which the engine takes 32."""
+    backlog: float = 5.0
+    """Requests that wait, of an asynchronous endpoint."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,7 @@ class Hosting:
     """Serverless only; 1024 to 6144."""
     max_concurrency: int = MAX_CONCURRENCY
     """Serverless: requests at once before 429. Async: requests at once per instance."""
+    targets: Targets = Targets()
 
     def __post_init__(self) -> None:
         least = 0 if self.kind == "async" else 1
@@ -377,12 +396,12 @@ def _failed(
     what, advice = f"Endpoint {name}", failure_advice(reason)
     if status == "InService":
         what, reason = f"The update of endpoint {name}", reason or "AWS went back to the old configuration"
-        also = "The model that was there before still answers."
+        also = f"The model that was there before still answers. {STAYS}"
     elif status == "Failed":
         try:
             aws.client("sagemaker").delete_endpoint(EndpointName=name)
             wait_until_gone(aws, name, poll_s)
-            also = "The endpoint is removed, so that it costs nothing; nothing else runs."
+            also = f"The endpoint is removed, so that it costs nothing; nothing else runs. {STAYS}"
         except AwsError as exc:  # the failure itself is what must be told
             also = f"The endpoint could not be removed ({exc}); `delete` does it."
     elif status in ("Deleting", "Deleted"):

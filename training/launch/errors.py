@@ -45,7 +45,8 @@ _S3 = {
     "HeadBucket": "ListBucket", "ListObjectsV2": "ListBucket", "HeadObject": "GetObject",
     "ListMultipartUploads": "ListBucketMultipartUploads",
     "DeleteObjects": "DeleteObject", "CreateMultipartUpload": "PutObject", "UploadPart": "PutObject",
-    "CompleteMultipartUpload": "PutObject", "PutPublicAccessBlock": "PutBucketPublicAccessBlock",
+    "CompleteMultipartUpload": "PutObject", "GetPublicAccessBlock": "GetBucketPublicAccessBlock",
+    "PutPublicAccessBlock": "PutBucketPublicAccessBlock",
 }  # fmt: skip
 """S3's operations whose permission has another name.
 

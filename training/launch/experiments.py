@@ -169,10 +169,9 @@ def image_of(options: Options, region: str) -> images.Image:
         raise ConfigError("--send-code is for an image without our code: give its URI with --image.")
     image = images.image_for("train", options.image)
     images.require_region(image, region)
-    if options.image:
-        amis.family(options.instance)  # what it brings is not known
-    elif image.cuda:
-        amis.ami_for(options.instance, image.cuda)  # an old GPU is told before anything is uploaded
+    amis.family(options.instance)
+    if image.cuda and (image.known or not options.send_code):  # of AWS's image nobody has said what it brings
+        amis.require_gpu(options.instance, image.cuda)  # an old GPU is told before anything is uploaded
     return image
 
 

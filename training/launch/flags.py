@@ -4,9 +4,10 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from training.command_line import positive
-from training.launch import batch, endpoint, jobs
+from training.launch import autoscaling, batch, endpoint, jobs, results
 from training.launch.names import DEFAULT_PROJECT
 from training.launch.wait import POLL_S
 
@@ -83,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     one = add("train", "train on SageMaker, follow the log, bring the model home",
         epilog=TRAINING_HELP.format("training.train_model") + WATCHING_HELP,
     )  # fmt: skip
-    _job(one)
+    _job(one, "it goes on from its checkpoints")
     one.add_argument("--output", type=Path, default=Path("artifacts/sagemaker"), help="default: %(default)s")
     one.add_argument(
         "--keep-warm-minutes", type=between(0, 60), default=0, help="keep the instance for the next job; it is billed"
@@ -100,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=TRAINING_HELP.format("training.hpo"),
     )
     one.add_argument_group("what is searched (`python -m training.hpo --help` tells more)", SEARCHED_HELP)
-    _job(one)
+    _job(one, "a trial that loses its machine begins anew")
     one.add_argument(
         "--output", type=Path, default=Path("artifacts/sagemaker-tuning"),
         help="folder of best.json and of the best trial's model (default: %(default)s)",
@@ -129,6 +130,11 @@ def parser() -> argparse.ArgumentParser:
         "--max", type=between(1, 1000), dest="max_count",
         help="instances at most (default: --min, no autoscaling; without either it scales on as it does)",
     )  # fmt: skip
+    for name, ours in vars(endpoint.Targets()).items():
+        one.add_argument(
+            autoscaling.flag_of(name), type=up_to(1_000_000), metavar="N",
+            help=f"add instances where one has more {autoscaling.UNITS[name]} (default: as it does, else {ours:g})",
+        )  # fmt: skip
     one.add_argument("--ami", help="InferenceAmiVersion (default: the one CUDA 13 needs)")
     one.add_argument(
         "--startup-seconds", type=between(60, 3600), default=endpoint.STARTUP_S, help="default: %(default)s"
@@ -269,7 +275,8 @@ def _data(one: argparse.ArgumentParser, required: bool) -> None:
     )  # fmt: skip
 
 
-def _job(one: argparse.ArgumentParser) -> None:
+def _job(one: argparse.ArgumentParser, interrupted: str) -> None:
+    """`interrupted`: what becomes of a training from which spare capacity is taken."""
     _data(one, required=True)
     one.add_argument("--image", help=f"in ECR; it must understand `train` {PUSHED_HELP}")
     one.add_argument(
@@ -284,7 +291,7 @@ def _job(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--max-hours", type=up_to(MAX_HOURS), default=24.0, help="AWS ends the job then (default: %(default)g)"
     )
-    one.add_argument("--spot", action="store_true", help="spare capacity: cheaper; goes on from checkpoints")
+    one.add_argument("--spot", action="store_true", help=f"spare capacity: cheaper, may be taken away; {interrupted}")
     one.add_argument(
         "--retries", type=between(1, 30), default=1, help="after AWS's own failures (default: %(default)s)"
     )
@@ -304,7 +311,9 @@ def _model(one: argparse.ArgumentParser) -> None:
 
 def _images(one: argparse.ArgumentParser) -> None:
     one.add_argument("images", type=Path, nargs="+", metavar="IMAGE_OR_FOLDER")
-    one.add_argument("--output", type=Path, help="file.csv or file.jsonl (default: CSV on stdout)")
     one.add_argument(
-        "--format", choices=("csv", "jsonl"), help="of the results (default: by --output's ending, else csv)"
+        "--output", type=Path, help="file.csv, .json (one array) or .jsonl (an object a line; default: CSV on stdout)"
+    )
+    one.add_argument(
+        "--format", choices=get_args(results.Format), help="of the results (default: by --output's ending, else csv)"
     )

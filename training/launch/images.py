@@ -29,6 +29,8 @@ class Image:
     uri: str
     cuda: tuple[int, int] | None
     """What its libraries are built for; None: it has none."""
+    known: bool = True
+    """Whether that was noted; else it is taken to be as in ours."""
 
 
 def image_for(target: Target, given: str | None, pushed: Path = PUSHED) -> Image:
@@ -41,7 +43,7 @@ def image_for(target: Target, given: str | None, pushed: Path = PUSHED) -> Image
                 f"--image {given} is not in ECR, where SageMaker pulls from: give the URI of one there, such as "
                 f"123456789012.dkr.ecr.eu-central-1.amazonaws.com/NAME:TAG; `{PUSH.format(target)}` brings one."
             )
-        return Image(given, None if target == "serve-cpu" else IMAGE_CUDA)
+        return _noted(given, pushed) or Image(given, None if target == "serve-cpu" else IMAGE_CUDA, known=False)
     try:
         entry = json.loads(pushed.read_bytes())[target]
         return Image(str(entry["uri"]), _version(entry.get("cuda")))
@@ -61,6 +63,15 @@ def image_for(target: Target, given: str | None, pushed: Path = PUSHED) -> Image
         raise ConfigError(
             f"{pushed} is not as `make push` writes it, {FORM}: `{PUSH.format(target)}` again, or give --image."
         ) from exc
+
+
+def _noted(uri: str, pushed: Path) -> Image | None:
+    """The image, where `pushed` has this very one, for whatever target."""
+    try:
+        entries = [entry for entry in json.loads(pushed.read_bytes()).values() if entry["uri"] == uri]
+        return Image(uri, _version(entries[0].get("cuda"))) if entries else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # nobody asked for that file
+        return None
 
 
 def require_region(image: Image, region: str) -> None:

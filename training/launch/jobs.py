@@ -148,6 +148,7 @@ def wait_for(aws: Aws, name: str, poll_s: float = POLL_S) -> dict[str, Any]:
         lambda: describe(aws, name), _state, lambda job: job["TrainingJobStatus"] in OVER, f"job {name}", tail,
         poll_s, f"stop {name}",
     )  # fmt: skip
+    debugger.tell_verdicts(job)
     if job["TrainingJobStatus"] != "Completed":
         reason = job.get("FailureReason") or job["TrainingJobStatus"]
         raise JobFailed(f"Job {name}", reason, tail.last_lines(), failure_advice(reason))

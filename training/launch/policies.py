@@ -59,7 +59,8 @@ _CALLER: dict[str, tuple[str, ...]] = {
     "{role}": ("iam:PassRole", "iam:GetRole"),
     f"iam::{{account}}:role/aws-service-role/{SCALING_SERVICE}/{LINKED_ROLE}": (LINK,),
     "s3:::{bucket}": (
-        "s3:ListBucket", "s3:ListBucketMultipartUploads", "s3:CreateBucket", "s3:PutBucketPublicAccessBlock",
+        "s3:ListBucket", "s3:ListBucketMultipartUploads", "s3:CreateBucket", "s3:GetBucketPublicAccessBlock",
+        "s3:PutBucketPublicAccessBlock",
     ),
     "s3:::{bucket}/{name}/0": ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"),
     "logs:{here}:log-group:/aws/sagemaker/Endpoints/{name}:log-stream:0": (

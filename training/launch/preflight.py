@@ -25,7 +25,7 @@ def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
     steps: list[Callable[[], Iterator[Check]]] = [
         lambda: _identity(aws), lambda: _bucket(aws, project), lambda: _role(aws, project, plan),
         lambda: rights.of_role(aws, project, plan), lambda: rights.of_caller(aws, project, plan),
-        lambda: _images(aws, plan), lambda: _driver(plan), lambda: quotas.of(aws, plan), lambda: _limits(plan),
+        lambda: _images(aws, plan), lambda: _drivers(plan), lambda: quotas.of(aws, plan), lambda: _limits(plan),
         lambda: _prices(plan),
     ]  # fmt: skip
     checks: list[Check] = []
@@ -39,7 +39,7 @@ def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
                 break  # nothing else can be asked
     if any(check.name == "image" and check.result == "FAIL" for check in checks):
         # Of an image that is not there nobody knows what it brings.
-        checks = [check for check in checks if (check.name, check.result) != ("driver", "PASS")]
+        checks = [check for check in checks if check.name != "driver" or check.result == "FAIL"]
     return checks
 
 
@@ -66,7 +66,7 @@ def _role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
     except LaunchError as exc:
         if isinstance(exc, AwsError) and not exc.is_missing:
             raise
-        yield Check("role", "FAIL", str(exc))  # which says what makes one, and what prints its policies
+        yield Check("role", "FAIL", str(exc), _policies(aws, project) if plan.role is None else "")
         return
     name = arn.rsplit("/", 1)[1]
     try:
@@ -83,6 +83,16 @@ def _role(aws: Aws, project: Project, plan: Plan) -> Iterator[Check]:
             "role", "FAIL", f"{arn} does not trust {policies.SERVICE}",
             f"Trust policy: {json.dumps(policies.trust_policy())}",
         )  # fmt: skip
+
+
+def _policies(aws: Aws, project: Project) -> str:
+    """What `iam-role` gives the role that it makes, for who makes roles: JSON, a line for each statement."""
+    allowed = policies.permissions(project, aws.partition)
+    statements = ",\n  ".join(map(json.dumps, allowed["Statement"]))
+    return (
+        f"Its trust policy: {json.dumps(policies.trust_policy())}\n"
+        f'Its permissions: {{"Version": "{allowed["Version"]}", "Statement": [\n  {statements}\n]}}'
+    )
 
 
 def _images(aws: Aws, plan: Plan) -> Iterator[Check]:
@@ -125,31 +135,80 @@ def _image(aws: Aws, uri: str, push: str) -> Check:
     return Check("image", "PASS", f"{uri}, {details.get('imageSizeInBytes', 0) / 1e9:.1f} GB")
 
 
-def _driver(plan: Plan) -> Iterator[Check]:
-    instance = plan.hosting_instance
-    if plan.kind == "serverless":
-        yield Check("driver", "PASS", "serverless endpoints have no GPU; take the image for CPUs")
-        return
-    if not amis.has_gpu(instance):
-        yield Check("driver", "PASS", f"{instance} has no GPU; take the image for CPUs")
-        return
+def _drivers(plan: Plan) -> Iterator[Check]:
+    for look in (_training_driver, _hosting_driver):
+        try:
+            yield look(plan)
+        except ConfigError as exc:
+            yield failed("driver", exc)
+
+
+def _brought(plan: Plan, target: images.Target) -> images.Image:
     try:
-        cuda = images.image_for(plan.hosting_target, plan.image).cuda or amis.IMAGE_CUDA
+        return images.image_for(target, plan.image)
     except ConfigError:  # said under "image"
-        cuda = amis.IMAGE_CUDA
-    wanted = amis.ami_for(instance, cuda)
+        return images.Image("", amis.IMAGE_CUDA)
+
+
+def _training_driver(plan: Plan) -> Check:
+    instance, image = plan.training_instance, _brought(plan, "train")
+    if not amis.has_gpu(instance):
+        return Check("driver", "PASS", f"{instance} has no GPU; trainings compute on its processor")
+    if image.cuda is None:
+        return _without_cuda(instance, "--instance", "train")
+    amis.require_gpu(instance, image.cuda)
+    if not image.known:
+        return _unknown(instance, image, "train")
+    return Check(
+        "driver", "PASS",
+        f"{instance} has a GPU that the image's CUDA {_shown(image.cuda)} knows; its driver is AWS's choice for "
+        "trainings, and the job's log begins with how the two go together",
+    )  # fmt: skip
+
+
+def _hosting_driver(plan: Plan) -> Check:
+    instance, image = plan.hosting_instance, _brought(plan, plan.hosting_target)
+    if plan.kind == "serverless":
+        return Check("driver", "PASS", "serverless endpoints have no GPU; take the image for CPUs")
+    if not amis.has_gpu(instance):
+        return Check("driver", "PASS", f"{instance} has no GPU; take the image for CPUs")
+    if image.cuda is None:
+        return _without_cuda(instance, "--hosting-instance", "serve")
+    wanted = amis.ami_for(instance, image.cuda)
     chosen = plan.ami or wanted or ""
     known = {ami.name: ami for ami in amis.AMIS}
     if chosen not in known:
-        yield Check("driver", "FAIL", f"--ami {chosen} is unknown", f"Known are: {', '.join(known)}")
-        return
+        return Check("driver", "FAIL", f"--ami {chosen} is unknown", f"Known are: {', '.join(known)}")
     ami = known[chosen]
-    shown = f"{chosen} (driver {ami.driver}, CUDA {ami.cuda[0]}.{ami.cuda[1]})"
-    brought = f"CUDA {cuda[0]}.{cuda[1]}" + (", which --image is taken to bring" if plan.image else "")
-    if ami.cuda < cuda:
-        yield Check("driver", "FAIL", f"{shown} cannot run {brought}", f"Leave --ami out: {wanted}")
-    else:
-        yield Check("driver", "PASS", f"{instance} with {shown} runs the image's {brought}")
+    shown = f"{chosen} (driver {ami.driver}, CUDA {_shown(ami.cuda)})"
+    brought = f"CUDA {_shown(image.cuda)}"
+    if ami.cuda < image.cuda:
+        taken = "" if image.known else ", which --image is taken to bring"
+        return Check("driver", "FAIL", f"{shown} cannot run {brought}{taken}", f"Leave --ami out: {wanted}")
+    if not image.known:
+        return _unknown(f"{instance} with {shown}", image, "serve")
+    return Check("driver", "PASS", f"{instance} with {shown} runs the image's {brought}")
+
+
+def _unknown(where: str, image: images.Image, target: images.Target) -> Check:
+    """The row for an image that was not noted: that it fits is not said of what nobody knows."""
+    taken = _shown(image.cuda or amis.IMAGE_CUDA)
+    noted = json.dumps({target: {"uri": image.uri, "cuda": taken}})
+    return Check(
+        "driver", "WARN", f"{where} fits if the image that --image names brings CUDA {taken}, which is not known",
+        f"Note what it brings in {images.PUSHED}: {noted}",
+    )  # fmt: skip
+
+
+def _without_cuda(instance: str, flag: str, target: images.Target) -> Check:
+    return Check(
+        "driver", "WARN", f"{instance} has a GPU, and the image, which has no CUDA, leaves it unused",
+        f"Take another {flag}, or the image that `{images.PUSH.format(target)}` brings.",
+    )  # fmt: skip
+
+
+def _shown(cuda: tuple[int, int]) -> str:
+    return "{}.{}".format(*cuda)
 
 
 def _limits(plan: Plan) -> Iterator[Check]:

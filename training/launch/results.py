@@ -1,4 +1,4 @@
-"""Outcomes as files: CSV with a line for each image, or JSON lines with everything."""
+"""Outcomes as files: CSV with a line for each image, or with everything as one JSON array or as JSON lines."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, get_args
 
 from training.errors import ConfigError
 from training.launch import places
@@ -17,7 +17,7 @@ from training.launch.errors import LaunchError
 
 log = logging.getLogger("training")
 
-Format = Literal["csv", "jsonl"]
+Format = Literal["csv", "json", "jsonl"]
 COLUMNS = ("file", "label", "probability", "second_label", "second_probability", "problem")
 
 
@@ -25,11 +25,12 @@ def format_of(path: Path | None, given: Format | None) -> Format:
     """The format asked for, else by the file's ending, else CSV. Raises: ConfigError."""
     if given:
         return given
-    if path is None or path.suffix == ".csv":
-        return "csv"
-    if path.suffix in (".json", ".jsonl"):
-        return "jsonl"
-    raise ConfigError(f"--output {path}: the name must end in .csv or .jsonl, or give --format.")
+    ending = ".csv" if path is None else path.suffix
+    known: tuple[Format, ...] = get_args(Format)
+    found = next((each for each in known if ending == f".{each}"), None)
+    if found is None:
+        raise ConfigError(f"--output {path}: the name must end in .csv, .json or .jsonl, or give --format.")
+    return found
 
 
 def require_writable(path: Path | None) -> None:
@@ -56,8 +57,11 @@ def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple
             if table:
                 table.writerow(_row(outcome))
             else:
-                file.write(f"{json.dumps(_object(outcome))}\n")
+                begin, end = ("", "\n") if kind == "jsonl" else ("[\n" if count == 1 else ",\n", "")
+                file.write(f"{begin}{json.dumps(_object(outcome))}{end}")
             file.flush()
+        if kind == "json":
+            file.write("\n]\n" if count else "[]\n")
     return count, bad
 
 
