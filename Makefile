@@ -101,7 +101,7 @@ iam-role: $(UV) ## make the role in your AWS account that SageMaker's jobs and e
 	$(UV) sync --frozen --inexact --group training --group sagemaker
 	@$(PYTHON) -m training.launch iam-role
 
-test-aws: $(UV) ## the tests that need an AWS account and spend a little: AWS_TEST_IMAGE=<URI of the image TARGET=train>
+test-aws: $(UV) ## the tests that need an AWS account and spend a little: AWS_TEST_IMAGE=<URI of the image TARGET=train>; tests/launch/test_aws.py has more
 	$(UV) sync --frozen --inexact --group training --group dev --group sagemaker
 	$(PYTHON) -m pytest -m aws -s $(PYTEST_ARGS)
 

@@ -454,7 +454,8 @@ def registry(engine: None, aws: Aws, tmp_path_factory: pytest.TempPathFactory) -
         shutil.copy(ca, certificates / "ca.crt")
         hosts.write_text(f"{before.rstrip()}\n127.0.0.1 {HOST}\n")
         bundle = folder / "bundle.crt"
-        bundle.write_text(ca.read_text())
+        others = Path(os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile or ca)
+        bundle.write_text(ca.read_text() + others.read_text())  # what make has fetched comes from the package registry
         aws.extra["SSL_CERT_FILE"] = str(bundle)
         ours = Registry(ca, folder / "htpasswd")
         for _ in range(100):
@@ -524,6 +525,28 @@ def test_a_push_arrives_as_sagemaker_wants_it_and_can_be_pulled(
     pulled, local = (docker("image", "inspect", "--format", "{{.Id}}", name) for name in (entry["uri"], built))
     docker("rmi", "--no-prune", entry["uri"])
     assert pulled == local
+
+
+@pytest.mark.container
+@pytest.mark.timeout(900)
+def test_make_push_brings_the_target_and_notes_it_where_the_other_commands_look(
+    registry: Registry, aws: Aws, image: Callable[[str], str], tmp_path: Path
+) -> None:
+    """From a clone, so that this checkout's artifacts/image.json stays as it is."""
+    image("serve-cpu")
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    uv = os.environ.get("UV")
+    command = ["make", "push", "TARGET=serve-cpu", *([f"UV={uv}"] if uv else [])]
+    env = {name: value for name, value in aws.env().items() if name != "VIRTUAL_ENV"}
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads((clone / "artifacts" / "image.json").read_text())["serve-cpu"]
+    assert done.stdout.splitlines()[-1] == entry["uri"]
+    assert entry["uri"].startswith(f"{HOST}/resnet34-sagemaker:{version()}-serve-cpu-")
+    assert image_for("serve-cpu", None, clone / "artifacts" / "image.json").uri == entry["uri"]
+    body, _ = registry.request("GET", f"resnet34-sagemaker/manifests/{entry['digest']}", Accept=SCHEMA_2)
+    assert f"sha256:{hashlib.sha256(body).hexdigest()}" == entry["digest"]
 
 
 def watched_docker(folder: Path) -> tuple[str, Path, Path]:

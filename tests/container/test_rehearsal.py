@@ -6,27 +6,34 @@ from pathlib import Path
 
 import pytest
 
+from container.engine import docker
 from tests.rehearsal import pictures
 from tests.rehearsal.__main__ import main
-from tests.rehearsal.sdk import serve_by_sdk
+from tests.rehearsal.containers import has_compose
+from tests.rehearsal.sdk import serve_by_sdk, train_here_by_sdk
 from tests.rehearsal.start import rehearsal
-from training.launch.jobs import pack
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(3600)]
 
 Image = Callable[[str], str]
 
 
-def test_the_local_mode_of_awss_sdk_runs_the_image_and_is_answered(
-    image: Image, artifact: Path, tmp_path: Path
+def test_the_local_mode_of_awss_sdk_trains_with_our_image_and_serves_what_comes_of_it(
+    image: Image, tmp_path: Path
 ) -> None:  # fmt: skip
+    """Both its halves: ModelTrainer in LOCAL_CONTAINER mode, which docker compose runs, and LocalSession."""
     if find_spec("sagemaker") is None:
         pytest.skip("the group sagemaker is not installed")
-    pack(artifact, tmp_path / "model.tar.gz")
-    _, asked = pictures.write(tmp_path / "drawn", train_per_class=1, held_out_per_class=1)
+    if not has_compose():
+        pytest.skip("the SDK's local mode needs docker compose")
+    data, asked = pictures.write(tmp_path / "drawn", train_per_class=6, held_out_per_class=1)
     with rehearsal() as cloud:
-        said = serve_by_sdk(cloud, tmp_path / "model", asked, image("serve-cpu"))
+        archive = train_here_by_sdk(cloud, data, tmp_path, image("train"))
+        said = serve_by_sdk(cloud, archive, asked, image("serve-cpu"))
     assert f"LocalSession ran `{image('serve-cpu')} serve`" in said
+    assert not archive.with_name("trained-by-sdk").exists()
+    listed = docker("ps", "--all", "--format", "{{.Names}} {{.Labels}}")
+    assert "trained-by-sdk" not in listed, "its container is left"
 
 
 @pytest.mark.slow

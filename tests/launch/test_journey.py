@@ -5,14 +5,18 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.rehearsal import pictures
+from tests.rehearsal.containers import free_port
 from tests.rehearsal.journey import RUN
 from tests.rehearsal.start import ROOT, rehearsal
 from training.launch import tour
@@ -47,6 +51,40 @@ def test_make_rehearse_from_a_fresh_clone_passes_and_leaves_nothing(tmp_path: Pa
         done = subprocess.run(command, cwd=clone, env=cloud.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and "resnet34-sagemaker is made" in done.stderr, done.stdout + done.stderr
         assert [role["RoleName"] for role in cloud.client("iam").list_roles()["Roles"]] == ["resnet34-sagemaker"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_make_setup_sagemaker_and_make_notebook_from_a_fresh_clone_open_the_notebook(tmp_path: Path) -> None:
+    clone, log, port = tmp_path / "clone", tmp_path / "log", free_port()
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    done = subprocess.run(["make", "setup-sagemaker"], cwd=clone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    command = [".venv/bin/python", "-m", "training.launch", "iam-role", "--policy"]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "sts:AssumeRole" in done.stdout, done.stderr
+
+    settings = {"open_browser": False, "port": port, "port_retries": 0, "token": "known"}
+    (tmp_path / "jupyter").mkdir()
+    (tmp_path / "jupyter" / "jupyter_server_config.json").write_text(json.dumps({"ServerApp": settings}))
+    environment |= {f"JUPYTER_{what}_DIR": str(tmp_path / "jupyter") for what in ("CONFIG", "DATA", "RUNTIME")}
+    with log.open("w") as out:
+        make = subprocess.Popen(
+            ["make", "notebook"], cwd=clone, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        while f":{port}/lab/tree/{NOTEBOOK.name}" not in log.read_text():
+            assert make.poll() is None, log.read_text()
+            time.sleep(0.2)
+        asked = f"http://127.0.0.1:{port}/api/contents/{NOTEBOOK.name}?token=known"
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            assert json.loads(answer.read())["content"] == json.loads(NOTEBOOK.read_text())
+    finally:
+        os.killpg(make.pid, signal.SIGTERM)
+        make.wait(60)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(asked, timeout=60)
 
 
 def commands() -> list[list[str]]:

@@ -29,11 +29,15 @@ def test_a_step_that_breaks_in_any_way_is_a_failure_and_not_the_end(tmp_path: Pa
     assert "TimeoutExpired" in journey.steps[0].shown
 
 
-def test_a_gap_is_called_one_once_in_the_columns_of_the_others(tmp_path: Path) -> None:
-    journey = Journey(Rehearsal("http://127.0.0.1:9", tmp_path), tmp_path, tmp_path, tmp_path, None)
+@pytest.mark.parametrize(("images", "needs"), [(None, "a container engine"), (("train", "serve"), "docker compose")])
+def test_a_gap_is_called_one_once_in_the_columns_of_the_others(
+    images: tuple[str, str] | None, needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # on which neither is
+    journey = Journey(Rehearsal("http://127.0.0.1:9", tmp_path), tmp_path, tmp_path, tmp_path, images)
     journey._step(journey.sdk_local)
     (gap,) = journey.steps
-    assert (gap.result, gap.shown) == ("GAP", str(Gap("the SDK's local mode needs a container engine")))
+    assert (gap.result, gap.shown) == ("GAP", str(Gap(f"the SDK's local mode needs {needs}")))
     lines = report.text([gap, Step("status", "PASS", 1.0, "shown")]).splitlines()
     assert lines[0].index("sdk local") == lines[1].index("status")
 

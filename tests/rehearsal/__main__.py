@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.info("jobs and endpoints run as %s", engine)
     with TemporaryDirectory(prefix="journey-") as scratch, rehearsal(*flags) as cloud:
         data, asked = pictures.write(Path(scratch))
-        journey = Journey(cloud, Path(scratch), data, asked, options.serve_image if flags else None)
+        images = (options.train_image, options.serve_image) if flags else None
+        journey = Journey(cloud, Path(scratch), data, asked, images)
         steps = journey.walk()
         report.write(options.report, steps, engine, cloud.ask("/rehearsal/answers"))
         if any(step.result == "FAIL" for step in steps):

@@ -206,3 +206,12 @@ def has_docker() -> bool:
     if shutil.which("docker") is None:
         return False
     return subprocess.run(["docker", "version"], capture_output=True, check=False).returncode == 0
+
+
+def has_compose() -> bool:
+    """Whether docker compose is there, in either of the forms in which the SageMaker SDK takes it."""
+    if shutil.which("docker-compose") is not None:
+        return True
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0

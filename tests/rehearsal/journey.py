@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.rehearsal.containers import has_compose
 from tests.rehearsal.control_plane import ACCOUNT, REGION
 from tests.rehearsal.report import Result, Step, Typed
 from tests.rehearsal.start import ASKED_OFTEN, IMAGE, Rehearsal
@@ -30,9 +31,12 @@ class Gap(Exception):
 class Journey:
     """Walks through the steps; each is told as PASS or FAIL, and the next is tried all the same."""
 
-    def __init__(self, cloud: Rehearsal, folder: Path, data: Path, pictures: Path, serve_image: str | None) -> None:
+    def __init__(
+        self, cloud: Rehearsal, folder: Path, data: Path, pictures: Path, images: tuple[str, str] | None
+    ) -> None:
+        """`images`: what trains and what serves in containers; None where jobs and endpoints are processes."""
         self._cloud, self._folder, self._data, self._pictures = cloud, folder, data, pictures
-        self._serve_image = serve_image
+        self._images = images
         self.steps: list[Step] = []
         self._typed: list[Typed] = []
         """By the step that is being walked."""
@@ -222,11 +226,16 @@ class Journey:
         return train_by_sdk(self._cloud, self._data)
 
     def sdk_local(self) -> str:
-        if self._serve_image is None:
+        if self._images is None:
             raise Gap("the SDK's local mode needs a container engine")
-        from tests.rehearsal.sdk import serve_by_sdk
+        if not has_compose():
+            raise Gap("the SDK's local mode needs docker compose")
+        from tests.rehearsal.sdk import serve_by_sdk, train_here_by_sdk
 
-        return serve_by_sdk(self._cloud, self._folder / "model", self._pictures, self._serve_image)
+        train, serve = self._images
+        archive = train_here_by_sdk(self._cloud, self._data, self._folder, train)
+        served = serve_by_sdk(self._cloud, archive, self._pictures, serve)
+        return f"ModelTrainer in LOCAL_CONTAINER mode trained with {train}; {served}"
 
     def status(self) -> str:
         wrote = self._run("status", say="1 running, 1 desired")

@@ -22,7 +22,8 @@ GAPS = {
     "MLflow": "MlflowConfig is checked against AWS's model; no app, no tracking server",
     "IAM": "roles and policies hold at once; at AWS seconds later, which tests/launch/test_interrupted.py orders",
     "capture, shadow": "the copies in S3 and to the shadow are made by the rehearsal, not by SageMaker",
-    "the SDK's local mode": "hosting by our image where there is an engine; LOCAL_CONTAINER training is not run",
+    "the SDK's local mode": "training and hosting by our images where there is an engine with compose; on one host, "
+    "without a GPU, with data of this machine",
     "several hosts": "one host a job; training over hosts is tested by torchrun (tests/training/test_distributed.py)",
     "the tuner's strategy": "trials are drawn at random; Bayesian search and early stopping are AWS's",
     "blue/green": "the swap is real, alarms do not fire; traffic is not shifted bit by bit",

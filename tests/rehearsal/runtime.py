@@ -39,8 +39,8 @@ class Runtime:
             raise Refusal("ValidationError", f"1 validation error detected: the body has more than {limit} bytes.")
         server = self._servers(name)[variant["VariantName"]]
         for shadow in config.get("ShadowProductionVariants", ()):
-            copied = self._servers(name)[shadow["VariantName"]]
-            threading.Thread(target=self._shadow, args=(copied, body, headers), daemon=True).start()
+            arguments = (name, shadow["VariantName"], self._servers(name), body, headers)
+            threading.Thread(target=self._shadow, args=arguments, daemon=True).start()
         try:
             status, answered, content = server.ask("POST", "/invocations", body, headers)
         except OSError as exc:
@@ -94,7 +94,10 @@ class Runtime:
         bucket, key = split_uri(output if status == 200 else failed)
         s3.put_object(Bucket=bucket, Key=key, Body=content)
 
-    @staticmethod
-    def _shadow(server: "Server", body: bytes, headers: dict[str, str]) -> None:
-        with contextlib.suppress(OSError):  # nobody waits for it
-            server.ask("POST", "/invocations", body, headers)
+    def _shadow(
+        self, name: str, variant: str, servers: dict[str, "Server"], body: bytes, headers: dict[str, str]
+    ) -> None:  # fmt: skip
+        with contextlib.suppress(OSError, KeyError):  # nobody waits for it, and the endpoint may be gone meanwhile
+            status, _, content = servers[variant].ask("POST", "/invocations", body, headers)
+            if status < 300:
+                self._plane.hosting.capture(name, variant, body, headers["Content-Type"], content)

@@ -1,6 +1,7 @@
 """The SageMaker SDK as a second client: what AWS's own library asks for, our image answers as well."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from service.model.archive import unpack
+from service.model.artifact import open_artifact
 from tests.rehearsal.containers import free_port
 from tests.rehearsal.start import IMAGE, ROOT, Rehearsal
 from training.launch.policies import trust_policy
@@ -32,6 +35,30 @@ trainer = ModelTrainer(
 trainer.train(input_data_config=[InputData(channel_name="train", data_source=data)], wait=True, logs=False)
 job = trainer._latest_training_job
 print("SDK", job.training_job_status, job.model_artifacts.s3_model_artifacts)
+"""
+
+TRAIN_HERE = """
+import subprocess, sys
+from sagemaker.train import ModelTrainer
+from sagemaker.train.configs import Compute, InputData
+from sagemaker.train.model_trainer import Mode
+
+image, root, data = sys.argv[1:]
+trainer = ModelTrainer(
+    training_mode=Mode.LOCAL_CONTAINER, training_image=image, base_job_name="by-sdk", local_container_root=root,
+    compute=Compute(instance_type="local_cpu", instance_count=1), environment={"OMP_NUM_THREADS": "1"},
+    hyperparameters={"weights": "none", "epochs": 1, "batch_size": 8, "learning_rate": 0.02, "quantize": "off",
+                     "report": False},
+)
+try:
+    trainer.train(input_data_config=[InputData(channel_name="train", data_source=data)])
+except subprocess.CalledProcessError as exc:
+    # The archive is made by then: who is not root cannot remove what the container wrote, so the SDK has `IMAGE chmod`
+    # run for that, which an image with an entry point of its own refuses.
+    if "chmod" not in exc.cmd:
+        raise
+print()
+print("SDK trained")
 """
 
 SERVE = """
@@ -110,24 +137,46 @@ def _remove_of_sdk(cloud: Rehearsal, bucket: str) -> None:
                 s3.delete_object(Bucket=bucket, Key=entry["Key"])
 
 
-def serve_by_sdk(cloud: Rehearsal, model: Path, pictures: Path, image: str) -> str:
+def train_here_by_sdk(cloud: Rehearsal, data: Path, folder: Path, image: str) -> Path:
+    """The SDK's local container mode runs `image`, which trains; returns the archive it makes, in `folder`, a model.
+
+    It gives the container no command, so the image's own must be `train`. Raises: ValueError, ArtifactError.
+    """
+    root, archive = folder / "trained-by-sdk", folder / "trained-by-sdk.tar.gz"
+    root.mkdir()
+    try:
+        _run(cloud, TRAIN_HERE, image, str(root), str(data), limit_s=1200)
+        shutil.copy(root / "compressed_artifacts" / "model.tar.gz", archive)
+    finally:
+        for container in _listed(f"label=com.docker.compose.project.working_dir={root}"):
+            _docker("rm", "--force", container)
+        _docker("run", "--rm", "--volume", f"{root}:/left", "--entrypoint", "chmod", image, "-R", "a+rwX", "/left")
+        shutil.rmtree(root)  # of which the container's part belongs to root
+    with TemporaryDirectory() as unpacked:
+        unpack(archive, Path(unpacked))
+        open_artifact(Path(unpacked)).verify()
+    return archive
+
+
+def serve_by_sdk(cloud: Rehearsal, archive: Path, pictures: Path, image: str) -> str:
     """The SDK's local container mode runs `IMAGE serve` and asks it. Raises: ValueError."""
     picture = sorted(pictures.iterdir())[0]
-    archive = model.with_name(f"{model.name}.tar.gz")
-    before = _stopped(image)
+    ended = ("ancestor=" + image, "name=algo-1-", "status=exited")
+    before = _listed(*ended)
     try:
         said = json.loads(_run(cloud, SERVE, image, str(archive), str(free_port()), str(picture), "unused-bucket"))
     finally:  # the SDK stops its container and leaves it there
-        for name in _stopped(image) - before:
-            subprocess.run(["docker", "rm", name], capture_output=True, check=False)
+        for name in _listed(*ended) - before:
+            _docker("rm", name)
     return f"LocalSession ran `{image} serve`, which takes {picture.name} for {said['predictions'][0]['label']}"
 
 
-def _stopped(image: str) -> set[str]:
-    """The containers of the SDK's local mode that have ended, by name."""
-    filters = ("ancestor=" + image, "name=-algo-1-", "status=exited")
+def _listed(*filters: str) -> set[str]:
+    """The containers, by name, that all the filters leave."""
     flags = [part for each in filters for part in ("--filter", each)]
-    listed = subprocess.run(
-        ["docker", "ps", "--all", "--format", "{{.Names}}", *flags], capture_output=True, text=True, check=True
-    )
-    return set(listed.stdout.split())
+    return set(_docker("ps", "--all", "--format", "{{.Names}}", *flags).split())
+
+
+def _docker(*arguments: str) -> str:
+    """What docker says; nothing where it fails: it tidies up, and what went wrong before must be told."""
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False).stdout
