@@ -56,8 +56,8 @@ class Settings(BaseSettings):
     engine: Wanted = "auto"
     """What computes: the fastest engine whose answers are those of the training ("auto"), or the one of this name."""
     workers: int = Field(0, ge=0, le=256)
-    """Processes that answer, each with a model of its own; 0: one per GPU, else one for every 8 cores, or one per core
-    where the model's pictures are small."""
+    """Processes that answer, each with a model of its own; 0: one per GPU, else as many as the event loops need, from
+    one per core at 32 px to one for every 4.6 cores at 224 px."""
     engine_threads: int = Field(default_factory=cores, ge=1)
     """Threads of engines that run on the CPU, of all workers together; default: the cores this process may use."""
     start_timeout_s: float = Field(450.0, gt=0)

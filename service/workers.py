@@ -47,14 +47,21 @@ from service.settings import environment_of_workers
 log = logging.getLogger(__name__)
 requests_log = logging.getLogger("service.requests")
 
-CORES_PER_WORKER = 8
-"""For photos: an event loop takes about 0.6 ms of a core for each (224 px), their network some 20 ms."""
+SMALL_PX, PHOTO_PX = 32, 224
+"""The sides at which it was measured what an image costs."""
 
-SMALL_SIDE_PX = 64
-"""Up to this side, HTTP takes as long as the network, and a process for every core shares the work best.
+LOOP_MS, WHOLE_MS = (0.28, 0.75), (0.71, 8.6)
+"""Of a core, for an image of each of these sides: on the event loop, and in all (tests/bench/results/serving-limits.md).
 
-Seen at 32 px, int8, 2 cores of an EPYC, 32 clients, two rounds: two processes answered 1,642 and 1,338 requests a
-second, one 1,253 and 750.
+int8 on 2 cores with AMX, where the network takes least, 0.43 and 4.9 ms, so that event loops count most. Where it is
+slower (20 ms at 224 px on an EPYC without AMX), fewer workers would do: those too many cost their memory.
+"""
+
+LOOP_SHARE = 0.4
+"""Of a core that one event loop gets at most: it shares the GIL with threads that decode and compute.
+
+On 2 cores at 32 px, int8, 32 clients, one worker answered 1,253 images/s (EPYC) and 1,400 (AMX, one lane), 0.28 ms of
+event loop each, where two answered 1,642 and 2,709. More than 2 cores were not measured.
 """
 
 WORKER_BYTES = 768 * 2**20
@@ -83,8 +90,15 @@ def choose_count(model: Path, engine: Wanted) -> int:
         return 1
     if engine in ("auto", "torch-cuda") and gpus():
         return gpus()
-    busy = cores() if _side_px(model) <= SMALL_SIDE_PX else -(-cores() // CORES_PER_WORKER)
-    return max(1, min(MAX_WORKERS, busy, memory_bytes() // WORKER_BYTES))
+    loops = math.ceil(cores() * _share_of_loop(_side_px(model)) / LOOP_SHARE)
+    return max(1, min(MAX_WORKERS, cores(), loops, memory_bytes() // WORKER_BYTES))
+
+
+def _share_of_loop(side_px: int) -> float:
+    """What the event loop takes of the time that an image costs; between and beyond the measured sides by its pixels."""
+    further = (side_px**2 - SMALL_PX**2) / (PHOTO_PX**2 - SMALL_PX**2)
+    loop_ms = LOOP_MS[0] + (LOOP_MS[1] - LOOP_MS[0]) * min(1, further)  # of larger sides the files are no larger
+    return loop_ms / (WHOLE_MS[0] + (WHOLE_MS[1] - WHOLE_MS[0]) * further)
 
 
 def _side_px(model: Path) -> int:
@@ -97,11 +111,11 @@ def _side_px(model: Path) -> int:
         path = find_home(model) / MANIFEST
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
-            return SMALL_SIDE_PX + 1
+            return PHOTO_PX
         side_px = json.loads(path.read_bytes())["preprocessing"]["side_px"]
-        return side_px if isinstance(side_px, int) else SMALL_SIDE_PX + 1
+        return side_px if isinstance(side_px, int) and 1 <= side_px <= 1024 else PHOTO_PX
     except (ArtifactError, OSError, ValueError, KeyError, TypeError, RecursionError):
-        return SMALL_SIDE_PX + 1
+        return PHOTO_PX
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Several workers on one port, as real processes: ready together, replaced when they die, stopped together."""
 
 import asyncio
+import json
 import os
 import re
 import resource
@@ -154,9 +155,11 @@ def test_threads_are_shared_out_and_none_is_left_over() -> None:
 
 @pytest.mark.parametrize(
     ("side_px", "cores", "gpus", "gib", "engine", "expected"),
-    [(32, 2, 0, 64, "auto", 2), (64, 24, 0, 64, "auto", 16), (65, 8, 0, 64, "auto", 1), (224, 9, 0, 64, "auto", 2),
+    [(32, 2, 0, 64, "auto", 2), (64, 24, 0, 64, "auto", 16), (65, 8, 0, 64, "auto", 6), (96, 8, 0, 64, "auto", 4),
+     (128, 8, 0, 64, "auto", 3), (224, 2, 0, 64, "auto", 1), (224, 9, 0, 64, "auto", 2), (224, 16, 0, 64, "auto", 4),
+     (1, 2, 0, 64, "auto", 2), (1024, 32, 0, 64, "auto", 1),
      (32, 8, 4, 64, "auto", 4), (32, 8, 4, 64, "torch-cuda", 4), (32, 8, 4, 64, "openvino-int8", 8),
-     (None, 16, 0, 64, "auto", 2), (32, 16, 0, 4, "auto", 5), (32, 4, 0, 0.5, "auto", 1)],
+     (None, 16, 0, 64, "auto", 4), (32, 16, 0, 4, "auto", 5), (32, 4, 0, 0.5, "auto", 1)],
 )  # fmt: skip
 def test_workers_follow_from_the_side_the_cores_the_gpus_and_the_memory(
     tmp_path: Path,
@@ -224,7 +227,13 @@ def test_a_manifest_that_is_no_small_file_does_not_hold_up_the_supervisor(tmp_pa
     else:
         path.touch()
         os.truncate(path, 60 * 2**30)  # sparse
-    assert workers._side_px(tmp_path) > workers.SMALL_SIDE_PX
+    assert workers._side_px(tmp_path) == workers.PHOTO_PX
+
+
+def test_a_side_that_no_model_has_is_left_to_the_workers_to_refuse(tmp_path: Path) -> None:
+    for side in (0, -32, 1025, 10**400, "32"):
+        (tmp_path / "manifest.json").write_text(json.dumps({"preprocessing": {"side_px": side}}))
+        assert workers._side_px(tmp_path) == workers.PHOTO_PX
 
 
 def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Path, start_server: Any) -> None:
