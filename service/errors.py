@@ -18,6 +18,7 @@ decode gets 413 like one that is too large: the remedy is the same, a smaller or
 """
 
 import json
+from collections.abc import Mapping
 from typing import TypeVar
 
 from service.model.errors import ImageTooCostly, ImageTooLarge, UnreadableImage
@@ -109,9 +110,9 @@ def without_frames(exc: Error) -> Error:
     return exc
 
 
-def error_body(status: int, code: str, message: str, request_id: str) -> bytes:
-    """The one JSON shape of errors (`service.schemas.ErrorResponse`)."""
+def error_body(status: int, code: str, message: str, request_id: str, beside: Mapping[str, str] = {}) -> bytes:
+    """The one JSON shape of errors (`service.schemas.ErrorResponse`), with what stands `beside` the error."""
     detail: dict[str, str | int] = {"code": code, "message": message, "request_id": request_id}
     if status in (429, 503):
         detail["retry_after_s"] = RETRY_AFTER_S
-    return json.dumps({"error": detail}, ensure_ascii=False).encode()
+    return json.dumps({**beside, "error": detail}, ensure_ascii=False).encode()

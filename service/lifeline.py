@@ -2,7 +2,7 @@
 
 The supervisor holds a duplicate of every connection of its workers (SCM_RIGHTS, unix(7)) and closes it when the worker
 does. When a worker dies instead, the connections live on in the supervisor, which answers those whose request the
-worker had, so that their clients read a sentence and not a reset.
+worker had, so that their clients read a sentence and not a reset. It also answers connections that no worker accepts.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import resource
+import select
 import socket
 import struct
 import sys
@@ -36,8 +37,19 @@ LINGER_S = 2.0
 """How long a connection stays after it was told of the death: closed at once, what the client still sends would be
 answered with a reset, which may overtake the answer (RFC 9112, 9.6)."""
 
+UPLOAD_S = 10.0
+"""The same of a connection that nobody has read from: its client may have begun to send a large body."""
+
 DIED = "The process that had this request died before it could answer; send the request again."
-STOPPED = "The service has stopped; send the request to another instance."
+
+MEANING = {
+    "loading": "The service is not ready (state: loading): a process is being started, the model being loaded; try again.",
+    "stopping": "The service has stopped (state: stopping); send the request to another instance.",
+}
+"""What connections are told that no worker accepts, by the state."""
+
+REFUSED_AT_ONCE = 4096
+"""So many are told before the supervisor looks after its workers again: more than can wait (`listeners.BACKLOG`)."""
 
 Told = Callable[[str, str], None]
 """Takes in that a client was answered with 503: the request id and the code."""
@@ -194,6 +206,10 @@ class Held:
         (beat_s,) = _BEAT.unpack_from(self._notes, len(self._notes) - _BEAT.size)
         return time.monotonic() - beat_s if beat_s else 0.0
 
+    def has_begun(self) -> bool:
+        """Whether the worker accepts connections, or did before it began to stop."""
+        return any(self._notes[-_BEAT.size :])
+
     def answer(self, told: Told) -> list[socket.socket]:
         """Of a worker that has died: answer the requests it had. Returns: their connections, to be closed later."""
         self.read()
@@ -218,14 +234,20 @@ class Held:
 
 
 class Lingering:
-    """Connections that were told of a worker's death, until their clients have closed them or time is up."""
+    """Connections that were answered here, until their clients have closed them or time is up."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_CONNECTIONS) -> None:
+        """`most`: beyond it, the first are closed before their time."""
+        self._most = most
         self._until_s: dict[socket.socket, float] = {}
 
-    def add(self, connections: Iterable[socket.socket]) -> None:
+    def add(self, connections: Iterable[socket.socket], for_s: float = LINGER_S) -> None:
         """Keep these a while."""
-        self._until_s |= dict.fromkeys(connections, time.monotonic() + LINGER_S)
+        self._until_s |= dict.fromkeys(connections, time.monotonic() + for_s)
+        for connection in list(self._until_s)[: max(0, len(self._until_s) - self._most)]:
+            _is_over(connection)  # what is unread would make its end a reset
+            connection.close()
+            del self._until_s[connection]
 
     def __len__(self) -> int:
         return len(self._until_s)
@@ -245,26 +267,34 @@ def _has_input(connection: socket.socket) -> bool:
     return False
 
 
-def refuse_waiting(listener: socket.socket, told: Told) -> list[socket.socket]:
-    """Answer connections that nobody will accept any more. Returns: these, to be closed later."""
-    take_no_more(listener)
+def is_waited_for(listener: socket.socket) -> bool:
+    """Whether connections wait to be accepted."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def refuse_waiting(listener: socket.socket, state: str, told: Told) -> list[socket.socket]:
+    """Answer connections that wait to be accepted. Returns: these, to be closed later."""
     listener.setblocking(False)
     lingering = []
     with suppress(OSError):
-        while True:
+        for _ in range(REFUSED_AT_ONCE):
             connection, _ = listener.accept()
             connection.setblocking(False)
-            if _tell(connection, "not_ready", STOPPED, told):
+            if _tell(connection, "not_ready", MEANING[state], told, state):
                 lingering.append(connection)
             else:
                 connection.close()
     return lingering
 
 
-def _tell(connection: socket.socket, code: str, message: str, told: Told) -> bool:
-    """Send an answer; whether that could be done."""
+def _tell(connection: socket.socket, code: str, message: str, told: Told, state: str | None = None) -> bool:
+    """Send an answer; whether that could be done. With a `state`, it is one to GET /ping too: what was asked has not
+    been read.
+    """
     request_id = new_request_id()
-    body = error_body(503, code, message, request_id)
+    body = error_body(503, code, message, request_id, {"status": state, "message": message} if state else {})
     head = (
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nretry-after: {RETRY_AFTER_S}\r\nx-request-id: {request_id}\r\n"

@@ -424,9 +424,13 @@ class _Flow(FlowControl):
 
 
 async def sweep_all(connections: set[Any], lifeline: Lifeline | None) -> None:
-    """Once a second, for ever: give up what takes too long."""
+    """Once a second, for ever: give up what takes too long. From the first moment on the lifeline tells that this
+    worker accepts.
+    """
     loop = asyncio.get_running_loop()
     while True:
+        if lifeline is not None:
+            lifeline.beat()
         await asyncio.sleep(SWEEP_S)
         now_s = loop.time()
         for connection in list(connections):
@@ -435,5 +439,3 @@ async def sweep_all(connections: set[Any], lifeline: Lifeline | None) -> None:
             except Exception:  # one connection must not end the watch over all
                 log.exception("a connection is given up")
                 connection.transport.abort()
-        if lifeline is not None:
-            lifeline.beat()

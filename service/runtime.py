@@ -151,7 +151,7 @@ class Runtime:
         """Begin to load; `state` tells how far it is.
 
         The replacement of a worker that died loads before it returns, and so before it accepts connections: the others
-        answer meanwhile.
+        answer meanwhile, and the supervisor those who wait for this one.
         """
         self._starting = asyncio.get_running_loop().create_task(self._start(), name="start")
         if self._states is not None and self._states.all_were_ready():

@@ -1,7 +1,8 @@
 """Several processes on one port: the supervisor that starts them, and what one worker knows of the others.
 
 Each worker has a listening socket of its own (`service.listeners`). The supervisor keeps them all open, so that
-connections which wait for a worker that died are served by its replacement, which accepts them when it is ready.
+connections which wait for a worker that died are served by its replacement, which accepts them when it is ready. Where
+that takes longer than a second, the supervisor accepts them, and answers 503.
 """
 
 import fcntl
@@ -27,15 +28,19 @@ from service.deaths import STOOD_STILL, MemoryKills, cause_of
 from service.engines.names import Wanted
 from service.lifeline import (
     FILES_BESIDES,
+    LINGER_S,
     MAX_CONNECTIONS,
+    UPLOAD_S,
     Held,
     Lifeline,
     Lingering,
     allow_files,
+    is_waited_for,
     pair,
     refuse_waiting,
     shared,
     slots,
+    take_no_more,
 )
 from service.metrics import Page
 from service.model.errors import ArtifactError
@@ -79,6 +84,13 @@ STOP_S = 28.0
 SILENT_S, SEEN_TWICE_S = 60.0, 5.0
 """A worker whose event loop has not gone round for so long, seen twice so far apart, is replaced. Twice, because the
 whole machine may have stood still."""
+
+PATIENCE_S = 1.0
+"""How long connections wait for a worker that does not accept yet. One that took a dead one's place mostly does after 1
+to 2 s, so that many need not ask again; a /ping that is not answered within 2 s counts as failed."""
+
+START_AGAIN_S = (0.0, 1.0, 2.0, 3.0)
+"""Pauses between the attempts to start a worker, where there is no process, memory or file descriptor left."""
 
 OF_LATE_S = 2.0
 """A worker that dies so long after the kernel killed a process of ours for memory was that process."""
@@ -235,7 +247,8 @@ class Supervisor:
         self._start_timeout_s = start_timeout_s
         self._ready_by_s: dict[int, float] = {}
         self._killed: set[int] = set()  # by us
-        self._lingering = Lingering()
+        self._lingering = Lingering(self._connections_each)  # in place of those that a dead worker had
+        self._waits_since_s: dict[int, float] = {}  # connections, for a worker that does not accept
         self._talk = selectors.DefaultSelector()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._stopping = False
@@ -261,7 +274,7 @@ class Supervisor:
             if self._stopping:
                 # As the signals end it that come before it can catch them; a terminal sends Ctrl-C to the workers too.
                 status = max(status, int(returned not in (0, -signal.SIGTERM, 128 + signal.SIGINT)))
-                self._lingering.add(refuse_waiting(self._sockets[index], self._note_told))
+                self._close_port(index)
                 continue
             death = STOOD_STILL if index in self._killed else cause_of(returned, self._memory_killed())
             how = death.how
@@ -281,13 +294,23 @@ class Supervisor:
                 continue
             status = 1
             self.stop()
-        while self._lingering:
+        for index in range(len(self._sockets)):  # of those that did not end as they were told
+            self._close_port(index)
+        until_s = time.monotonic() + LINGER_S
+        while self._lingering and time.monotonic() < until_s:
             time.sleep(0.05)
             self._lingering.sweep()
         return max(status, int(self._failed))
 
+    def _close_port(self, index: int) -> None:
+        take_no_more(self._sockets[index])
+        self._refuse(index, "stopping")
+
+    def _refuse(self, index: int, state: str) -> None:
+        self._lingering.add(refuse_waiting(self._sockets[index], state, self._note_told), UPLOAD_S)
+
     def _start(self, index: int) -> None:
-        for attempt in range(5):
+        for pause_s in (*START_AGAIN_S, None):
             if self._stopping:
                 return
             try:
@@ -295,7 +318,9 @@ class Supervisor:
                 return
             except OSError as exc:  # no process, memory or file descriptor left
                 log.error("worker %d cannot be started (%s)", index, exc.strerror or exc)
-                time.sleep(attempt)
+            again_s = time.monotonic() + (pause_s or 0)
+            while time.monotonic() < again_s and not self._stopping:
+                self._turn()
         self._failed = True
         self.stop()
 
@@ -311,20 +336,21 @@ class Supervisor:
             theirs.fileno(), slots_fd,
         )  # fmt: skip
         try:
+            held = Held(ours, slots_fd)
             self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
                 [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
                 pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
                 start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
                 env=environment_of_workers(),
             )
-            self._held[index] = Held(ours, slots_fd)
         except OSError:
             ours.close()
             raise
         finally:
             theirs.close()
             os.close(slots_fd)
-        self._talk.register(ours, selectors.EVENT_READ, self._held[index])
+        self._held[index] = held
+        self._talk.register(ours, selectors.EVENT_READ, held)
         self._ready_by_s[index] = time.monotonic() + self._start_timeout_s
         if self._stopping:  # the signal came before the process was in the table
             self._processes[index].terminate()
@@ -339,13 +365,31 @@ class Supervisor:
                     self._talk.unregister(held.socket)
                     self._lingering.add(held.answer(self._note_told))
                     return index, returned
-            for key, _ in self._talk.select(0.05):
-                key.data.read()
-            self._lingering.sweep()
-            self._kill_the_stuck()
-            if time.monotonic() - self._looked_at_s > OF_LATE_S / 2:  # decoders are killed for memory too
-                self._memory_killed()
-                self._looked_at_s = time.monotonic()
+            self._turn()
+
+    def _turn(self) -> None:
+        """Look after the workers and their clients once."""
+        for key, _ in self._talk.select(0.05):
+            key.data.read()
+        self._lingering.sweep()
+        self._answer_for_who_starts()
+        self._kill_the_stuck()
+        if time.monotonic() - self._looked_at_s > OF_LATE_S / 2:  # decoders are killed for memory too
+            self._memory_killed()
+            self._looked_at_s = time.monotonic()
+
+    def _answer_for_who_starts(self) -> None:
+        """Tell connections that have waited long enough for a worker that does not accept yet. Whoever of the two
+        accepts one answers it, so none is lost where the worker begins meanwhile.
+        """
+        now_s = time.monotonic()
+        for index, listener in enumerate(self._sockets):
+            held = self._held.get(index)
+            if (held is not None and held.has_begun()) or not is_waited_for(listener):
+                self._waits_since_s.pop(index, None)
+            elif now_s - self._waits_since_s.setdefault(index, now_s) >= PATIENCE_S:
+                del self._waits_since_s[index]
+                self._refuse(index, "stopping" if self._stopping else "loading")
 
     def _memory_killed(self) -> bool:
         """Whether the kernel has just killed one of our processes for memory."""

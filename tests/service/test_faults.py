@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from service.engines.fake import FakeEngine
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.model.artifact import open_artifact
 from service.runtime import ENDS_AFTER, FAILING_AFTER
+from service.workers import MAX_DEATHS
 from tests.service.served import assert_error, jpeg, png, serve
 from tests.service.staged import FAILS, LOADS, held, staged
 
@@ -78,6 +80,32 @@ def test_ping_is_red_from_the_first_connection_on_until_the_model_is_loaded(
             assert (refused.status, refused.json["error"]["code"]) == (503, "not_ready")
             loading.close()
             until(lambda: server.ask("GET", "/ping").status == 200)
+
+
+def refused_in_time(server: Any, method: str, path: str, body: bytes = b"") -> Any:
+    """The answer to a request that no worker accepts. The limit is the platform's for /ping."""
+    started_s = time.monotonic()
+    answer = server.ask(method, path, body)
+    assert time.monotonic() - started_s < 2
+    assert_error(answer, 503, "not_ready")
+    assert answer.headers["retry-after"] == "1"
+    assert "(state: loading)" in answer.json["message"]
+    assert answer.json["status"] == "loading"  # as /ping tells it otherwise
+    return answer
+
+
+def test_a_service_whose_worker_takes_long_to_begin_says_so(artifact: Path, tmp_path: Path, start_server: Any) -> None:
+    """Before its worker accepts connections: as on a machine that is busy, or reads the libraries from a slow disk."""
+    gate, slow = tmp_path / "gate", tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    program = f"import sys; sys.executable = {str(slow)!r}; import service.__main__ as m; raise SystemExit(m.main())"
+    with start_server(artifact, ready=False, program=program) as server:
+        until(lambda: "listening on" in server.log.read_text())
+        for method, path in (("GET", "/ping"), ("POST", "/ping"), ("POST", "/invocations")):
+            refused_in_time(server, method, path)
+        gate.touch()
+        until(lambda: server.ask("GET", "/ping").status == 200)
 
 
 # SIGTERM.
@@ -254,9 +282,83 @@ def test_requests_of_a_killed_worker_get_a_sentence_and_the_next_ones_an_answer(
         assert server.log.read_text().count("status=503 code=worker_died") == 3
         refused = r'classifier_rejected_requests_total\{reason="worker_died"\} 3\.0'
         until(lambda: re.search(refused, server.ask("GET", "/metrics").body.decode()) is not None)
-        assert server.ask("GET", "/ping").status == 200  # waits for the new one, which then answers
+        assert server.ask("GET", "/ping").status == 200  # of the new one
         assert worker_of(server) != before
         assert server.process.poll() is None
+
+
+def test_while_a_worker_is_replaced_requests_are_refused_in_time(
+    artifact: Path, tmp_path: Path, start_server: Any
+) -> None:
+    with ExitStack() as loading, start_server(artifact, program=staged(tmp_path)) as server:
+        files = psutil.Process(server.process.pid).num_fds()
+        before = server.log.read_text().count("code=not_ready")  # of a start that took a while
+        loading.enter_context(held(tmp_path, LOADS))
+        os.kill(worker_of(server), signal.SIGKILL)
+        for _ in range(3):
+            refused_in_time(server, "GET", "/ping")
+            refused_in_time(server, "POST", "/invocations", b"x" * 20_000_000)  # read away, else it would be a reset
+        with ThreadPoolExecutor(40) as clients:
+            for asked in [clients.submit(refused_in_time, server, "GET", "/ping") for _ in range(40)]:
+                asked.result()
+        assert server.log.read_text().count("status=503 code=not_ready") == before + 46
+        refused = psutil.Process(server.process.pid)
+        until(lambda: refused.num_fds() <= files + 1, 10)  # clients that have closed are let go
+        loading.close()
+        until(lambda: server.ask("GET", "/ping").status == 200)
+        assert server.ask("POST", "/invocations", jpeg()).status == 200
+        counted = re.search(
+            r'rejected_requests_total\{reason="not_ready"\} (\d+)', str(server.ask("GET", "/metrics").body)
+        )
+        assert counted is not None
+        assert int(counted[1]) >= 46
+
+
+def test_of_two_workers_the_share_of_one_that_is_replaced_does_not_wait(
+    artifact: Path, tmp_path: Path, start_server: Any
+) -> None:
+    with ExitStack() as loading, start_server(artifact, program=staged(tmp_path), CLASSIFIER_WORKERS="2") as server:
+        loading.enter_context(held(tmp_path, LOADS))
+        os.kill(psutil.Process(server.process.pid).children()[0].pid, signal.SIGKILL)
+
+        def ping() -> int:
+            started_s = time.monotonic()
+            status = server.ask("GET", "/ping").status
+            assert time.monotonic() - started_s < 2
+            return status
+
+        with ThreadPoolExecutor(8) as clients:
+            statuses = [asked.result() for asked in [clients.submit(ping) for _ in range(64)]]
+        assert set(statuses) == {200, 503}
+        loading.close()
+        until(lambda: server.log.read_text().count("ready: http://") == 3)
+        until(lambda: {ping() for _ in range(20)} == {200})
+
+
+def test_no_request_is_lost_while_workers_die_and_begin(artifact: Path, start_server: Any) -> None:
+    """Whoever accepts a connection answers it, the supervisor or a worker that begins or dies in that moment."""
+    body = jpeg()
+    with start_server(artifact) as server, ThreadPoolExecutor(8) as clients:
+        ended = threading.Event()
+
+        def ask() -> list[int]:
+            statuses = []
+            while not ended.is_set():
+                statuses.append(server.ask("POST", "/invocations", body).status)  # raises where there is none
+            return statuses
+
+        try:
+            asking = [clients.submit(ask) for _ in range(8)]
+            for deaths in range(1, MAX_DEATHS - 1):
+                time.sleep(0.5)
+                os.kill(worker_of(server), signal.SIGKILL)
+                until(lambda deaths=deaths: server.log.read_text().count("ready: http://") == deaths + 1)
+            until(lambda: server.ask("GET", "/ping").status == 200)
+        finally:
+            ended.set()
+        answered = [status for client in asking for status in client.result()]
+    assert set(answered) <= {200, 503}
+    assert answered.count(200) > 100
 
 
 def test_connections_that_close_are_let_go_by_the_supervisor(artifact: Path, start_server: Any) -> None:

@@ -127,10 +127,24 @@ def test_connections_that_nobody_accepts_any_more_are_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         clients = [socket.create_connection(listener.getsockname(), timeout=10) for _ in range(3)]
         lingering = Lingering()
-        lingering.add(refuse_waiting(listener, lambda *what: None))
+        lingering.add(refuse_waiting(listener, "stopping", lambda *what: None))
         assert len(lingering) == 3
         for client in clients:
             client.sendall(b"GET /ping HTTP/1.1\r\n\r\n")
             assert b'"code": "not_ready"' in until_closed(client)
+        lingering.sweep()
+        assert len(lingering) == 0
+
+
+def test_of_more_connections_than_may_linger_the_first_are_closed_without_a_reset() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        clients = [socket.create_connection(listener.getsockname(), timeout=10) for _ in range(5)]
+        for client in clients:
+            client.sendall(b"x" * 1000)
+        lingering = Lingering(most=2)
+        lingering.add(refuse_waiting(listener, "loading", lambda *what: None))
+        assert len(lingering) == 2
+        for client in clients:
+            assert b"(state: loading)" in until_closed(client)
         lingering.sweep()
         assert len(lingering) == 0
