@@ -56,7 +56,7 @@ SMALL_PX, PHOTO_PX = 32, 224
 """The sides at which it was measured what an image costs."""
 
 LOOP_MS, WHOLE_MS = (0.28, 0.75), (0.71, 8.6)
-"""Of a core, an image of each of these sides: on the event loop, and in all (tests/bench/results/serving-limits.md).
+"""Of a core, for an image of each of these sides: on the event loop, and in all (tests/bench, serving-limits.md).
 
 int8 on 2 cores with AMX, where the network takes least, 0.43 and 4.9 ms, so that event loops count most. Where it is
 slower (20 ms at 224 px on an EPYC without AMX), fewer workers would do: those too many cost their memory.
@@ -107,7 +107,7 @@ def choose_count(model: Path, engine: Wanted) -> int:
 
 
 def _share_of_loop(side_px: int) -> float:
-    """What the event loop takes of the time that an image costs; besides the measured sides by its pixels."""
+    """What the event loop takes of the time that an image costs; between and beyond the measured sides by pixels."""
     further = (side_px**2 - SMALL_PX**2) / (PHOTO_PX**2 - SMALL_PX**2)
     loop_ms = LOOP_MS[0] + (LOOP_MS[1] - LOOP_MS[0]) * min(1, further)  # of larger sides the files are no larger
     return loop_ms / (WHOLE_MS[0] + (WHOLE_MS[1] - WHOLE_MS[0]) * further)

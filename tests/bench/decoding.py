@@ -3,11 +3,13 @@
     python -m tests.bench.decoding [--sides 224,32] [--rounds 7] [--model ARTIFACT] [--crops 16]
 
 Every decoder is combined with every resizer; `the service's` is what runs (service/model/resize.py). All take turns in
-every round on one thread, and the least time over the rounds counts. The reference is Pillow: decoded in full,
-`crop_resize`. A JPEG of at least four times the side may be scaled while it is decoded, which changes pixels, and AWS's
-toolkit, which decodes before it knows the side, does not do so: how often the class changes is counted with `--model`,
-a trained artifact (without it, the bench's own network of random weights), on random crops of the photographs, saved
-anew, all of them large enough to be scaled. Writes tests/bench/results/decoding.{md,json}.
+every round on one thread, and the least time over the rounds counts. The reference is Pillow: decoded in full, and
+resized by it. fast_image_resize, the service's resizer where there is a wheel of it, rounds otherwise; a JPEG of at
+least four times the side may be scaled while it is decoded, which changes pixels. AWS's toolkit, which decodes before
+it knows the side, does not do so. How often the class changes is counted with `--model`, a trained artifact
+(without it, the bench's own network of random weights), on random crops of the photographs, saved anew, all of them
+large enough to be scaled: by either resizer against full decoding with the same one, and between the two.
+Writes tests/bench/results/decoding.{md,json}.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import torch
 from PIL import Image
 
 from service.engines.choose import Layout, create
+from service.model import resize
 from service.model.artifact import open_artifact
 from service.model.images import decode
 from service.model.machine import cores
@@ -69,12 +72,29 @@ def turbo_scaled(payload: bytes, side_px: int) -> np.ndarray:
     )
 
 
+def by_pillow(picture: Picture, side_px: int) -> np.ndarray:
+    """What `crop_resize` does where fast_image_resize is not installed."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    return np.asarray(image.resize((side_px, side_px), Image.Resampling.BILINEAR, box=_square(image)))
+
+
+def by_fast(picture: Picture, side_px: int) -> np.ndarray:
+    """What `crop_resize` does where it is, which this bench needs."""
+    assert resize.fast is not None, "cykooz.resizer is not installed"
+    return crop_resize(picture, side_px)
+
+
+def _square(image: Image.Image) -> tuple[float, float, float, float]:
+    """The box of the centre square."""
+    short = min(image.size)
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    return left, top, left + short, top + short
+
+
 def with_reduction(picture: Picture, side_px: int) -> np.ndarray:
     """Pillow's own shortcut: boxes of whole pixels first, then bilinear from twice the size."""
     image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    short = min(image.size)
-    left, top = (image.width - short) / 2, (image.height - short) / 2
-    box = (left, top, left + short, top + short)
+    box = _square(image)
     return np.asarray(image.resize((side_px, side_px), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0))
 
 
@@ -95,8 +115,8 @@ DECODERS: dict[str, Decoder] = {
     "simplejpeg, fast DCT and upsampling": turbo_fast,
 }  # fmt: skip
 RESIZERS: dict[str, Resizer] = {
-    "Pillow bilinear, box": crop_resize, "Pillow bilinear, reducing_gap 2": with_reduction,
-    "torch bilinear, antialiased": by_torch,
+    "Pillow bilinear, box": by_pillow, "fast_image_resize bilinear, box": by_fast,
+    "Pillow bilinear, reducing_gap 2": with_reduction, "torch bilinear, antialiased": by_torch,
 }  # fmt: skip
 
 
@@ -114,6 +134,8 @@ class Way:
 
 
 REFERENCE = Way("Pillow", "Pillow bilinear, box")
+COMPARED = ("Pillow bilinear, box", "fast_image_resize bilinear, box")
+"""The resizers that `crop_resize` has, without and with a wheel of the faster one."""
 WAYS = [Way("the service's", ""), *(Way(decoder, resizer) for decoder in DECODERS for resizer in RESIZERS)]
 
 
@@ -153,7 +175,7 @@ def crops(files: Sequence[bytes], side_px: int, count: int) -> list[bytes]:
 
 
 def agreement(folder: Path, files: Sequence[bytes], count: int) -> str:
-    """How often the class is that of full decoding where a JPEG is scaled to so many times the side while decoded."""
+    """How often the class stays: with the other resizer, and where a JPEG is scaled to so many times the side."""
     artifact = open_artifact(folder)
     side_px, metrics = artifact.manifest.preprocessing.side_px, artifact.manifest.metrics
     chosen = crops(files, side_px, count)
@@ -166,18 +188,28 @@ def agreement(folder: Path, files: Sequence[bytes], count: int) -> str:
         parts = [np.stack(pixels[i : i + 16]) for i in range(0, len(pixels), 16)]
         return np.concatenate([engine.infer(part).argmax(1) for part in parts])
 
-    whole = classes([REFERENCE.run(file, side_px) for file in chosen])
-    same = {
-        times: int((whole == classes([crop_resize(decode(file, times * side_px), side_px) for file in chosen])).sum())
-        for times in RESERVES
-    }
+    whole = {name: classes([Way("Pillow", name).run(file, side_px) for file in chosen]) for name in COMPARED}
+    found = []
+    for name, expected in whole.items():
+        scaled = {
+            times: classes([RESIZERS[name](decode(file, times * side_px), side_px) for file in chosen])
+            for times in RESERVES
+        }
+        shares = ", ".join(f"{_same(expected, given)} with at least {times}" for times, given in scaled.items())
+        found.append(f"scaled while decoded to a number of times the side, {name}: {shares}")
+    pillows, fasts = whole.values()
     accuracy = metrics.get("validation", {}).get("accuracy")
     trained = f"trained, validation accuracy {accuracy:.2%}" if accuracy else "random weights"
-    found = ", ".join(f"{share:,} with at least {times} ({share / len(chosen):.2%})" for times, share in same.items())
     return (
-        f"Top-1 with {which} ({trained}): of {len(chosen):,} crops, scaled while they are decoded to a number of times "
-        f"the side, so many get the class that full decoding gives: {found}; {len(np.unique(whole))} classes occur."
+        f"Top-1 with {which} ({trained}): of {len(chosen):,} crops, so many get the class of full decoding: "
+        f"{'; '.join(found)}. Decoded in full, {' and '.join(COMPARED)} give the same class to "
+        f"{_same(pillows, fasts)}. {len(np.unique(pillows))} classes occur."
     )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> str:
+    count = int((one == other).sum())
+    return f"{count:,} ({count / len(one):.2%})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -107,6 +107,8 @@ def bars(found: dict[str, Figures], concurrency: Sequence[int]) -> list[Bar]:
             if forward:  # of a GPU
                 ratio = f"{forward['infer'] / forward['bare_graph']:.2f}"
                 lines.append((f"{engine}: batches of 32 decoded already / the bare CUDA graph", "one round", ratio))
+                served, in_process = ours.throughput[high], limit.throughput[high]
+                lines.append((f"{engine}: what binds", *bottleneck(served, in_process, forward["infer"])))
             lines.append(
                 (
                     f"{engine}: p50 at {min(concurrency)} minus in process",
@@ -115,6 +117,24 @@ def bars(found: dict[str, Figures], concurrency: Sequence[int]) -> list[Bar]:
                 )
             )
     return lines
+
+
+BUSY = 0.8
+"""Of what a stage can do by itself: who does so much of it is held up by that stage, not by the next one."""
+
+
+def bottleneck(served: float, in_process: float, forward: float) -> tuple[str, str]:
+    """What holds a service on one GPU up, and the images per second that say so.
+
+    `served` over HTTP, `in_process` with decoding on all cores and no HTTP, `forward` of batches decoded already.
+    """
+    if served >= BUSY * forward:
+        binds = "the GPU"
+    elif served >= BUSY * in_process:
+        binds = "decoding and resizing, on the processor"
+    else:
+        binds = "HTTP and batching, on the processor"
+    return binds, f"{served:.0f}/s served, {in_process:.0f} in process, {forward:.0f} decoded already"
 
 
 def _ratio(one: Figures, other: Figures, key: str, high: int) -> str:

@@ -26,10 +26,20 @@ def test_every_way_gives_nearly_the_same_picture(way: decoding.Way, files: list[
     assert decoding.difference(decoding.REFERENCE, files, 224) == (0, 0)
 
 
-def test_what_the_service_does_differs_where_files_are_scaled_alone(files: list[bytes]) -> None:
+def test_what_the_service_does_differs_by_one_step_where_files_are_not_scaled(files: list[bytes]) -> None:
     service = decoding.WAYS[0]
-    assert decoding.difference(service, files, 224) == (0, 0)
-    assert decoding.difference(service, files[:1], 32)[0] > 0
+    mean, largest = decoding.difference(service, files, 224)
+    assert 0 < mean < 0.5 and largest == 1
+    assert decoding.difference(decoding.Way("simplejpeg", decoding.COMPARED[1]), files, 224) == (mean, largest)
+    assert decoding.difference(service, files[:1], 32)[1] > 1
+
+
+def test_each_resizer_is_the_one_it_is_called(files: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = decoding.pillow(files[0], 224)
+    pillows, fasts = (decoding.RESIZERS[name](picture, 224) for name in decoding.COMPARED)
+    monkeypatch.setattr(decoding.resize, "fast", None)
+    np.testing.assert_array_equal(pillows, decoding.crop_resize(picture, 224))
+    assert np.any(fasts != pillows)
 
 
 def test_crops_are_large_enough_to_be_scaled(files: list[bytes]) -> None:
@@ -50,5 +60,8 @@ def test_the_bench_writes_times_differences_and_classes(
     assert all(float(row[3]) > 0 for row in table["rows"])
     assert np.all(np.diff([float(row[3]) for row in table["rows"]]) >= 0)
     assert "32 px: 3 of 3 files are large enough" in table["notes"][1]
-    assert "of 6 crops, scaled" in table["notes"][2]
+    assert "of 6 crops, so many get the class of full decoding" in table["notes"][2]
+    for name in decoding.COMPARED:
+        assert f"{name}: " in table["notes"][2]
+    assert "and fast_image_resize bilinear, box give the same class to " in table["notes"][2]
     assert "| 32 | the service's | its own |" in (tmp_path / "decoding.md").read_text()

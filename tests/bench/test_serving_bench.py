@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from service.engines.choose import Layout, create
+from service.model.artifact import open_artifact
 from service.model.images import decode
 from tests.bench import inputs, limit, pauses, report, service_profile, serving, subjects
 from tests.bench.peers.catalogue import MODELS, PEERS, base64_row, form
@@ -196,6 +199,53 @@ def test_the_page_names_the_commit_and_what_a_gpu_loses_to_its_graph(tmp_path: P
     assert "(results/serving-limits.md)" in page
     assert (RESULTS / "serving-limits.md").is_file()
     assert "| openvino-int8: batches of 32 decoded already / the bare CUDA graph | one round | 0.90 |" in page
+    what = "openvino-int8: what binds | decoding and resizing, on the processor"
+    assert f"| {what} | 1000/s served, 1250 in process, 9000 decoded already |" in page
+
+
+@pytest.mark.parametrize(
+    ("served", "in_process", "forward", "expected"),
+    [(850, 900, 1000, "the GPU"), (850, 900, 9000, "decoding and resizing, on the processor"),
+     (300, 900, 9000, "HTTP and batching, on the processor"), (300, 900, 1000, "HTTP and batching, on the processor")],
+)  # fmt: skip
+def test_what_holds_a_gpu_up_is_named(served: float, in_process: float, forward: float, expected: str) -> None:
+    assert report.bottleneck(served, in_process, forward)[0] == expected
+
+
+def test_on_a_gpu_batches_of_32_reach_four_fifths_of_the_bare_graph(tmp_path: Path) -> None:
+    """At 224 px, where a batch computes long enough for its copies to be small beside it."""
+    if not torch.cuda.is_available():
+        pytest.skip("There is no GPU on this machine.")
+    engine = create(open_artifact(subjects.models(224, tmp_path) / "artifact"), "torch-cuda", Layout(1))
+    forward = limit.cuda_forward(engine, 224, 2.0)
+    assert forward["infer"] >= 0.8 * forward["bare_graph"], forward
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_round_measures_our_service_its_limit_and_the_empty_route(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For half a second, without peers: that everything runs and is told, not how fast."""
+    monkeypatch.setattr(serving.signal, "signal", lambda *_: None)  # the tests keep their own
+    raw = tmp_path / "results" / "serving.json"
+    flags = ["--sides", "32", "--peers", "", "--engines", "openvino-int8", "--rounds", "1", "--seconds", "0.5"]
+    assert serving.main([*flags, "--concurrency", "1,2", "--cache", str(tmp_path / "cache"), "--raw", str(raw)]) == 0
+    data = json.loads(raw.read_text())
+    found = {record["name"]: record for record in data["records"]}
+    assert set(found) == {"this service, openvino-int8", "in process, openvino-int8", "empty route"}
+    assert not [record for record in found.values() if "failed" in record or "skipped" in record]
+    for name in ("this service, openvino-int8", "empty route"):
+        for entry in found[name]["load"].values():
+            assert entry["n"] > 0 and entry["throughput"] > 0 and not entry["errors"], entry
+        assert found[name]["memory"]["pss"] > 0 and found[name]["startup_s"] > 0
+    answer = json.loads(found["this service, openvino-int8"]["answer"].partition('"predictions"')[0] + '"": 0}')
+    assert answer["model"]["name"] == "resnet34-bench"
+    in_process = found["in process, openvino-int8"]
+    assert in_process["throughput"] > 0 and in_process["p50_ms"] > 0 and len(in_process["ways"]) == 3
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| openvino-int8 / in process, same engine |" in page
+    assert "| this service, openvino-int8 |" in page
 
 
 @pytest.mark.parametrize(("gpus", "measured"), [(0, False), (2, True)])

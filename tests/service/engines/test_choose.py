@@ -13,6 +13,7 @@ from service.engines.choose import Layout, candidates, load
 from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
 from service.model.manifest import Manifest, Quantization
+from tests.service.artifacts import changed
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,33 @@ def test_int8_runs_by_itself_only_where_enough_images_say_that_it_may(
     (first, reason), *_ = candidates(quantized(model.manifest, loss_points, n))
     assert first == ("openvino-int8" if doubt is None else "openvino-bf16")
     assert doubt is None or doubt in reason
+
+
+@pytest.mark.parametrize(
+    ("loss_points", "bf16", "expected", "why"),
+    [
+        (0.2, True, "openvino-int8", "int8 agrees with float32 on 99.00% of 5,000 validation images and loses 0.20"),
+        (0.2, False, "openvino-int8", "int8 agrees with float32 on 99.00% of 5,000 validation images and loses 0.20"),
+        (0.6, True, "openvino-bf16", "loses 0.60 points of accuracy; more than 0.5 points of accuracy are lost"),
+        (0.6, False, "openvino-fp32", "loses 0.60 points of accuracy; more than 0.5 points of accuracy are lost"),
+    ],
+)
+def test_auto_runs_the_int8_network_of_an_artifact_whose_figures_are_good_enough(
+    int8_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    loss_points: float, bf16: bool, expected: str, why: str,
+) -> None:  # fmt: skip
+    computes(monkeypatch, *(["bf16"] if bf16 else []))
+    manifest = open_artifact(int8_artifact).manifest
+    assert manifest.quantization is not None
+    measured = {"n": 5000, "top1_agreement": 0.99, "accuracy_float32": 0.7, "accuracy": 0.7 - loss_points / 100}
+    figures = manifest.quantization.model_copy(update=measured)
+    artifact = open_artifact(changed(int8_artifact, tmp_path / "model", quantization=figures))
+    with caplog.at_level(logging.INFO):
+        classifier = load(artifact, layout=Layout(1))
+    assert classifier.engine.name == expected
+    (line,) = [text for text in caplog.messages if text.startswith(f"engine {expected} on 1 thread: ")]
+    assert why in line
+    assert classifier.check(artifact.self_check()) <= classifier.engine.tolerance
 
 
 def test_a_gpu_goes_before_all_and_is_not_replaced_where_sagemaker_started_us(

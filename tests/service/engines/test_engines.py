@@ -23,6 +23,15 @@ from tests.service.artifacts import changed
 ON_CPU: tuple[EngineName, ...] = ("torch", "openvino-fp32", "openvino-bf16", "openvino-int8")
 Make = Callable[[EngineName], Engine]
 
+BATCH_TOLERANCE = {
+    "torch": 1e-3, "openvino-fp32": 1e-3, "openvino-bf16": 1e-2, "openvino-int8": 1e-2, "torch-cuda": 2e-2,
+}  # fmt: skip
+"""Of the largest logit, between a batch and its images one by one; the engines' own tolerances are against float32.
+
+Measured with AMX, OpenVINO 2026.4, this network and the bench's of 32 and 224 px, noise, 24 batches of 2 to 33 images
+each: 0 in float32 and int8; in bfloat16 0.0027 in one batch of 33 at 32 px, else 0. The rest is for other kernels.
+"""
+
 
 @pytest.fixture(scope="module")
 def model(int8_artifact: Path) -> Artifact:
@@ -57,7 +66,7 @@ def test_a_batch_gives_what_its_images_give_one_by_one(model: Artifact, engine: 
     together = made.infer(images)
     assert (together.shape, together.dtype) == ((7, len(model.manifest.classes)), np.float32)
     alone = np.concatenate([made.infer(image[None]) for image in images])
-    np.testing.assert_allclose(together, alone, atol=made.tolerance * np.abs(alone).max())
+    assert_close(together, alone, name)
     one_after_the_other = made.infer(images)
     np.testing.assert_array_equal(together, one_after_the_other)
 
@@ -86,7 +95,11 @@ def test_padding_a_batch_changes_nothing(engine: Make, name: EngineName, n: int)
     expected = np.concatenate([made.infer(image[None]) for image in images])
     found = made.infer(images)
     assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, atol=made.tolerance * np.abs(expected).max())
+    assert_close(found, expected, name)
+
+
+def assert_close(batch: np.ndarray, singles: np.ndarray, name: EngineName) -> None:
+    np.testing.assert_allclose(batch, singles, rtol=0, atol=BATCH_TOLERANCE[name] * np.abs(singles).max())
 
 
 @pytest.mark.parametrize("name", ON_CPU)
