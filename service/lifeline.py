@@ -43,7 +43,7 @@ UPLOAD_S = 10.0
 DIED = "The process that had this request died before it could answer; send the request again."
 
 MEANING = {
-    "loading": "The service is not ready (state: loading): a process is being started, the model loaded; try again.",
+    "loading": "The service is not ready (state: loading): a process starts, the model is being loaded; try again.",
     "stopping": "The service has stopped (state: stopping); send the request to another instance.",
 }
 """What connections are told that no worker accepts, by the state."""

@@ -81,9 +81,9 @@ MAX_DEATHS, WITHIN_S = 5, 60.0
 STOP_S = 28.0
 """After so long workers that do not stop are killed; SageMaker kills us 30 s after SIGTERM."""
 
-SILENT_S, SEEN_TWICE_S = 60.0, 5.0
+SILENT_S, SEEN_TWICE_S = 45.0, 5.0
 """A worker whose event loop has not gone round for so long, seen twice so far apart, is replaced. Twice, because the
-whole machine may have stood still."""
+whole machine may have stood still. Together less than a request's deadline: its clients still read a sentence."""
 
 PATIENCE_S = 1.0
 """How long connections wait for a worker that does not accept yet. One that took a dead one's place mostly does after 1

@@ -26,9 +26,10 @@ from tests.service.served import serve
 ROOT = Path(__file__).parents[2]
 
 
-def refusal(model: Path, *before: str, **env: str) -> str:
-    """The one error line of a start that failed. `before`: what starts the command."""
-    command = [*before, sys.executable, "-m", "service", "--model", str(model), "--port", str(free_port())]
+def refusal(model: Path, *before: str, program: str | None = None, **env: str) -> str:
+    """The one error line of a start that failed. `before`: what starts the command; `program`: Python in its place."""
+    python = [sys.executable, *(("-m", "service") if program is None else ("-c", program))]
+    command = [*before, *python, "--model", str(model), "--port", str(free_port())]
     result = subprocess.run(
         [*command, "--host", "127.0.0.1"], cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=200
     )
@@ -145,6 +146,25 @@ def test_a_model_for_which_there_is_not_enough_memory(words: str, caplog: pytest
 def test_a_start_that_does_not_end(model: Path) -> None:
     said = refusal(model, CLASSIFIER_START_TIMEOUT_S="0.001")
     assert "worker 0 was not ready within 0.001 s and is killed; CLASSIFIER_START_TIMEOUT_S allows more." in said
+
+
+def test_too_few_open_files(model: Path) -> None:
+    limited = ("sh", "-c", 'ulimit -n 300; exec "$@"', "sh")
+    said = refusal(model, *limited)
+    assert "This process may open 300 files, the service needs 512; raise the limit (ulimit -n 4096)." in said
+    said = refusal(model, *limited, CLASSIFIER_WORKERS="2")
+    assert "the service needs 1024; raise the limit (ulimit -n 8192)." in said
+
+
+def test_too_few_processes_and_threads(model: Path) -> None:
+    """What the container's group allows is told by a function, since tests have no group of their own."""
+    program = "import service.__main__ as m; m.tasks = lambda: 40; raise SystemExit(m.main())"
+    said = refusal(model, program=program, CLASSIFIER_WORKERS="2")
+    assert "This container may have 40 processes and threads, the service needs 48; raise the limit" in said
+    assert said.endswith("(docker run --pids-limit 512), or set fewer CLASSIFIER_WORKERS.")
+    said = refusal(model, program=program.replace("40", "10"))
+    assert said.endswith("may have 10 processes and threads, the service needs 24; raise the limit (docker run "
+                         "--pids-limit 256).")  # fmt: skip
 
 
 def test_code_that_lies_beside_the_model_is_not_executed(
