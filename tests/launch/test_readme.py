@@ -59,15 +59,16 @@ def test_the_commands_in_the_readmes_sentences_are_understood(
     usual: dict[str, tuple[object, ...]] = {
         "deploy": (*used, "--model", packed),
         "train": (*used, "--data", data, "--weights", "none", "--quantize", "off"),
-        "delete": ("--project", "inline", "--yes"), "invoke": (), "iam-role": ("--project", "inline"),
+        "delete": ("--project", "inline", "--yes"), "iam-role": ("--project", "inline"),
     }  # fmt: skip
     recipe = tmp_path / "mine.toml"
     recipe.write_text("profile = false\n")
     with answering((200, {}, GOOD)) as (url, _):
         stands_for = {
             "JOB": job, "MODEL": packed, "URI": IMAGE, "NAME": "inline", "pictures": asked, "photos": asked,
-            "http://127.0.0.1:8080": url, "FILE.toml": recipe,
+            "http://127.0.0.1:8080": url, "FILE.toml": recipe, "answers.json": tmp_path / "answers.json",
         }  # fmt: skip
+        usual["invoke"] = "--url", url
         for words in named():
             if set(words) <= ELSEWHERE:
                 continue
