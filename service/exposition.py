@@ -67,7 +67,8 @@ class Exposition(Collector):
         rejected = CounterMetricFamily(
             "classifier_rejected_requests",
             "Invocations that got no answer but an error, by its code. overloaded, deadline_exceeded: add instances; "
-            "not_ready: see classifier_state; engine_failure, internal_error: see the log; others are the client's.",
+            "not_ready: see classifier_state (of a worker that does not accept yet, probes count too); "
+            "engine_failure, internal_error: see the log; others are the client's.",
             labels=["reason"],
         )
         for reason in metrics.REASONS:

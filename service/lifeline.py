@@ -188,18 +188,19 @@ class Held:
         self._notes = mmap.mmap(slots_fd, 0)
         self._connections: dict[int, socket.socket] = {}
 
-    def read(self) -> None:
-        """Take in what the worker has said."""
+    def read(self) -> bool:
+        """Take in what the worker has said. Returns: whether it may say more; not once it has died."""
         with suppress(OSError):
             while True:
                 message, fds, _, _ = socket.recv_fds(self.socket, _MESSAGE.size, 1)
                 if not message:
-                    return
+                    return False
                 opened, slot = _MESSAGE.unpack(message)
                 if opened and fds:
                     self._connections[slot] = socket.socket(fileno=fds[0])
                 elif slot in self._connections:
                     self._connections.pop(slot).close()
+        return True
 
     def silent_s(self) -> float:
         """For how long the worker's event loop has not gone round; 0 while it has not begun."""
@@ -275,7 +276,7 @@ def is_waited_for(listener: socket.socket) -> bool:
 
 
 def refuse_waiting(listener: socket.socket, state: str, told: Told) -> list[socket.socket]:
-    """Answer connections that wait to be accepted. Returns: these, to be closed later."""
+    """Answer all connections that wait to be accepted, however shortly. Returns: these, to be closed later."""
     listener.setblocking(False)
     lingering = []
     with suppress(OSError):

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Self
@@ -362,7 +363,8 @@ class Supervisor:
                 if (returned := process.poll()) is not None:
                     del self._processes[index]
                     held = self._held.pop(index)
-                    self._talk.unregister(held.socket)
+                    with suppress(KeyError):  # where its end was read before it was seen
+                        self._talk.unregister(held.socket)
                     self._lingering.add(held.answer(self._note_told))
                     return index, returned
             self._turn()
@@ -370,7 +372,8 @@ class Supervisor:
     def _turn(self) -> None:
         """Look after the workers and their clients once."""
         for key, _ in self._talk.select(0.05):
-            key.data.read()
+            if not key.data.read():
+                self._talk.unregister(key.fileobj)
         self._lingering.sweep()
         self._answer_for_who_starts()
         self._kill_the_stuck()
@@ -379,13 +382,14 @@ class Supervisor:
             self._looked_at_s = time.monotonic()
 
     def _answer_for_who_starts(self) -> None:
-        """Tell connections that have waited long enough for a worker that does not accept yet. Whoever of the two
-        accepts one answers it, so none is lost where the worker begins meanwhile.
+        """Tell connections of which one has waited long enough for a worker that does not accept yet, or no more.
+        Whoever of the two accepts one answers it, so none is lost where the worker begins meanwhile.
         """
         now_s = time.monotonic()
         for index, listener in enumerate(self._sockets):
-            held = self._held.get(index)
-            if (held is not None and held.has_begun()) or not is_waited_for(listener):
+            held, process = self._held.get(index), self._processes.get(index)
+            accepts = held is not None and held.has_begun() and process is not None and process.poll() is None
+            if accepts or not is_waited_for(listener):
                 self._waits_since_s.pop(index, None)
             elif now_s - self._waits_since_s.setdefault(index, now_s) >= PATIENCE_S:
                 del self._waits_since_s[index]

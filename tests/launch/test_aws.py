@@ -261,7 +261,7 @@ def test_what_only_aws_shows_is_asked_for_by_steps_that_pass_in_the_rehearsal(
     data: Path, asked: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but Debugger's, whose rules nothing runs here; a spot job that goes on, with epochs of a processor."""
-    monkeypatch.setitem(globals(), "EPOCHS", 8)
+    monkeypatch.setitem(globals(), "EPOCHS", 24)
     theirs = "763104351884.dkr.ecr.eu-central-1.amazonaws.com/pytorch-training:2.9.0-cpu-py312"
     monkeypatch.setenv("AWS_TEST_PYTORCH_IMAGE", theirs)
     with rehearsal() as cloud:

@@ -151,7 +151,7 @@ def train_here_by_sdk(cloud: Rehearsal, data: Path, folder: Path, image: str) ->
         for container in _listed(f"label=com.docker.compose.project.working_dir={root}"):
             _docker("rm", "--force", container)
         _docker("run", "--rm", "--volume", f"{root}:/left", "--entrypoint", "chmod", image, "-R", "a+rwX", "/left")
-        shutil.rmtree(root)  # of which the container's part belongs to root
+        shutil.rmtree(root, ignore_errors=True)  # of which the container's part belongs to root; what failed is told
     with TemporaryDirectory() as unpacked:
         unpack(archive, Path(unpacked))
         open_artifact(Path(unpacked)).verify()

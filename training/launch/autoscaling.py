@@ -87,19 +87,24 @@ def flag_of(target: str) -> str:
 
 def targets(project: Project, was: Scaling, given: Mapping[str, float]) -> Targets:
     """What an endpoint is to keep to: what is `given`, else what it keeps to as it `was`, else ours."""
-    found = {
+    return Targets(**{**_found_targets(project, was), **given})
+
+
+def _found_targets(project: Project, was: Scaling) -> dict[str, float]:
+    """What the policies that are ours keep to; there may be others, and none of ours."""
+    return {
         name: float(policy["TargetTrackingScalingPolicyConfiguration"]["TargetValue"])
         for policy in was[1]
         for name in sum(TARGETS.values(), ())
         if policy["PolicyName"] == f"{project.name}-{name}" and policy.get("TargetTrackingScalingPolicyConfiguration")
     }
-    return Targets(**{**found, **given})
 
 
-def _aim(hosting: Hosting) -> str:
-    """What an instance is to have at most, with the flags that say so."""
+def _aim(hosting: Hosting, targets: Mapping[str, float] | None = None) -> str:
+    """What an instance is to have at most, by all `targets` or these, with the flags that say so."""
     return " or ".join(
-        f"{getattr(hosting.targets, name):g} {UNITS[name]} ({flag_of(name)})" for name in TARGETS[hosting.kind]
+        f"{getattr(hosting.targets, name):g} {UNITS[name]} ({flag_of(name)})"
+        for name in TARGETS[hosting.kind] if targets is None or name in targets
     )  # fmt: skip
 
 
@@ -193,7 +198,8 @@ def bring(
             project.endpoint, hosting.min_count, hosting.max_count, end,
         )  # fmt: skip
     if scales(hosting):
-        log.info("instances are added where one has more than %s", _aim(hosting))
+        if aim := _aim(hosting, _found_targets(project, was) if kept and not interrupted else None):
+            log.info("instances are added where one has more than %s", aim)
     elif asked and hosting.kind != "serverless":
         # Without `before` too: a command that broke off may have ended the scaling, and not have got to the count.
         had = _set_count(aws, project, hosting.min_count, poll_s)

@@ -118,7 +118,7 @@ def hosting_of(
 ) -> endpoint.Hosting:  # fmt: skip
     """How the endpoint is to run; `bounds`: the instances that it is to go on scaling between. Raises: ConfigError."""
     least, most = bounds or endpoint.counts_of(options.kind, options.min_count, options.max_count)
-    ami = options.ami or (amis.ami_for(options.instance, image.cuda) if image.cuda else None)
+    ami = options.ami or amis.ami_for(options.instance, image.cuda or amis.IMAGE_CUDA)
     return endpoint.Hosting(
         options.kind, options.instance, least, most, ami, options.startup_seconds, options.capture_percent,
         options.memory, options.max_concurrency, targets or endpoint.Targets(),

@@ -50,18 +50,20 @@ def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple
     count = bad = 0
     with _opened(path) as file:
         table = csv.writer(file, lineterminator="\n") if kind == "csv" else None
-        for outcome in outcomes:
-            if table and not count:  # not before: where no image can be asked about, nothing is written
-                table.writerow(COLUMNS)
-            count, bad = count + 1, bad + (outcome.problem is not None)
-            if table:
-                table.writerow(_row(outcome))
-            else:
-                begin, end = ("", "\n") if kind == "jsonl" else ("[\n" if count == 1 else ",\n", "")
-                file.write(f"{begin}{json.dumps(_object(outcome))}{end}")
-            file.flush()
-        if kind == "json":
-            file.write("\n]\n" if count else "[]\n")
+        try:
+            for outcome in outcomes:
+                if table and not count:  # not before: where no image can be asked about, nothing is written
+                    table.writerow(COLUMNS)
+                count, bad = count + 1, bad + (outcome.problem is not None)
+                if table:
+                    table.writerow(_row(outcome))
+                else:
+                    begin, end = ("", "\n") if kind == "jsonl" else ("[\n" if count == 1 else ",\n", "")
+                    file.write(f"{begin}{json.dumps(_object(outcome))}{end}")
+                file.flush()
+        finally:
+            if kind == "json":  # also of a run that broke off: what stays is JSON
+                file.write("\n]\n" if count else "[]\n")
     return count, bad
 
 
