@@ -297,6 +297,9 @@ def test_results_stay_until_others_are_there_and_what_came_before_an_interruptio
         results.write(outcomes(), output, "csv")
     assert output.read_text() == "of before" and "a sentence" in part.read_text()
     assert f"the results until then are in {part}" in caplog.text
+    with pytest.raises(KeyboardInterrupt):
+        results.write(outcomes(), tmp_path / "a.json", "json")
+    assert [each["problem"] for each in json.loads((tmp_path / "a.json.part").read_text())] == ["a sentence"]
     link = tmp_path / "link.csv"
     link.symlink_to(output)
     results.write([Outcome(picture, problem="another")], link, "csv")

@@ -62,8 +62,10 @@ def write(outcomes: Iterable[Outcome], path: Path | None, kind: Format) -> tuple
                     file.write(f"{begin}{json.dumps(_object(outcome))}{end}")
                 file.flush()
         finally:
-            if kind == "json":  # also of a run that broke off: what stays is JSON
-                file.write("\n]\n" if count else "[]\n")
+            if kind == "json" and count:  # also of a run that broke off: what stays is JSON
+                file.write("\n]\n")
+        if kind == "json" and not count:
+            file.write("[]\n")
     return count, bad
 
 
