@@ -103,6 +103,8 @@ def test_counts_are_those_of_all_workers_whichever_is_asked_and_outlive_a_worker
 
     killed = workers_of(pair)[1]
     os.kill(killed, signal.SIGKILL)
+    # Until the new one accepts, its share of the connections gets 503, whatever they ask.
+    until(lambda: pair.log.read_text().count("ready: http://") == 3)
     until(lambda: value(scrape(pair), "classifier_worker_deaths_total", cause="sigkill") == 1)
     until(lambda: value(scrape(pair), "classifier_workers_ready") == 2)
     after = [scrape(pair) for _ in range(8)]
