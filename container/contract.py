@@ -21,7 +21,6 @@ from typing import Any
 
 from container.engine import ContainerError, docker, exit_status, require_engine
 from container.rules import (
-    OF_OTHER_STARTS,
     OF_THE_IMAGE,
     OF_THE_SERVICE,
     STARTUP_LIMIT_S,
@@ -31,6 +30,7 @@ from container.rules import (
     start,
 )
 from container.running import picture
+from container.starts import OF_OTHER_STARTS
 
 log = logging.getLogger("container")
 

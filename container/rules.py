@@ -1,8 +1,8 @@
-"""SageMaker's rules for hosting, each a function that looks and says what it saw: of an image, a service, other starts.
+"""SageMaker's rules for hosting, each a function that looks and says what it saw: of an image, of a running service.
 
 Sources: https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html, batch-transform.html, and
 botocore's service model (Custom-Attributes, MetricsConfig, CreateTransformJob). What is ours and no rule of AWS's is
-named "recommended": an image that breaks it is hosted all the same.
+named "recommended": an image that breaks it is hosted all the same. Rules that take other starts: `container.starts`.
 """
 
 import base64
@@ -11,9 +11,7 @@ import http.client
 import json
 import os
 import re
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,16 +21,14 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
-from container.engine import ContainerError, docker
+from container.engine import docker
 from container.running import (
     Load,
     Running,
     Stopped,
     direct_network,
-    isolated_network,
     picture,
     running,
-    telling_line,
 )  # fmt: skip
 
 STARTUP_LIMIT_S = 8 * 60
@@ -47,7 +43,6 @@ SEND_LIMIT_S = 5
 BATCH_LIMIT_MB = 100
 """Of a request of batch transform, and of all that are sent at once (CreateTransformJob)."""
 LOAD_CLIENTS, LOAD_S = 16, 4
-OTHER_PORT = 9217
 BIND_LABEL = "com.amazonaws.sagemaker.capabilities.accept-bind-to-port"
 MULTI_MODELS_LABEL = "com.amazonaws.sagemaker.capabilities.multi-models"
 STREAMING_LABEL = "com.amazonaws.sagemaker.capabilities.bidirectional-streaming"
@@ -142,7 +137,7 @@ OF_THE_IMAGE: dict[str, Callable[[dict[str, Any]], Result]] = {
 }  # fmt: skip
 
 
-def _works_at_once(service: Running, subject: Subject) -> Result:
+def works_at_once(service: Running, subject: Subject) -> Result:
     """The first request after the first 200: a health that came too early shows here."""
     answer = service.ask("POST", "/invocations", subject.payload, Content_Type=subject.content_type)
     return answer.status == 200, f"{answer.status} in {answer.seconds:.2f} s: {answer.body[:60]!r}"
@@ -271,9 +266,14 @@ def _metrics(service: Running, _: Subject) -> Result:
     return bool(samples) and wrong is None, f"{len(samples)} samples" if wrong is None else f"no sample: {wrong[:60]!r}"
 
 
+def labels_of(image: str) -> dict[str, str]:
+    """The image's labels. Raises: ContainerError."""
+    return json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image)) or {}
+
+
 def _several_models(service: Running, subject: Subject) -> Result:
     """A claim that SageMaker believes: it then loads models over /models, which must be there."""
-    if _labels(subject.image).get(MULTI_MODELS_LABEL) != "true":
+    if labels_of(subject.image).get(MULTI_MODELS_LABEL) != "true":
         return True, "it hosts one model"
     status = service.ask("GET", "/models", timeout_s=10).status
     return status == 200, f"GET /models answers {status}"
@@ -281,7 +281,7 @@ def _several_models(service: Running, subject: Subject) -> Result:
 
 def _streams(service: Running, subject: Subject) -> Result:
     """A claim that SageMaker believes: it then opens a WebSocket there (RFC 6455, section 4)."""
-    if _labels(subject.image).get(STREAMING_LABEL) != "true":
+    if labels_of(subject.image).get(STREAMING_LABEL) != "true":
         return True, "it does not stream in both directions"
     key = base64.b64encode(os.urandom(16)).decode()
     answer = service.ask(
@@ -359,7 +359,7 @@ def _drains(service: Running, subject: Subject) -> Result:
 
 
 OF_THE_SERVICE: dict[str, Callable[[Running, Subject], Result]] = {
-    "/invocations works as soon as /ping is 200": _works_at_once,
+    "/invocations works as soon as /ping is 200": works_at_once,
     "it accepts connections within 250 ms": _connects,
     "/ping answers within 2 s": _pings,
     "/ping answers POST as well (recommended)": _pings_by_post,
@@ -385,90 +385,3 @@ TIMED = {
     "/invocations answers within 60 s under load",
 }
 """What a machine that is busy with other things may fail once."""
-
-
-def _confined(subject: Subject, _: str) -> Result:
-    """Ours: as compose runs it, and as an endpoint with network isolation does; /tmp is docker's own, without exec."""
-    with (
-        isolated_network() as network,
-        running(
-            subject.image, model=subject.model, network=network, environment=subject.environment,
-            options=subject.options,
-        ) as service,
-    ):  # fmt: skip
-        ready_s = service.wait_until_ready(STARTUP_LIMIT_S)[0]
-        ok, said = _works_at_once(service, subject)
-    without = "" if network else ", with network, as this machine reaches containers over a port alone"
-    return ok, f"/ping 200 after {ready_s:.1f} s, /invocations {said}{without}"
-
-
-def _binds_to_port(subject: Subject, _: str) -> Result:
-    label = _labels(subject.image).get(BIND_LABEL) == "true"
-    with start(subject, port=OTHER_PORT, SAGEMAKER_BIND_TO_PORT=str(OTHER_PORT)) as service:
-        ready_s = service.wait_until_ready(STARTUP_LIMIT_S if label else subject.patience_s)[0]
-    told = "the label says so" if label else f"the label {BIND_LABEL} is not set"
-    return label, f"/ping 200 on port {OTHER_PORT} after {ready_s:.1f} s, {told}"
-
-
-def _missing_model(subject: Subject, usual: str) -> Result:
-    with tempfile.TemporaryDirectory() as empty:
-        Path(empty).chmod(0o755)
-        return _refused(subject, Path(empty), ("serve",), usual)
-
-
-def _corrupt_model(subject: Subject, usual: str) -> Result:
-    """The largest file with one byte turned."""
-    with tempfile.TemporaryDirectory() as folder:
-        broken = shutil.copytree(subject.model, Path(folder) / "model")
-        Path(folder).chmod(0o755)
-        largest = max((path for path in broken.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-        content = bytearray(largest.read_bytes())
-        content[len(content) // 2] ^= 0xFF
-        largest.write_bytes(content)
-        return _refused(subject, broken, ("serve",), usual)
-
-
-def _unknown_command(subject: Subject, usual: str) -> Result:
-    try:
-        return _refused(subject, subject.model, ("sevre",), usual)
-    except ContainerError as exc:
-        if "executable file not found" not in str(exc):
-            raise
-        return True, str(exc)  # docker refuses where there is no ENTRYPOINT
-
-
-def _labels(image: str) -> dict[str, str]:
-    return json.loads(docker("image", "inspect", "--format", "{{json .Config.Labels}}", image)) or {}
-
-
-def _refused(subject: Subject, model: Path, command: Sequence[str], usual: str) -> Result:
-    """A start that must end by itself, with a code other than 0 and words that a good start, `usual`, does not say."""
-    with start(subject, command, model) as container:
-        code = container.wait_for_exit(subject.patience_s)
-        if code is None:
-            return False, f"it still runs after {subject.patience_s:.0f} s"
-        said = container.log()
-    why = unusual(said, usual)
-    if not why:
-        return False, f"exit code {code}, and nothing that a good start does not say too: {telling_line(said)}"
-    return code != 0, f"exit code {code}: {telling_line(why)}"
-
-
-def unusual(said: str, usual: str) -> str:
-    """The lines of a log that another does not have; words with a digit (times, ports, names) make no difference."""
-    known = {_words(line) for line in usual.splitlines()}
-    return "\n".join(line for line in said.splitlines() if _words(line) not in known | {()})
-
-
-def _words(line: str) -> tuple[str, ...]:
-    return tuple(re.sub(r"[\w.:+-]*\d[\w.:+-]*", "0", line).split())
-
-
-OF_OTHER_STARTS: dict[str, Callable[[Subject, str], Result]] = {
-    "it also runs with a read-only root and without network (recommended)": _confined,
-    "it listens on SAGEMAKER_BIND_TO_PORT, and has the label (recommended)": _binds_to_port,
-    "a missing model ends the start, and it says why (recommended)": _missing_model,
-    "a damaged model ends the start, and it says why (recommended)": _corrupt_model,
-    "a command it does not know is refused, and it says so (recommended)": _unknown_command,
-}  # fmt: skip
-"""Each with what the good start logged."""

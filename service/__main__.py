@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from service.layout import choose_count
 from service.lifeline import FILES_BESIDES, allow_files
 from service.listeners import open_port, refusal
 from service.logs import configure_logging, counted, shown
@@ -20,7 +21,7 @@ from service.model.errors import ArtifactError
 from service.model.files import find_home
 from service.model.machine import cores, tasks
 from service.settings import Settings
-from service.workers import Supervisor, Worker, choose_count
+from service.workers import Supervisor, Worker
 
 log = logging.getLogger("service")
 

@@ -12,8 +12,9 @@ import pytest
 from container.build import ROOT
 from container.contract import STARTS
 from container.engine import docker
-from container.rules import OF_OTHER_STARTS, OF_THE_IMAGE, OF_THE_SERVICE, Subject
+from container.rules import OF_THE_IMAGE, OF_THE_SERVICE, Subject
 from container.running import LABEL
+from container.starts import OF_OTHER_STARTS
 from tests.container.conftest import run
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]

@@ -537,7 +537,7 @@ def test_make_push_brings_the_target_and_notes_it_where_the_other_commands_look(
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     uv = os.environ.get("UV")
-    command = ["make", "push", "TARGET=serve-cpu", *([f"UV={uv}"] if uv else [])]
+    command = ["make", "--no-print-directory", "push", "TARGET=serve-cpu", *([f"UV={uv}"] if uv else [])]
     env = {name: value for name, value in aws.env().items() if name != "VIRTUAL_ENV"}
     done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

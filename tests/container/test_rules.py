@@ -18,6 +18,7 @@ from container.contract import judged, main
 from container.registry import OTHERS, SCHEMA_2
 from container.rules import CUDA_LABEL, OF_THE_IMAGE, OF_THE_SERVICE, STREAMING_LABEL, TIMED, Subject
 from container.running import Running
+from container.starts import unusual
 
 SUBJECT = Subject("none", Path(), b"payload", "image/png", {}, 1.0)
 ATTRIBUTES = "Custom-Attributes that it sends are at most 1,024 visible characters"
@@ -151,7 +152,7 @@ def test_batch_transform_is_told_what_it_takes(status: int, said: object, holds:
 def test_who_says_it_streams_takes_a_websocket(
     label: str | None, status: int, headers: dict[str, str], holds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "_labels", lambda _: {STREAMING_LABEL: label} if label else {})
+    monkeypatch.setattr(rules, "labels_of", lambda _: {STREAMING_LABEL: label} if label else {})
     with answering(status, **headers) as service:
         ok, seen = judged(OF_THE_SERVICE[STREAMS], service, SUBJECT)
     assert ok is holds, seen
@@ -271,7 +272,7 @@ def test_a_reason_is_what_a_good_start_does_not_say(said: str, why: str) -> None
     usual = (
         '2026-11-30T08:00:00.000Z INFO on port 8080\nstarting\n{"time":"2026-11-30T08:00:00Z","message":"up"}\nserved\n'
     )
-    assert rules.unusual(said, usual) == why
+    assert unusual(said, usual) == why
 
 
 class Told(Running):

@@ -25,6 +25,7 @@ from tests.rehearsal.containers import OnLine, Running
 from tests.rehearsal.control_plane import REGION
 from tests.rehearsal.start import IMAGE
 from training.launch import data, endpoint, jobs
+from training.launch.hosting import Hosting
 from training.launch.names import Project
 from training.launch.session import Aws, connect
 
@@ -177,10 +178,10 @@ class Account:
         wanted = jobs.Training(IMAGE, ROLE, {"train": project.uri("data") + "/"}, hyperparameters)
         return jobs.request(project, wanted, REGION)
 
-    def settle(self, project: Project, wanted: Mapping[str, Any], hosting: endpoint.Hosting | None = None) -> str:
+    def settle(self, project: Project, wanted: Mapping[str, Any], hosting: Hosting | None = None) -> str:
         """`create_or_update`, with containers that come up."""
         self.containers.ready.set()
-        return endpoint.create_or_update(self.aws, project, wanted, hosting or endpoint.Hosting(), POLL_S)
+        return endpoint.create_or_update(self.aws, project, wanted, hosting or Hosting(), POLL_S)
 
     def status(self, project: Project) -> str:
         """The endpoint's."""

@@ -11,8 +11,8 @@ import pytest
 from tests.launch.in_process import POLL_S, Account, meanwhile, until
 from tests.launch.telling import DENIED, ctrl_c, when
 from training.launch import autoscaling, deployment, endpoint, inventory
-from training.launch.endpoint import Hosting
 from training.launch.errors import AwsError, JobFailed, LaunchError
+from training.launch.hosting import VARIANT, Hosting, config_request
 from training.launch.logs import ENDPOINTS
 from training.launch.names import Project
 from training.launch.wait import StoppedWaiting
@@ -45,14 +45,14 @@ def being_updated(here: Account, project: Project, wanted: dict[str, Any]) -> It
 def live(here: Account, name: str) -> tuple[Project, dict[str, Any]]:
     """An endpoint in service, and its configuration."""
     project = Project(name, BUCKET)
-    wanted = endpoint.config_request(project, here.model(project), Hosting())
+    wanted = config_request(project, here.model(project), Hosting())
     assert here.settle(project, wanted) == "created"
     return project, wanted
 
 
 def test_what_an_endpoint_is_being_updated_to_stays_when_the_waiting_fails(here: Account) -> None:
     project, _ = live(here, "waits")
-    wanted = endpoint.config_request(project, here.model(project, SAYS="new"), Hosting())
+    wanted = config_request(project, here.model(project, SAYS="new"), Hosting())
     with being_updated(here, project, wanted) as raised:
         here.order(operation="DescribeEndpoint", **DENIED)
     assert isinstance(raised[0], AwsError), raised
@@ -65,7 +65,7 @@ def test_what_an_endpoint_is_being_updated_to_stays_when_the_waiting_fails(here:
 def test_a_repeated_update_that_fails_leaves_the_live_endpoints_own_model(here: Account) -> None:
     project, old = live(here, "repeats")
     model = old["ProductionVariants"][0]["ModelName"]
-    wanted = endpoint.config_request(project, model, Hosting(instance="ml.g4dn.2xlarge"))
+    wanted = config_request(project, model, Hosting(instance="ml.g4dn.2xlarge"))
     record = here.records.endpoints["repeats"]
     record.endpoint_status = "Updating"  # as an interrupted command left it
     here.order(operation="Endpoint", code="", message="no capacity", times=1)
@@ -80,7 +80,7 @@ def test_a_repeated_update_that_fails_leaves_the_live_endpoints_own_model(here: 
 
 def test_a_creation_that_is_under_way_and_fails_leaves_nothing(here: Account) -> None:
     project = Project("underway", BUCKET)
-    wanted = endpoint.config_request(project, here.model(project, SICK="yes", SAYS="my reason"), Hosting())
+    wanted = config_request(project, here.model(project, SICK="yes", SAYS="my reason"), Hosting())
     here.containers.ready.clear()
     endpoint.ensure_config(here.aws, wanted)
     here.client("sagemaker").create_endpoint(
@@ -98,7 +98,7 @@ def test_a_creation_that_is_under_way_and_fails_leaves_nothing(here: Account) ->
 def test_an_endpoint_that_is_broken_is_said_to_be_and_left_as_it_is(here: Account, state: str) -> None:
     project, old = live(here, "broken" if state == "OutOfService" else "mixed")
     here.records.endpoints[project.name].endpoint_status = state
-    new = endpoint.config_request(project, here.model(project, SAYS="new"), Hosting())
+    new = config_request(project, here.model(project, SAYS="new"), Hosting())
     for wanted in (old, new):
         with pytest.raises(JobFailed, match=rf"it is {state}(.|\n)*launch delete --project {project.name}`, then dep"):
             bring(here, project, wanted)
@@ -109,7 +109,7 @@ def test_an_endpoint_that_is_broken_is_said_to_be_and_left_as_it_is(here: Accoun
 
 def test_a_deployment_whose_way_back_failed_keeps_both_configurations(here: Account) -> None:
     project, old = live(here, "halfway")
-    wanted = endpoint.config_request(project, here.model(project, SAYS="new"), Hosting())
+    wanted = config_request(project, here.model(project, SAYS="new"), Hosting())
     with being_updated(here, project, wanted) as raised:
         here.records.endpoints["halfway"].endpoint_status = "UpdateRollbackFailed"
     assert "UpdateRollbackFailed" in str(raised[0])
@@ -153,7 +153,7 @@ def test_autoscaling_is_put_back_when_an_update_to_other_machines_fails(here: Ac
     project, _ = live(here, "scaled")
     autoscaling.apply(here.aws, project, Hosting(max_count=3))
     before = autoscaling.found(here.aws, project)
-    wanted = endpoint.config_request(project, here.model(project, SICK="yes"), Hosting(instance="ml.g4dn.2xlarge"))
+    wanted = config_request(project, here.model(project, SICK="yes"), Hosting(instance="ml.g4dn.2xlarge"))
     with pytest.raises(JobFailed, match="The model that was there before still answers"):
         bring(here, project, wanted)
     assert scaling(autoscaling.found(here.aws, project)) == scaling(before)
@@ -186,12 +186,12 @@ def test_an_update_shows_the_new_instances_lines_and_not_the_old_ones(
 ) -> None:
     caplog.set_level(logging.INFO, "training")
     project = Project("talks", BUCKET)
-    assert here.settle(project, endpoint.config_request(project, here.model(project, SAYS="old"), Hosting()))
+    assert here.settle(project, config_request(project, here.model(project, SAYS="old"), Hosting()))
     caplog.clear()  # on a busy machine it was waited for, and its line shown then
     logs, group = here.client("logs"), {"logGroupName": f"{ENDPOINTS}/talks"}
     old = logs.describe_log_streams(**group)["logStreams"][0]["logStreamName"]
     until(lambda: bool(logs.get_log_events(**group, logStreamName=old)["events"]), "its line")
-    sick = endpoint.config_request(project, here.model(project, SICK="yes", SAYS="new"), Hosting())
+    sick = config_request(project, here.model(project, SICK="yes", SAYS="new"), Hosting())
     with being_updated(here, project, sick) as raised:
         now_ms = int(time.time() * 1000)
         requests = [{"timestamp": now_ms + n, "message": "a request of the old"} for n in range(20)]
@@ -204,7 +204,7 @@ def test_an_update_shows_the_new_instances_lines_and_not_the_old_ones(
 
 def test_an_endpoint_of_others_is_neither_updated_nor_made_anew(here: Account) -> None:
     project = Project("foreign", BUCKET)
-    wanted = endpoint.config_request(project, here.model(project), Hosting())
+    wanted = config_request(project, here.model(project), Hosting())
     endpoint.ensure_config(here.aws, wanted)
     here.client("sagemaker").create_endpoint(
         EndpointName="foreign", EndpointConfigName=wanted["EndpointConfigName"], Tags=[{"Key": "team", "Value": "x"}]
@@ -222,7 +222,7 @@ def test_ctrl_c_in_an_update_to_other_machines_says_that_nothing_scales_and_what
     autoscaling.apply(here.aws, project, Hosting(max_count=3))
     before = autoscaling.found(here.aws, project)
     hosting = Hosting(instance="ml.g4dn.2xlarge", max_count=3)
-    wanted = endpoint.config_request(project, here.model(project, SAYS="new"), hosting)
+    wanted = config_request(project, here.model(project, SAYS="new"), hosting)
     here.order(operation="UpdateEndpoint", **DENIED)
     with pytest.raises(AwsError, match="sagemaker:UpdateEndpoint is missing"):
         bring(here, project, wanted, hosting)
@@ -246,7 +246,7 @@ def test_ctrl_c_before_an_update_has_begun_puts_autoscaling_back(here: Account) 
     autoscaling.apply(here.aws, project, Hosting(max_count=3))
     before = autoscaling.found(here.aws, project)
     hosting = Hosting(instance="ml.g4dn.2xlarge", max_count=3)
-    wanted = endpoint.config_request(project, here.model(project, SAYS="new"), hosting, here.model(project, SAYS="2"))
+    wanted = config_request(project, here.model(project, SAYS="new"), hosting, here.model(project, SAYS="2"))
     with when("no alarm watches this update", ctrl_c), pytest.raises(KeyboardInterrupt) as stopped:
         bring(here, project, wanted, hosting)
     assert not isinstance(stopped.value, StoppedWaiting)
@@ -259,19 +259,19 @@ def test_an_update_carries_both_alarms_and_one_with_a_shadow_says_that_none_watc
 ) -> None:
     project, old = live(here, "watched")
     new = here.model(project, SAYS="new")
-    wanted = endpoint.config_request(project, new, Hosting())
+    wanted = config_request(project, new, Hosting())
     assert bring(here, project, wanted) == "updated"
     alarms = ["watched-5xx", "watched-latency"]
     given = here.cloud.plane.hosting.updates["watched"]["DeploymentConfig"]
     assert [each["AlarmName"] for each in given["AutoRollbackConfiguration"]["Alarms"]] == alarms
     made = here.client("cloudwatch").describe_alarms(AlarmNames=alarms)["MetricAlarms"]
     for alarm in made:
-        assert {each["Value"] for each in alarm["Dimensions"]} == {"watched", endpoint.VARIANT}
+        assert {each["Value"] for each in alarm["Dimensions"]} == {"watched", VARIANT}
         raised_s = alarm["Period"] * alarm["EvaluationPeriods"]
         assert given["BlueGreenUpdatePolicy"]["TerminationWaitInSeconds"] >= raised_s + 120  # before the old ones go
     assert len(made) == 2
     model = old["ProductionVariants"][0]["ModelName"]
-    shadowed = endpoint.config_request(project, model, Hosting(), new)
+    shadowed = config_request(project, model, Hosting(), new)
     with caplog.at_level(logging.INFO, "training"):
         assert bring(here, project, shadowed) == "updated"
     assert "no alarm watches this update" in caplog.text
@@ -287,7 +287,7 @@ def test_an_alarm_of_others_is_not_overwritten_and_what_needs_it_is_refused(here
             EvaluationPeriods=1, Threshold=1.0, ComparisonOperator="GreaterThanThreshold",
         )  # fmt: skip
     theirs = cloudwatch.describe_alarms(AlarmNames=["alarmed-latency", "alarmed-wake"])["MetricAlarms"]
-    wanted = endpoint.config_request(project, here.model(project, SAYS="new"), Hosting())
+    wanted = config_request(project, here.model(project, SAYS="new"), Hosting())
     with pytest.raises(LaunchError, match=r"Alarm alarmed-latency was not made by these commands .* another --project"):
         bring(here, project, wanted)
     assert configs(here, project) == {old["EndpointConfigName"]} and len(models(here, project)) == 1

@@ -19,8 +19,8 @@ from tests.rehearsal.start import IMAGE, Rehearsal
 from training.launch import autoscaling, data, deployment, endpoint, inventory, roles
 from training.launch import data as s3
 from training.launch.attempts import TRAINING_JOBS, TRANSFORM_JOBS, TUNING_JOBS
-from training.launch.endpoint import Hosting
 from training.launch.errors import AwsError, LaunchError
+from training.launch.hosting import Hosting, config_request
 from training.launch.names import Project
 from training.launch.session import Aws
 
@@ -67,7 +67,7 @@ def test_a_deployment_broken_at_every_step_is_finished_by_repeating_it(
 
 def test_credentials_that_expire_while_an_endpoint_comes_up_do_not_end_it(here: Account) -> None:
     project = Project("expires", "expires")
-    wanted = endpoint.config_request(project, here.model(project), Hosting())
+    wanted = config_request(project, here.model(project), Hosting())
     here.containers.ready.clear()
     with (
         when("endpoint expires: Creating", lambda: here.order(operation="DescribeEndpoint", **EXPIRED)),
@@ -366,7 +366,7 @@ def test_a_delete_broken_at_every_step_is_finished_by_repeating_it(
 ) -> None:
     project = Project("goes", "delete-goes")
     here.containers.runs = True
-    wanted: dict[str, Any] = endpoint.config_request(project, here.model(project), Hosting())
+    wanted: dict[str, Any] = config_request(project, here.model(project), Hosting())
     here.settle(project, wanted)
     autoscaling.apply(here.aws, project, Hosting(max_count=2))
     TRAINING_JOBS.start(here.aws, project, here.training(project), POLL_S)
@@ -415,8 +415,8 @@ def test_a_job_that_another_command_started_this_moment_is_followed(
 def test_two_deployments_at_once_end_with_one_endpoint(here: Account, monkeypatch: pytest.MonkeyPatch) -> None:
     project = Project("both", "both")
     data.ensure_bucket(here.aws, project)
-    wanted = endpoint.config_request(project, here.model(project), Hosting())
-    other = endpoint.config_request(project, here.model(project, SAYS="other"), Hosting())
+    wanted = config_request(project, here.model(project), Hosting())
+    other = config_request(project, here.model(project, SAYS="other"), Hosting())
     here.containers.ready.clear()
     endpoint.ensure_config(here.aws, wanted)
     here.client("sagemaker").create_endpoint(

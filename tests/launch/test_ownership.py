@@ -9,8 +9,8 @@ from tests.launch.in_process import POLL_S, Account, until
 from tests.launch.telling import shown, told
 from tests.rehearsal.start import IMAGE
 from training.launch import autoscaling, data, endpoint, inventory, registry
-from training.launch.endpoint import Hosting
 from training.launch.errors import AwsError, LaunchError
+from training.launch.hosting import Hosting, config_request
 from training.launch.logs import ENDPOINTS
 from training.launch.names import Project
 
@@ -69,7 +69,7 @@ def test_delete_leaves_everything_of_the_name_that_others_made(here: Account) ->
 
 def test_delete_removes_all_that_is_ours(here: Account) -> None:
     project, sagemaker = Project("ours", "delete-ours"), here.client("sagemaker")
-    wanted = endpoint.config_request(project, here.model(project), Hosting())
+    wanted = config_request(project, here.model(project), Hosting())
     here.settle(project, wanted)
     autoscaling.apply(here.aws, project, Hosting(max_count=2))
     endpoint.put_alarms(here.aws, project)
@@ -90,7 +90,7 @@ def test_a_project_neither_stops_nor_removes_what_a_longer_named_one_has(here: A
     for part in ("train", "model", "config"):
         longer = Project(f"bar-{part}", "delete-bar")
         sagemaker.create_training_job(TrainingJobName=f"{longer.of('train', 1)}-1", **here.training(longer))
-        endpoint.ensure_config(here.aws, endpoint.config_request(longer, here.model(longer), Hosting()))
+        endpoint.ensure_config(here.aws, config_request(longer, here.model(longer), Hosting()))
     assert inventory.things(here.aws, short, with_role=True) == []
     with pytest.raises(LaunchError, match="Project bar has no training job"):
         registry.archive_of_job(here.aws, short, None)

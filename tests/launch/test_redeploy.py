@@ -13,8 +13,8 @@ from tests.launch.in_process import ROLE, Account
 from tests.launch.telling import DENIED, ctrl_c, problem, sigterm, told, when
 from tests.rehearsal.start import IMAGE
 from training.launch import autoscaling, endpoint, registry, smoke
-from training.launch.endpoint import Hosting, Kind
 from training.launch.errors import AwsError
+from training.launch.hosting import Hosting, Kind, config_request
 from training.launch.jobs import pack
 from training.launch.live import Live, tell_replaced
 from training.launch.names import Project
@@ -35,7 +35,7 @@ def deploy(project: str, model: object, *more: object) -> tuple[object, ...]:
 
 def live(here: Account, name: str, hosting: Hosting) -> tuple[Project, dict[str, object]]:
     project = Project(name, BUCKET)
-    wanted = endpoint.config_request(project, here.model(project), hosting)
+    wanted = config_request(project, here.model(project), hosting)
     assert here.settle(project, wanted, hosting) == "created"
     return project, wanted
 
@@ -66,7 +66,7 @@ def test_another_kind_is_refused_before_anything_is_made(
 def test_the_rehearsal_refuses_to_make_a_real_time_endpoint_serverless_as_aws_does(here: Account) -> None:
     project, old = live(here, "turned", Hosting())
     model = endpoint.models_of(old).pop()
-    wanted = endpoint.config_request(project, model, Hosting("serverless"))
+    wanted = config_request(project, model, Hosting("serverless"))
     with pytest.raises(AwsError, match="real-time endpoint to a serverless one is not supported"):
         here.settle(project, wanted, Hosting("serverless"))
 

@@ -14,8 +14,8 @@ from training.errors import ConfigError
 from training.launch import autoscaling, batch, debugger, endpoint, jobs, tuning
 from training.launch.__main__ import main
 from training.launch.amis import AMIS, ami_for
-from training.launch.endpoint import Hosting
 from training.launch.errors import LaunchError
+from training.launch.hosting import INSTANCE, STARTUP_S, Hosting, config_request
 from training.launch.names import Project
 from training.tuning.config import TuningConfig
 
@@ -163,7 +163,7 @@ def test_what_is_given_is_not_tuned_and_nothing_left_is_an_error() -> None:
     ],
 )
 def test_every_kind_of_endpoint_is_a_valid_request(hosting: Hosting, shadow: str | None) -> None:
-    request = endpoint.config_request(PROJECT, "model-1", hosting, shadow)
+    request = config_request(PROJECT, "model-1", hosting, shadow)
     assert problems("CreateEndpointConfig", request) == []
     variant = request["ProductionVariants"][0]
     gpu = hosting.kind != "serverless" and hosting.instance.startswith("ml.g")
@@ -183,7 +183,7 @@ def test_every_kind_of_endpoint_is_a_valid_request(hosting: Hosting, shadow: str
             assert each.get(name) == (None if hosting.kind == "serverless" else hosting.startup_s)
 
 
-@pytest.mark.parametrize("startup_s", [endpoint.STARTUP_S, 3600])
+@pytest.mark.parametrize("startup_s", [STARTUP_S, 3600])
 @pytest.mark.parametrize(("count", "kind"), [(1, "ALL_AT_ONCE"), (3, "CANARY")])
 def test_an_update_goes_back_by_alarms_which_have_the_time_to_be_raised(count: int, kind: str, startup_s: int) -> None:
     config = endpoint.deployment(Hosting(min_count=count, max_count=count, startup_s=startup_s), ["a", "b"])
@@ -256,7 +256,7 @@ def test_default_instances_exist_at_aws_and_have_a_price() -> None:
     assert set(USD_PER_HOUR) <= set(model.shape_for("ProductionVariantInstanceType").enum)
     assert jobs.INSTANCE in model.shape_for("TrainingInstanceType").enum
     assert batch.INSTANCE in model.shape_for("TransformInstanceType").enum
-    assert {jobs.INSTANCE, endpoint.INSTANCE, batch.INSTANCE} <= set(USD_PER_HOUR)
+    assert {jobs.INSTANCE, INSTANCE, batch.INSTANCE} <= set(USD_PER_HOUR)
     assert "not in our price table" in hourly("ml.new.xlarge")
 
 

@@ -9,9 +9,9 @@ from tests.launch.in_process import ROLE, Account
 from tests.launch.telling import problem, shown, told
 from tests.launch.test_interrupted import train
 from tests.rehearsal.start import IMAGE
-from training.launch import autoscaling, endpoint, registry
+from training.launch import autoscaling, registry
 from training.launch import data as s3
-from training.launch.endpoint import Hosting
+from training.launch.hosting import Hosting, config_request
 from training.launch.names import Project
 
 
@@ -22,8 +22,8 @@ def test_status_tells_machines_models_and_prices_of_the_endpoint(
     status = ("status", "--project", "tells", "--bucket", "tells")
     said = shown(caplog, capsys, *status)
     assert said == "project tells in eu-central-1, account 123456789012, bucket tells\n  nothing\n"
-    first = endpoint.config_request(project, here.model(project), Hosting())
-    second = endpoint.config_request(project, here.model(project, SAYS="two"), Hosting(), here.model(project, SAYS="3"))
+    first = config_request(project, here.model(project), Hosting())
+    second = config_request(project, here.model(project, SAYS="two"), Hosting(), here.model(project, SAYS="3"))
     for wanted in (first, second):
         here.settle(project, wanted)
     autoscaling.apply(here.aws, project, Hosting(max_count=3))
@@ -53,8 +53,8 @@ def test_status_tells_the_version_behind_the_endpoint(
         package, _ = registry.register(here.aws, project, model, IMAGE, "Approved")
         name = registry.create_model(here.aws, project, {"ModelPackageName": package}, ROLE, [])
     serverless = Hosting("serverless", memory_mb=2048)
-    here.client("sagemaker").create_endpoint_config(**endpoint.config_request(project, name, serverless))
-    client, config = here.client("sagemaker"), endpoint.config_request(project, name, serverless)["EndpointConfigName"]
+    here.client("sagemaker").create_endpoint_config(**config_request(project, name, serverless))
+    client, config = here.client("sagemaker"), config_request(project, name, serverless)["EndpointConfigName"]
     client.create_endpoint(EndpointName="version", EndpointConfigName=config, Tags=project.tags)
     said = shown(caplog, capsys, "status", "--project", "version", "--bucket", "version")
     assert re.search(

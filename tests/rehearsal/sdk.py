@@ -15,6 +15,14 @@ from tests.rehearsal.containers import free_port
 from tests.rehearsal.start import IMAGE, ROOT, Rehearsal
 from training.launch.policies import trust_policy
 
+TELL = """
+import sys
+
+def tell(text):
+    sys.stdout.write(f"\\nSDK {text}\\n")  # at once: the SDK's threads write their containers' logs there, too
+    sys.stdout.flush()
+"""
+
 TRAIN = """
 import sys
 from sagemaker.core.helper.session_helper import Session
@@ -34,7 +42,7 @@ trainer = ModelTrainer(
 )
 trainer.train(input_data_config=[InputData(channel_name="train", data_source=data)], wait=True, logs=False)
 job = trainer._latest_training_job
-print("SDK", job.training_job_status, job.model_artifacts.s3_model_artifacts)
+tell(f"{job.training_job_status} {job.model_artifacts.s3_model_artifacts}")
 """
 
 TRAIN_HERE = """
@@ -57,8 +65,7 @@ except subprocess.CalledProcessError as exc:
     # run for that, which an image with an entry point of its own refuses.
     if "chmod" not in exc.cmd:
         raise
-print()
-print("SDK trained")
+tell("trained")
 """
 
 SERVE = """
@@ -79,7 +86,7 @@ try:
     answer = session.sagemaker_runtime_client.invoke_endpoint(
         EndpointName="by-sdk", Body=Path(picture).read_bytes(), ContentType="image/png", Accept="application/json"
     )
-    print("SDK", answer["Body"].read().decode())
+    tell(answer["Body"].read().decode())
 finally:
     client.delete_endpoint(EndpointName="by-sdk")
 """
@@ -95,10 +102,10 @@ def _environment(cloud: Rehearsal) -> Iterator[dict[str, str]]:
 
 
 def _run(cloud: Rehearsal, code: str, *arguments: str, limit_s: float = 300) -> str:
-    """What the program prints after "SDK". Raises: ValueError."""
+    """What the program tells last (TELL). Raises: ValueError."""
     with _environment(cloud) as environment:
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+            [sys.executable, "-c", TELL + code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
             timeout=limit_s, check=False,
         )  # fmt: skip
     said = [line.removeprefix("SDK ") for line in done.stdout.splitlines() if line.startswith("SDK ")]

@@ -1,7 +1,6 @@
 """Several workers on one port, as real processes: ready together, replaced when they die, stopped together."""
 
 import asyncio
-import json
 import os
 import re
 import resource
@@ -16,20 +15,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
 from service import workers
 from service.engines.base import EngineUnavailable
-from service.engines.names import Wanted
+from service.layout import WORKER_BYTES
 from service.lifeline import shared
-from service.model.architecture import Architecture
-from service.model.artifact import SelfCheck, open_artifact, write_artifact
-from service.model.preprocess import Preprocessing
+from service.model.artifact import open_artifact
 from service.runtime import Runtime
 from service.settings import Settings
-from service.workers import WORKER_BYTES, States, Worker
+from service.workers import States, Worker
 from tests.service.served import jpeg, png
 
 
@@ -152,32 +148,6 @@ def test_threads_are_shared_out_and_none_is_left_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("side_px", "cores", "gpus", "gib", "engine", "expected"),
-    [(32, 2, 0, 64, "auto", 2), (64, 24, 0, 64, "auto", 16), (65, 8, 0, 64, "auto", 6), (96, 8, 0, 64, "auto", 4),
-     (128, 8, 0, 64, "auto", 3), (224, 2, 0, 64, "auto", 1), (224, 9, 0, 64, "auto", 2), (224, 16, 0, 64, "auto", 4),
-     (1, 2, 0, 64, "auto", 2), (1024, 32, 0, 64, "auto", 1),
-     (32, 8, 4, 64, "auto", 4), (32, 8, 4, 64, "torch-cuda", 4), (32, 8, 4, 64, "openvino-int8", 8),
-     (None, 16, 0, 64, "auto", 4), (32, 16, 0, 4, "auto", 5), (32, 4, 0, 0.5, "auto", 1)],
-)  # fmt: skip
-def test_workers_follow_from_the_side_the_cores_the_gpus_and_the_memory(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    side_px: int | None,
-    cores: int,
-    gpus: int,
-    gib: float,
-    engine: Wanted,
-    expected: int,
-) -> None:
-    if side_px is not None:
-        written(tmp_path / "model", side_px)
-    monkeypatch.setattr(workers, "cores", lambda: cores)
-    monkeypatch.setattr(workers, "gpus", lambda: gpus)
-    monkeypatch.setattr(workers, "memory_bytes", lambda: int(gib * 2**30))
-    assert workers.choose_count(tmp_path / "model", engine) == expected
-
-
-@pytest.mark.parametrize(
     ("gpus", "workers", "expected"), [(4, 4, [0, 1, 2, 3]), (2, 5, [0, 1, 0, 1, 0]), (0, 2, [0, 0])]
 )
 def test_each_worker_runs_on_a_gpu_of_its_own(
@@ -201,37 +171,6 @@ def test_each_worker_runs_on_a_gpu_of_its_own(
     for index in range(workers):
         asyncio.run(start(index))
     assert asked == expected
-
-
-def written(folder: Path, side_px: int) -> None:
-    """An artifact of that side; nobody will run its network."""
-    pixels, logits = np.zeros((1, side_px, side_px, 3), np.uint8), np.zeros((1, 2), np.float32)
-    facts = {
-        "name": "m", "architecture": Architecture(num_classes=2), "classes": ("a", "b"),
-        "preprocessing": Preprocessing(side_px=side_px), "example": {"label": "a", "media_type": "image/png"},
-        "hyperparameters": {}, "dataset": {}, "metrics": {}, "packages": {},
-    }  # fmt: skip
-    write_artifact(folder, facts, {"w": logits}, SelfCheck(pixels, logits), (".png", b""))
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("kind", ["pipe", "endless", "huge"])
-def test_a_manifest_that_is_no_small_file_does_not_hold_up_the_supervisor(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "manifest.json"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "endless":
-        path.symlink_to("/dev/zero")
-    else:
-        path.touch()
-        os.truncate(path, 60 * 2**30)  # sparse
-    assert workers._side_px(tmp_path) == workers.PHOTO_PX
-
-
-def test_a_side_that_no_model_has_is_left_to_the_workers_to_refuse(tmp_path: Path) -> None:
-    for side in (0, -32, 1025, 10**400, "32"):
-        (tmp_path / "manifest.json").write_text(json.dumps({"preprocessing": {"side_px": side}}))
-        assert workers._side_px(tmp_path) == workers.PHOTO_PX
 
 
 def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Path, start_server: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from training.errors import ConfigError
 from training.launch import ownership
-from training.launch.endpoint import VARIANT, Hosting, Kind, Targets, wait_while_changing
+from training.launch.endpoint import wait_while_changing
 from training.launch.errors import AwsError
+from training.launch.hosting import VARIANT, Hosting, Kind, Targets
 from training.launch.names import Project
 from training.launch.session import Aws
 from training.launch.wait import POLL_S
@@ -16,6 +17,12 @@ from training.launch.wait import POLL_S
 log = logging.getLogger("training")
 
 NAMESPACE, DIMENSION = "sagemaker", "sagemaker:variant:DesiredInstanceCount"
+TARGETS: Mapping[Kind, tuple[str, ...]] = {
+    "realtime": ("requests", "concurrency"), "async": ("backlog",), "serverless": ()
+}  # fmt: skip
+"""What an endpoint of a kind scales by: fields of Targets, ends of the policies' names and of the flags'."""
+UNITS = {"requests": "requests a minute", "concurrency": "requests at once", "backlog": "requests that wait"}
+"""What each of them counts, of one instance."""
 SCALE_OUT_S, SCALE_IN_S = 60, 300
 POLICY_FIELDS = (
     "PolicyName", "PolicyType", "TargetTrackingScalingPolicyConfiguration", "StepScalingPolicyConfiguration",
@@ -60,15 +67,6 @@ def policies(project: Project, hosting: Hosting) -> dict[str, dict[str, Any]]:
         )
         for name, (target, kind) in predefined.items()
     }  # fmt: skip
-
-
-TARGETS: Mapping[Kind, tuple[str, ...]] = {
-    "realtime": ("requests", "concurrency"), "async": ("backlog",), "serverless": ()
-}  # fmt: skip
-"""What an endpoint of a kind scales by: fields of Targets, ends of the policies' names and of the flags'."""
-
-
-UNITS = {"requests": "requests a minute", "concurrency": "requests at once", "backlog": "requests that wait"}
 
 
 def require_targets(kind: Kind, given: Mapping[str, float]) -> None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.launch import batch, images
-from training.launch.endpoint import MAX_CONCURRENCY, STARTUP_S, Hosting, Kind
 from training.launch.errors import LaunchError
+from training.launch.hosting import MAX_CONCURRENCY, STARTUP_S, Hosting, Kind
 
 Result = Literal["PASS", "FAIL", "WARN"]
 

@@ -10,7 +10,6 @@ from training.errors import ConfigError
 from training.flags import misplaced
 from training.launch import (
     checks,
-    endpoint,
     inventory,
     live,
     overview,
@@ -25,6 +24,7 @@ from training.launch.deployment import run_batch, run_deploy, target_of
 from training.launch.errors import AwsError, LaunchError
 from training.launch.experiments import channels, require_addresses, require_here, run_train, run_tune
 from training.launch.flags import options_of
+from training.launch.hosting import Hosting, counts_of
 from training.launch.names import Project
 from training.launch.opening import Options, opened, opened_or_placeholders
 from training.launch.running import agreed, run_logs, run_stop
@@ -37,8 +37,8 @@ log = logging.getLogger("training")
 
 def run_preflight(options: Options, _: Sequence[str]) -> None:
     """Tell what could go wrong. Raises: LaunchError where something is not ready."""
-    least, most = endpoint.counts_of(options.kind, options.min_count, options.max_count)
-    endpoint.Hosting(options.kind, options.hosting_instance, least, most)  # refuses what cannot be
+    least, most = counts_of(options.kind, options.min_count, options.max_count)
+    Hosting(options.kind, options.hosting_instance, least, most)  # refuses what cannot be
     plan = checks.Plan(
         options.instance, options.hosting_instance, options.image, options.role,
         options.instances * options.parallel, most, least, options.instances if options.spot else 0, options.ami,

@@ -24,6 +24,7 @@ from training.launch import (
 from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import AwsError, LaunchError
+from training.launch.hosting import STARTUP_S, Hosting, Targets, config_request, counts_of, require_shadow
 from training.launch.names import Project
 from training.launch.opening import Options, as_json, as_lines, command_line, connected, project_of
 from training.launch.running import tell_others
@@ -47,11 +48,11 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     # What cannot be is told before anything is made, and before credentials are asked for.
     variables = environment(options)
     hosting_of(options, image, None)
-    given = {name: value for name in vars(endpoint.Targets()) if (value := getattr(options, f"scale_at_{name}"))}
+    given = {name: value for name in vars(Targets()) if (value := getattr(options, f"scale_at_{name}"))}
     autoscaling.require_targets(options.kind, given)
     registry.require_place(options.model)
     if options.shadow:
-        endpoint.require_shadow(options.kind)
+        require_shadow(options.kind)
         registry.require_place(options.shadow, "--shadow")
     paths = images_in(options.smoke) if options.smoke else []
     smoke.require_images(paths)
@@ -79,7 +80,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
         if options.dry_run:
             hosts = {"image": image.uri, "role": role, "model data": model.place(project), **masked(variables)}
             log.info("would host it with:\n%s", as_lines(hosts))
-            wanted = endpoint.config_request(project, "MODEL", hosting, options.shadow and "SHADOW")
+            wanted = config_request(project, "MODEL", hosting, options.shadow and "SHADOW")
             log.info("would register it and bring endpoint %s to: %s", project.endpoint, as_json([wanted]))
             autoscaling.tell_plan(project, hosting, scaling, asked, now.endpoint if now else None)
             return
@@ -94,7 +95,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
             log.info("not deployed: approve it in the registry and repeat the command, or leave --approval out of it")
             return
         with _costs_told(aws, project, hosting, bool(second)):
-            wanted = endpoint.config_request(project, name, hosting, shadow)
+            wanted = config_request(project, name, hosting, shadow)
             before, interrupted = now.endpoint if now else None, now is not None and now.interrupted
             action = bring(aws, project, before, wanted, hosting, options.poll_seconds, interrupted)
             log.info("endpoint %s is %s", project.endpoint, action)
@@ -114,19 +115,19 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
 
 def hosting_of(
     options: Options, image: images.Image, bounds: tuple[int, int] | None,
-    targets: endpoint.Targets | None = None,
-) -> endpoint.Hosting:  # fmt: skip
+    targets: Targets | None = None,
+) -> Hosting:  # fmt: skip
     """How the endpoint is to run; `bounds`: the instances that it is to go on scaling between. Raises: ConfigError."""
-    least, most = bounds or endpoint.counts_of(options.kind, options.min_count, options.max_count)
+    least, most = bounds or counts_of(options.kind, options.min_count, options.max_count)
     ami = options.ami or amis.ami_for(options.instance, image.cuda or amis.IMAGE_CUDA)
-    return endpoint.Hosting(
+    return Hosting(
         options.kind, options.instance, least, most, ami, options.startup_seconds, options.capture_percent,
-        options.memory, options.max_concurrency, targets or endpoint.Targets(),
+        options.memory, options.max_concurrency, targets or Targets(),
     )  # fmt: skip
 
 
 @contextmanager
-def _costs_told(aws: Aws, project: Project, hosting: endpoint.Hosting, shadow: bool) -> Iterator[None]:
+def _costs_told(aws: Aws, project: Project, hosting: Hosting, shadow: bool) -> Iterator[None]:
     """Whoever leaves (Ctrl-C) an endpoint that is there, or is being made, is told so, and what it costs."""
     try:
         yield
@@ -173,7 +174,7 @@ def bring(
     project: Project,
     before: Mapping[str, Any] | None,
     wanted: Mapping[str, Any],
-    hosting: endpoint.Hosting,
+    hosting: Hosting,
     poll_s: float,
     interrupted: bool = False,
 ) -> str:
@@ -204,7 +205,7 @@ def bring(
         raise StoppedWaiting(" ".join(said), ends="delete") from (exc.__cause__ or exc)
 
 
-def _scaling_is_off(hosting: endpoint.Hosting, scaled: autoscaling.Scaling | None) -> str:
+def _scaling_is_off(hosting: Hosting, scaled: autoscaling.Scaling | None) -> str:
     """What to say of an endpoint whose scaling, as it was, could not be put back."""
     counts = (hosting.min_count, hosting.max_count)
     target = scaled[0] if scaled else None
@@ -259,8 +260,8 @@ def environment(options: Options) -> dict[str, str]:
         if not equals or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
             raise ConfigError(f"--env {name}: say NAME=VALUE, with letters, digits and _ in NAME.")
         found[name] = value
-    startup_s = getattr(options, "startup_seconds", endpoint.STARTUP_S)  # which `batch` has not
-    if startup_s > endpoint.STARTUP_S:  # the service gives a start up by itself, in less than that
+    startup_s = getattr(options, "startup_seconds", STARTUP_S)  # which `batch` has not
+    if startup_s > STARTUP_S:  # the service gives a start up by itself, in less than that
         found.setdefault("CLASSIFIER_START_TIMEOUT_S", str(startup_s - STARTUP_MARGIN_S))
     return found
 

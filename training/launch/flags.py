@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from training.command_line import positive
-from training.launch import autoscaling, batch, endpoint, jobs, results
+from training.launch import autoscaling, batch, hosting, jobs, results
 from training.launch.names import DEFAULT_PROJECT
 from training.launch.wait import POLL_S
 
@@ -57,14 +57,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--max", type=between(1, 1000), dest="max_count", help="instances of the endpoint at most (default: --min)"
     )  # fmt: skip
-    one.add_argument("--hosting-instance", default=endpoint.INSTANCE, help="for the endpoint (default: %(default)s)")
+    one.add_argument("--hosting-instance", default=hosting.INSTANCE, help="for the endpoint (default: %(default)s)")
     one.add_argument(
-        "--max-concurrency", type=positive, default=endpoint.MAX_CONCURRENCY,
+        "--max-concurrency", type=positive, default=hosting.MAX_CONCURRENCY,
         help="of a serverless endpoint (default: %(default)s)",
     )  # fmt: skip
     one.add_argument("--batch-instance", default=batch.INSTANCE, help="for batch (default: %(default)s)")
     one.add_argument("--ami", help="InferenceAmiVersion of the endpoint (default: the one CUDA 13 needs)")
-    one.add_argument("--startup-seconds", type=positive, default=endpoint.STARTUP_S, help="default: %(default)s")
+    one.add_argument("--startup-seconds", type=positive, default=hosting.STARTUP_S, help="default: %(default)s")
 
     one = add("iam-role", "make the role that jobs and endpoints run as, with the permissions they need and no more")
     one.add_argument("--mlflow", type=mlflow_arn, metavar="ARN", help="MLflow app or server that jobs may report to")
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         help="realtime answers within 60 s on instances that always run, serverless costs nothing while it waits, "
         "async takes long requests through S3 and may go down to 0 instances (default: %(default)s)",
     )  # fmt: skip
-    one.add_argument("--instance", default=endpoint.INSTANCE, help="default: %(default)s")
+    one.add_argument("--instance", default=hosting.INSTANCE, help="default: %(default)s")
     one.add_argument(
         "--min",
         type=between(0, 1000),
@@ -130,23 +130,23 @@ def parser() -> argparse.ArgumentParser:
         "--max", type=between(1, 1000), dest="max_count",
         help="instances at most (default: --min, no autoscaling; without either it scales on as it does)",
     )  # fmt: skip
-    for name, ours in vars(endpoint.Targets()).items():
+    for name, ours in vars(hosting.Targets()).items():
         one.add_argument(
             autoscaling.flag_of(name), type=up_to(1_000_000), metavar="N",
             help=f"add instances where one has more {autoscaling.UNITS[name]} (default: as it does, else {ours:g})",
         )  # fmt: skip
     one.add_argument("--ami", help="InferenceAmiVersion (default: the one CUDA 13 needs)")
     one.add_argument(
-        "--startup-seconds", type=between(60, 3600), default=endpoint.STARTUP_S, help="default: %(default)s"
+        "--startup-seconds", type=between(60, 3600), default=hosting.STARTUP_S, help="default: %(default)s"
     )
     one.add_argument(
         "--capture-percent", type=between(0, 100), default=0, help="share of requests stored in S3 (default: none)"
     )
     one.add_argument(
-        "--memory", type=int, default=endpoint.MEMORY_MB, help="MB of a serverless endpoint (default: %(default)s)"
+        "--memory", type=int, default=hosting.MEMORY_MB, help="MB of a serverless endpoint (default: %(default)s)"
     )
     one.add_argument(
-        "--max-concurrency", type=between(1, 1000), default=endpoint.MAX_CONCURRENCY,
+        "--max-concurrency", type=between(1, 1000), default=hosting.MAX_CONCURRENCY,
         help="of serverless and async (default: %(default)s)",
     )  # fmt: skip
     one.add_argument("--shadow", metavar="MODEL", help="a second model that gets a copy of every request")

@@ -8,8 +8,8 @@ from typing import Any
 from service.model.manifest import Manifest
 from training.errors import ConfigError
 from training.launch import autoscaling, endpoint, registry
-from training.launch.endpoint import Kind
 from training.launch.errors import AwsError
+from training.launch.hosting import Kind
 from training.launch.names import Project
 from training.launch.session import Aws
 
