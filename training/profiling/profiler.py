@@ -99,6 +99,7 @@ class Profiler(Callback):
         # Of several processes that train together each is the others' "other process" unless all below torchrun count.
         pid = os.getppid() if ranks().is_distributed else os.getpid()
         try:
+            # Late: the clock is made anew once all has begun.
             readers = [lambda: self._clock.wait_since_told(), *([gpu.read] if gpu is not None else [])]
             self._sampler = SystemSampler(pid, self._interval_s, readers)
         except ImportError as exc:
