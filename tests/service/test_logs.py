@@ -216,9 +216,11 @@ def test_a_failing_or_changed_probe_is_one_line_and_one_that_succeeds_none(artif
                 assert server.ask("GET", path).status == 200
         assert lines() == told
     codes = [re.search(r"code=(\w+)", line)[1] for line in told]  # type: ignore[index]
+    states = [code for code in codes if code != "not_ready"]  # what the supervisor answers, of a machine this slow
     assert codes[-1] == "ready"
-    assert len(codes) == len(set(codes)) > 1
-    assert set(codes) <= {"loading", "warming_up", "ready"}
+    assert len(codes) > 1
+    assert len(states) == len(set(states))
+    assert set(states) <= {"loading", "warming_up", "ready"}
 
 
 def test_a_long_line_that_nobody_reads_is_dropped_though_a_piece_of_it_would_fit() -> None:

@@ -17,6 +17,7 @@ from service.engines.names import EngineName
 from service.model.artifact import Artifact, open_artifact
 from service.model.errors import ArtifactError
 from service.model.machine import gpus
+from service.model.openvino_graph import has_bf16
 from service.model.preprocess import Preprocessing
 from tests.service.artifacts import changed
 
@@ -45,6 +46,8 @@ def engine(model: Artifact) -> Make:
     def make(name: EngineName) -> Engine:
         if name == "torch-cuda" and not torch.cuda.is_available():
             pytest.skip("There is no GPU on this machine.")
+        if name == "openvino-bf16" and not has_bf16():
+            pytest.skip("This processor does not compute in bfloat16.")
         if name not in made:
             made[name] = create(model, name, Layout(threads=2, max_batch=8))
         return made[name]
