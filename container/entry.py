@@ -20,6 +20,8 @@ from pathlib import Path
 from container.drivers import DEVICES, Fit, driver_version, fit, has_gpu, torch_cuda
 
 COMMANDS = {"serve": "service", "train": "training"}
+TIDY_UP = ["chmod", "-R", "777", "/delete"]
+"""What local mode of AWS's SDK runs in a training image, for a user who is not root to remove what it has written."""
 OUTPUT = Path("/opt/ml/output")
 """Where SageMaker looks for what became of a training job; not there otherwise."""
 
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(0, Path(sys.argv[0]).name)
     command, flags = (given[0], given[1:]) if given else ("", [])
     there = [name for name, module in COMMANDS.items() if importlib.util.find_spec(module) is not None]
+    if given == TIDY_UP:
+        os.execvp(given[0], given)  # noqa: S606  # as AWS's SDK calls it
     if command not in COMMANDS:
         return _refuse(f"{command!r} is no command of this image; it understands: {', '.join(there)}.")
     if command not in there:

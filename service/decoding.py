@@ -102,6 +102,7 @@ class Decoders:
         self._large = asyncio.Semaphore(1)
         self._idle: list[_Process] = []
         self._jobs: set[asyncio.Task[RgbImage]] = set()
+        self._first_is_told_of = False  # whether the first process has started, or could not
         self._closed = False
 
     def open(self) -> None:
@@ -130,7 +131,8 @@ class Decoders:
         Cancelled while it waits for a process, it costs no more; later, its process still finishes. `allowance` is that
         of all images of its request.
         Returns: uint8 `[side_px, side_px, 3]`.
-        Raises: ImageError; Overloaded when no process is free within `patience_s` altogether, or can be started.
+        Raises: ImageError; Overloaded when no process is free within `patience_s` altogether, or can be started. The
+        first process of all is waited for longer: the service has just become ready, and none is busy with others.
         """
         if self._closed:
             raise Overloaded(NO_PROCESS)
@@ -142,7 +144,9 @@ class Decoders:
             image = decode() if tiny else await asyncio.get_running_loop().run_in_executor(self._threads, decode)
             if image is not None:
                 return image
-        until_s = None if patience_s is None else asyncio.get_running_loop().time() + patience_s
+        until_s = None
+        if patience_s is not None and self._first_is_told_of:
+            until_s = asyncio.get_running_loop().time() + patience_s
         allowance = allowance or self.allowance(several=False)
         try:
             return await self._in_process(payload, side_px, ORDINARY_PIXELS, until_s, allowance)
@@ -234,6 +238,8 @@ class Decoders:
         except BaseException:
             await process.end()
             raise
+        finally:
+            self._first_is_told_of = True
         return process
 
     async def _idle_one(self) -> "_Process | None":

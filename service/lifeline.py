@@ -130,6 +130,11 @@ class Lifeline:
         self._unsent_closed: deque[int] = deque()
         self._unsent_opened: dict[int, int] = {}  # file descriptors by slot
 
+    @property
+    def capacity(self) -> int:
+        """Connections that the supervisor can hold of this worker."""
+        return self._count
+
     def opened(self, fd: int) -> int | None:
         """A connection was accepted. Returns: its slot, None where it cannot be held."""
         self._send_unsent()

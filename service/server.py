@@ -47,7 +47,7 @@ class Server(uvicorn.Server):
             telemetry=app.direct,
             overload=lambda: app.state.runtime.overload(),
             lifeline=lifeline,
-            max_connections=min(MAX_CONNECTIONS, allow_files() - FILES_BESIDES),
+            max_connections=lifeline.capacity if lifeline else min(MAX_CONNECTIONS, allow_files() - FILES_BESIDES),
             overload_status=settings.overload_status,
         )
         super().__init__(

@@ -6,7 +6,7 @@ The generator runs on the same cores, in this process; `--apart` gives it the la
 where clients have machines of their own: what the generator takes is then not missing where answers are made. Overload:
 answers a second against the capacity measured just before, how soon refusals come, memory, and how soon after it
 requests are served as before. Soak: photos, pictures in JSON and forms, damaged ones, unreadable ones; memory and file
-descriptors over time. Writes tests/bench/results/endurance.{md,json,png}.
+descriptors over time, and again once the clients have gone. Writes tests/bench/results/endurance.{md,json,png}.
 """
 
 import argparse
@@ -35,15 +35,31 @@ from tests.bench.processes import Server
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path(tempfile.gettempdir()) / "resnet34-bench"
 SAMPLE_S = 2.0
+SETTLE_S = 10.0
+"""After which the service has let go of connections that its clients closed."""
 AFTER_S = 20.0
 """At half the capacity after the overload; the second half of it shows what is ordinary."""
+
+
+def files(server: Server, port: int) -> tuple[int, int]:
+    """File descriptors of all processes of a server: those of clients' connections, which its supervisor holds too so
+    that it can answer for a worker that dies, and the others.
+    """
+    processes = [psutil.Process(pid) for pid in server.pids()]
+    every = sum(process.num_fds() for process in processes)
+    clients = sum(
+        bool(socket.raddr) and socket.laddr.port == port
+        for process in processes for socket in process.net_connections("tcp")
+    )  # fmt: skip
+    return clients, every - clients
 
 
 class Watch:
     """Memory and file descriptors of all processes of a server, sampled in a thread."""
 
-    def __init__(self, server: Server) -> None:
-        self.samples: list[tuple[float, float, int]] = []  # seconds, MiB (PSS), file descriptors
+    def __init__(self, server: Server, port: int) -> None:
+        self.samples: list[tuple[float, float, int, int]] = []  # seconds, MiB (PSS), files of clients, other files
+        self._port = port
         self._server = server
         self._begin_s = time.monotonic()
         self._ended = threading.Event()
@@ -59,9 +75,8 @@ class Watch:
 
     def _run(self) -> None:
         while True:
-            memory = self._server.memory()
-            files = sum(psutil.Process(pid).num_fds() for pid in self._server.pids())
-            self.samples.append((time.monotonic() - self._begin_s, memory.pss, files))
+            memory = self._server.memory().pss
+            self.samples.append((time.monotonic() - self._begin_s, memory, *files(self._server, self._port)))
             if self._ended.wait(SAMPLE_S):
                 return
 
@@ -89,7 +104,7 @@ def overload(server: Server, port: int, bodies: Sequence[bytes], seconds: float)
     requests = [(body, "image/jpeg") for body in bodies]
     capacity = load.run(f"http://127.0.0.1:{port}/invocations", requests, 32, seconds / 2, 3.0).throughput
     before = server.memory().pss
-    with Watch(server) as watch:
+    with Watch(server, port) as watch:
         outcome = open_loop.run(
             port, [built(body) for body in bodies], [(5 * capacity, seconds), (capacity / 2, AFTER_S)]
         )
@@ -134,16 +149,20 @@ def soak(server: Server, port: int, bodies: Sequence[bytes], minutes: float, cap
     requests = mixture(bodies)
     images = sum(request.count(b"filename") + request.count(b'"images"') * 2 or 1 for request in requests)
     rate = 0.8 * capacity * len(requests) / images
-    with Watch(server) as watch:
+    before = (server.memory().pss, *files(server, port))
+    with Watch(server, port) as watch:
         outcome = open_loop.run(port, requests, [(rate, 60 * minutes)])
-    time_s, memory, files = (np.asarray(column) for column in zip(*watch.samples, strict=True))
+    time.sleep(SETTLE_S)
+    time_s, memory, clients, others = (np.asarray(column) for column in zip(*watch.samples, strict=True))
     settled = time_s > time_s[-1] / 5
     return {
         "rate": rate, "minutes": minutes, "counts": outcome.counts(), "p50_ms": outcome.quantile_ms(0.5),
         "p99_ms": outcome.quantile_ms(0.99), "samples": watch.samples,
         "memory_mib_per_hour": float(np.polyfit(time_s[settled], memory[settled], 1)[0] * 3600),
         "memory_range_mib": [float(memory[settled].min()), float(memory[settled].max())],
-        "files_range": [int(files[settled].min()), int(files[settled].max())],
+        "clients_range": [int(clients[settled].min()), int(clients[settled].max())],
+        "files_range": [int(others[settled].min()), int(others[settled].max())],
+        "before": before, "after": (server.memory().pss, *files(server, port)),
     }  # fmt: skip
 
 
@@ -151,12 +170,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Memory and file descriptors during the soak."""
     import matplotlib.pyplot as plt
 
-    time_s, memory, files = zip(*result["soak"]["samples"], strict=True)
+    time_s, memory, clients, others = zip(*result["soak"]["samples"], strict=True)
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     above.plot(np.asarray(time_s) / 60, memory)
     above.set(ylabel="memory, MiB (PSS)", ylim=(0, 1.1 * max(memory)), title="At 80 % of capacity")
-    below.plot(np.asarray(time_s) / 60, files)
+    below.plot(np.asarray(time_s) / 60, clients, color="0.7", label="of clients' connections")
+    below.plot(np.asarray(time_s) / 60, others, label="others")
     below.set(ylabel="file descriptors", ylim=(0, None), xlabel="minutes")
+    below.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -185,7 +206,8 @@ Written by `python -m tests.bench.endurance`.
 | answers by status | {long["counts"]} |
 | latency of answers with 200 | {long["p50_ms"]:.1f} ms (p50), {long["p99_ms"]:.1f} ms (p99) |
 | memory after the first fifth | {long["memory_range_mib"][0]:.0f} to {long["memory_range_mib"][1]:.0f} MiB, slope {long["memory_mib_per_hour"]:+.1f} MiB an hour |
-| file descriptors after the first fifth | {long["files_range"][0]} to {long["files_range"][1]} |
+| file descriptors after the first fifth | {long["files_range"][0]} to {long["files_range"][1]}, and {long["clients_range"][0]} to {long["clients_range"][1]} of clients' connections |
+| before, and {SETTLE_S:.0f} s after it | {long["before"][0]:.0f} and {long["after"][0]:.0f} MiB; {long["before"][2]} and {long["after"][2]} file descriptors, of connections {long["before"][1]} and {long["after"][1]} |
 
 ![memory and file descriptors](endurance.png)
 """  # noqa: E501

@@ -34,6 +34,14 @@ def test_anything_else_is_refused_with_one_sentence_and_status_2(arguments: tupl
     assert "it understands: serve, train." in result.stderr
 
 
+def test_awss_sdk_may_tidy_up_and_nothing_else() -> None:
+    result = start("chmod", "-R", "777", "/delete")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "cannot access '/delete'" in result.stderr
+    for others in (("chmod",), ("chmod", "-R", "777", "/opt"), ("chmod", "-R", "777", "/delete", "/opt")):
+        assert start(*others).returncode == 2
+
+
 @pytest.mark.parametrize(("command", "module"), [("serve", "service"), ("train", "training")])
 def test_flags_reach_what_runs(command: str, module: str) -> None:
     result = start(command, "--no-such-flag", "1")

@@ -7,6 +7,7 @@ as its password. Only the ECR, STS and IAM calls are answered by moto; docker, T
 import base64
 import gzip
 import hashlib
+import http.server
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -152,6 +154,44 @@ def test_without_aws_it_says_who_did_not_answer(aws: Aws, tmp_path: Path) -> Non
         AWS_MAX_ATTEMPTS="1",
     )  # fmt: skip
     assert "AWS (sts:GetCallerIdentity, region eu-central-1) did not answer" in sentence(push(env=env))
+
+
+@contextmanager
+def refuses(code: str) -> Iterator[str]:
+    """In the place of AWS: an address at which everything is refused, as STS writes it."""
+
+    class Refusal(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = f"<ErrorResponse><Error><Code>{code}</Code><Message>No.</Message></Error></ErrorResponse>".encode()
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("ExpiredToken", "The AWS credentials have expired: renew them"),
+        ("InvalidClientTokenId", "AWS does not accept these credentials (InvalidClientTokenId): 'aws sts"),
+        ("AccessDenied", "These credentials may not do sts:GetCallerIdentity: allow it in IAM"),
+        ("RegionDisabledException", "AWS refused sts:GetCallerIdentity: No (RegionDisabledException)."),
+    ],
+)
+def test_what_aws_refuses_is_one_sentence(code: str, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("boto3", reason="boto3 is not installed (group sagemaker)")
+    with refuses(code) as url:
+        assert said in sentence(push(env=Aws(url).env(PATH=fake_docker(tmp_path / "bin", HAS_IMAGE))))
 
 
 CALLED = (

@@ -146,6 +146,9 @@ def test_cores_and_memory_of_the_container_are_those_that_count(image: Image, mo
     with running(image("serve-cpu"), model=model, options=("--cpus=1", "--memory=2g")) as container:
         container.wait_until_ready(120)
         assert "on 1 core\n" in container.log()
+    with running(image("serve-cpu"), model=model, options=("--cpus=2", "--memory=1g")) as container:
+        container.wait_until_ready(120)
+        assert "layout: 1 worker, " in container.log()  # by its cores they would be two, of 32 px
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,14 @@ def test_a_command_the_image_does_not_have_is_refused(target: str, command: str,
 def test_serve_and_train_are_programs_on_the_path(image: Image) -> None:
     for target, program in (("serve-cpu", "serve"), ("serve", "serve"), ("train", "train"), ("train", "serve")):
         docker("run", "--rm", "--label", LABEL, "--entrypoint", program, image(target), "--help")
+
+
+def test_what_a_container_wrote_can_be_tidied_up_as_awss_sdk_does(image: Image, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir(mode=0o700)
+    docker(
+        "run", "--rm", "--label", LABEL, "-v", f"{tmp_path}:/delete", image("train"), "chmod", "-R", "777", "/delete"
+    )
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o777
 
 
 def write_job(root: Path, sample_root: Path, **hyperparameters: str) -> Path:

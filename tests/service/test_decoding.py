@@ -422,6 +422,24 @@ def test_a_process_that_hangs_as_it_starts_holds_up_no_image(
     run(main)
 
 
+def test_an_image_waits_for_the_first_process_to_start_and_only_for_that() -> None:
+    async def main() -> None:
+        async with opened() as decoders:
+            (first,) = pids()
+            os.kill(first, signal.SIGSTOP)
+            waits = asyncio.create_task(decoders.decode(FILES["png"], 32, patience_s=0.05))
+            await asyncio.sleep(0.5)
+            assert not waits.done()
+            os.kill(first, signal.SIGCONT)
+            assert (await waits).shape == (32, 32, 3)
+            os.kill(first, signal.SIGKILL)  # its successor's start is others' business
+            await until(lambda: first not in pids())
+            with pytest.raises(Overloaded, match="busy with others"):
+                await decoders.decode(FILES["png"], 32, patience_s=0.001)
+
+    run(main)
+
+
 def test_where_no_process_can_be_started_the_client_is_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         decoders = Decoders(1, 60)

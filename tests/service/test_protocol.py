@@ -231,6 +231,7 @@ def test_slow_bodies_hold_no_place_and_are_given_up() -> None:
 
 def test_bodies_over_the_bound_of_bytes_are_refused_and_free_it_when_they_end() -> None:
     with serve(FakeEngine(256), max_payload_bytes=1000, max_body_bytes=1500) as served, connect(served) as holder:
+        served.until(lambda: served.ask("POST", "/invocations", b"z").status == 400)  # a decoder process has started
         holder.sendall(request(b"x" * 900)[:-1])
         served.until(lambda: served.app.state.runtime.admission.bytes_held > 800)
         refused = served.ask("POST", "/invocations", b"y" * 700)
@@ -435,10 +436,23 @@ def test_hundreds_of_idle_connections_hurt_nobody(service: Served) -> None:
     with ExitStack() as stack:
         idle = [stack.enter_context(closing(connect(service))) for _ in range(500)]
         for client in idle[:250]:
-            client.sendall(request(png(1)))
+            client.sendall(request(jpeg(1)))
             assert b" 200 " in answer(client)
         with ThreadPoolExecutor(8) as clients:
-            replies = list(clients.map(lambda grey: service.ask("POST", "/invocations", png(grey)), range(40)))
+            replies = list(clients.map(lambda grey: service.ask("POST", "/invocations", jpeg(grey)), range(40)))
+        assert [reply.json["predictions"][0]["index"] for reply in replies] == list(range(40))
+
+
+def test_heads_that_dribble_by_the_hundred_hurt_nobody(service: Served) -> None:
+    with ExitStack() as stack:
+        slow = [stack.enter_context(closing(connect(service))) for _ in range(300)]
+        for n, client in enumerate(slow):
+            client.sendall(b"POST /invocations HTTP/1.1\r\nX: "[: 1 + n % 30])
+        with ThreadPoolExecutor(8) as clients:
+            replies = list(clients.map(lambda grey: service.ask("POST", "/invocations", jpeg(grey)), range(40)))
+        for client in slow:
+            client.sendall(b"y")
+        assert service.ask("GET", "/ping").status == 200
         assert [reply.json["predictions"][0]["index"] for reply in replies] == list(range(40))
 
 

@@ -21,7 +21,7 @@ import pytest
 from service import workers
 from service.engines.base import EngineUnavailable
 from service.layout import WORKER_BYTES
-from service.lifeline import shared
+from service.lifeline import FILES_BESIDES, shared
 from service.model.artifact import open_artifact
 from service.runtime import Runtime
 from service.settings import Settings
@@ -243,6 +243,27 @@ def test_a_worker_that_cannot_be_started_ends_the_service_whose_clients_are_told
             assert answer.json["error"]["code"] == "not_ready"
         assert server.process.wait(60) == 1
         assert server.log.read_text().count("worker 0 cannot be started") == 5
+
+
+def test_workers_have_no_more_connections_than_the_supervisor_can_hold(artifact: Path, start_server: Any) -> None:
+    """Else it could not answer for them all; with as few files as are allowed."""
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); import service.__main__ as m; "
+        "raise SystemExit(m.main())"
+    )
+    most = (1024 - FILES_BESIDES) // 2
+    with start_server(artifact, program=program, CLASSIFIER_WORKERS="2") as server, ExitStack() as stack:
+        ours = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30)) for _ in range(1000)]
+
+        def connections(process: psutil.Process) -> int:
+            return sum(c.laddr.port == server.port and bool(c.raddr) for c in process.net_connections("tcp"))
+
+        workers = [psutil.Process(pid) for pid in workers_of(server).values()]
+        until(lambda: sum(map(connections, workers)) > most)
+        until(lambda: connections(psutil.Process(server.process.pid)) == sum(map(connections, workers)))
+        assert all(connections(worker) <= most for worker in workers)
+        assert server.ask("GET", "/ping").status == 200
+        assert len(ours) > 2 * most
 
 
 def test_a_replacement_starts_though_the_supervisor_holds_many_connections(artifact: Path, start_server: Any) -> None:
