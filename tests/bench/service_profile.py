@@ -1,10 +1,10 @@
 """Where the service's time goes under load: processor time an image by thread, and the lines that hold the GIL.
 
-    python -m tests.bench.service_profile [--side 224] [--seconds 10]
+    python -m tests.bench.service_profile [--side 224] [--clients 32] [--seconds 10]
 
-The closed-loop generator runs on the same cores with 32 connections. Lines are sampled by py-spy, which uv fetches
-(https://github.com/benfred/py-spy; it reads another process's memory: as root, or with CAP_SYS_PTRACE). Writes
-tests/bench/results/profile-{SIDE}px.txt.
+The closed-loop generator runs on the same cores, with a connection for each client. Lines are sampled by py-spy, which
+uv fetches (https://github.com/benfred/py-spy; it reads another process's memory: as root, or with CAP_SYS_PTRACE).
+Writes tests/bench/results/profile-{SIDE}px.txt, of one client profile-{SIDE}px-1-client.txt.
 """
 
 import argparse
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--engine", default="openvino-int8")
+    parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--port", type=int, default=8093)
     options = parser.parse_args(arguments)
@@ -49,26 +50,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(folder, options.side, bodies)
     server = started(folder / "artifact", options.port, CACHE / "profile.log", options.engine)
     try:
-        text = profiled(server, options.port, bodies, options.seconds)
+        text = profiled(server, options.port, bodies, options.clients, options.seconds)
     finally:
         server.stop()
     head = (
-        f"{date.today()}, commit {commit()}, {machine()}; {options.side} px, {options.engine}, 32 clients, "
-        f"inputs: {inputs}.\n"
+        f"{date.today()}, commit {commit()}, {machine()}; {options.side} px, {options.engine}, "
+        f"{options.clients} client{'s' * (options.clients > 1)}, inputs: {inputs}.\n"
     )
-    path = RESULTS / f"profile-{options.side}px.txt"
+    path = RESULTS / f"profile-{options.side}px{'' if options.clients > 1 else '-1-client'}.txt"
     path.write_text(head + text)
     sys.stdout.write(head + text)
     return 0
 
 
-def profiled(server: Server, port: int, bodies: Sequence[bytes], seconds: int) -> str:
+def profiled(server: Server, port: int, bodies: Sequence[bytes], clients: int, seconds: int) -> str:
     """Load without the profiler, whose time would be in the figures, then with it."""
     url, requests = f"http://127.0.0.1:{port}/invocations", [(body, "image/jpeg") for body in bodies]
     workers = sorted(pid for pid in server.pids() if "--worker" in psutil.Process(pid).cmdline())
-    load.run(url, requests, 32, 1.0, WARMUP_S)
+    load.run(url, requests, clients, 1.0, WARMUP_S)
     before = {pid: _processor_s(pid) for pid in server.pids()}
-    result = load.run(url, requests, 32, float(seconds), 0.0)
+    result = load.run(url, requests, clients, float(seconds), 0.0)
     after = {pid: _processor_s(pid) for pid in server.pids()}
     took = {
         pid: tuple(now - was for now, was in zip(after[pid], before.get(pid, (0.0, 0.0)), strict=True)) for pid in after
@@ -82,9 +83,12 @@ def profiled(server: Server, port: int, bodies: Sequence[bytes], seconds: int) -
         ("supervisor and decoder processes", others),
         ("load generator", result.client_us * 1e-6 * result.n),
     ]
-    lines = [f"{result.throughput:.0f} images/s; of {cores()} cores an image takes, in ms of one (n = {result.n}):\n"]
+    lines = [
+        f"{result.throughput:.0f} images/s, {result.p50_ms:.1f} ms (p50, n = {result.n}); of {cores()} cores an image "
+        "takes, in ms of one:\n"
+    ]
     lines += [f"  {seconds_ * 1000 / result.n:6.3f}  {name}\n" for name, seconds_ in rows]
-    return "".join(lines) + _lines_of(workers[0], url, requests, seconds)
+    return "".join(lines) + _lines_of(workers[0], url, requests, clients, seconds)
 
 
 def _processor_s(pid: int) -> tuple[float, float]:
@@ -94,7 +98,7 @@ def _processor_s(pid: int) -> tuple[float, float]:
     return times.user + times.system, first
 
 
-def _lines_of(pid: int, url: str, requests: load.Requests, seconds: int) -> str:
+def _lines_of(pid: int, url: str, requests: load.Requests, clients: int, seconds: int) -> str:
     """The lines of one worker that hold the GIL most often."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
@@ -102,7 +106,7 @@ def _lines_of(pid: int, url: str, requests: load.Requests, seconds: int) -> str:
         command = [uv, "tool", "run", PY_SPY, "record", "--gil"]
         command += ["-r", str(RATE_HZ), "-d", str(seconds), "-f", "raw", "-o", str(raw), "-p", str(pid)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as spy:
-            load.run(url, requests, 32, seconds + 2.0, WARMUP_S)
+            load.run(url, requests, clients, seconds + 2.0, WARMUP_S)
             _, problem = spy.communicate()
         if spy.returncode:
             return f"py-spy failed: {problem.decode(errors='replace').strip()}\n"

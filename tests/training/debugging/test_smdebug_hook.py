@@ -104,6 +104,19 @@ def test_a_run_shorter_than_the_interval_is_saved_at_its_first_step_and_each_epo
 
 
 @needs_smdebug
+def test_the_folder_given_has_the_tensors_also_where_sagemaker_names_another(
+    train: Any, small: Any, points: Any, tmp_path: Path
+) -> None:
+    config = tmp_path / "debughookconfig.json"
+    config.write_text(json.dumps({"LocalPath": str(tmp_path / "not here"), "HookParameters": {"save_interval": "2"}}))
+    for hook_config in (None, config):
+        given = tmp_path / f"given-{hook_config is None}"
+        train(small(), points(100), [SmdebugHook(hook_config, given, 2)], epochs=1, folder=given.name)
+        assert "scalar/batch_loss" in trial_of(given).tensor_names()
+    assert not (tmp_path / "not here").exists()
+
+
+@needs_smdebug
 def test_a_second_run_writes_beside_the_first_and_a_resumed_one_counts_on(train: Any, small: Any, points: Any) -> None:
     from smdebug.core.modes import ModeKeys
 
