@@ -275,6 +275,7 @@ def test_what_is_mistyped_is_told_without_credentials(
         (("--project", "My_Project"), "--project My_Project: 1 to 18 small letters"),
         (("--image", "foo"), "--image foo is not in ECR"),
         (("--kind", "serverless", "--max", 3), "--max 3: a serverless endpoint has no instances to count; --max-conc"),
+        (("--kind", "serverless", "--capture-percent", 20), "--capture-percent 20: AWS stores no requests of serverl"),
         (("--instance", "g5.xlarge"), "Did you mean ml.g5.xlarge?"),
     ):
         assert said in problem(caplog, *deploy(packed, *more), "--dry-run", status=2)

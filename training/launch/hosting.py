@@ -67,6 +67,12 @@ class Hosting:
             )
         if self.kind == "serverless" and self.memory_mb not in range(1024, 6145, 1024):
             raise ConfigError(f"--memory {self.memory_mb}: serverless endpoints have 1024, 2048, ... or 6144 MB.")
+        if self.kind == "serverless" and self.capture_percent:
+            # https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints.html, Feature exclusions
+            raise ConfigError(
+                f"--capture-percent {self.capture_percent}: AWS stores no requests of serverless endpoints; leave it "
+                "out, or take --kind realtime."
+            )
 
     def price(self, shadow: bool = False) -> str:
         """What it costs, as a line; with a shadow, both variants together."""
