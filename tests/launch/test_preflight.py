@@ -14,6 +14,7 @@ from tests.launch.telling import EXPIRED, problem, shown, told
 from tests.rehearsal.start import IMAGE, REGION, Rehearsal
 from training.launch import images, preflight, quotas, rights
 from training.launch.checks import Check, Plan
+from training.launch.hosting import LIMITS
 from training.launch.names import Project
 from training.launch.policies import (
     CALLER_ACTIONS,
@@ -215,12 +216,27 @@ def test_limits_are_those_of_aws(seconds: int, result: str) -> None:
     assert found == result and str(seconds) in said
 
 
+def test_a_serverless_endpoint_has_three_minutes_to_start_whatever_is_asked_for() -> None:
+    def row(**more: int) -> tuple[str, str, str]:
+        (found,) = checks(preflight._limits(Plan(TRAINING, GPU, kind="serverless", **more)))
+        return found
+
+    assert row()[0] == "PASS" and "containers ready within 180 s" in row()[1]
+    assert row(startup_s=900)[:2] == (
+        "FAIL", "--startup-seconds 900: AWS gives serverless endpoints 180 s, no more and no less; leave it out."
+    )  # fmt: skip
+
+
 def test_the_services_own_limits_are_within_awss() -> None:
     fields = Settings.model_fields
-    assert fields["max_payload_bytes"].default == preflight.PAYLOAD_MB * 2**20
-    assert fields["deadline_s"].default < preflight.TIMEOUT_S
+    assert fields["max_payload_bytes"].default == LIMITS["realtime"].payload_mb * 2**20
+    assert fields["deadline_s"].default < LIMITS["realtime"].timeout_s
     assert fields["start_timeout_s"].default < PLAN.startup_s
-    for kind, said in (("realtime", "up to 25 MB, answers within 60 s"), ("serverless", "up to 4 MB, answers within")):
+    for kind, said in (
+        ("realtime", "up to 25 MB, answers within 60 s (AWS's; larger or slower ones: --kind async, with --env"),
+        ("serverless", "up to 4 MB, answers within 60 s"),
+        ("async", "up to 1024 MB, answers within 3600 s (AWS's; with --env CLASSIFIER_MAX_PAYLOAD_BYTES=..."),
+    ):
         ((_, found, _),) = checks(preflight._limits(Plan(TRAINING, GPU, kind=kind)))  # type: ignore[arg-type]
         assert f"requests {said}" in found
 

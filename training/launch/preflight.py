@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from container.registry import SCHEMA_2
 from training.errors import ConfigError, TrainingError
-from training.launch import amis, cost, data, images, policies, quotas, rights, roles
+from training.launch import amis, cost, data, hosting, images, policies, quotas, rights, roles
 from training.launch.checks import Check, Plan, failed
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
@@ -15,8 +15,6 @@ from training.launch.session import Aws
 
 log = logging.getLogger("training")
 
-PAYLOAD_MB, SERVERLESS_PAYLOAD_MB, TIMEOUT_S = 25, 4, 60
-"""AWS's, in MiB and for an answer: https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html"""
 BATCH = "classify in a batch"
 
 
@@ -215,12 +213,19 @@ def _limits(plan: Plan) -> Iterator[Check]:
     if not 60 <= plan.startup_s <= 3600:
         yield Check("limits", "FAIL", f"--startup-seconds {plan.startup_s}", "60 to 3600 are allowed.")
         return
-    payload_mb = SERVERLESS_PAYLOAD_MB if plan.kind == "serverless" else PAYLOAD_MB
+    try:
+        hosting.Hosting(plan.kind, startup_s=plan.startup_s)
+    except ConfigError as exc:
+        yield failed("limits", exc)
+        return
+    limits = hosting.LIMITS[plan.kind]
+    larger = "" if plan.kind == "async" else "larger or slower ones: --kind async, "
+    startup_s = hosting.SERVERLESS_STARTUP_S if plan.kind == "serverless" else plan.startup_s
     yield Check(
         "limits", "PASS",
-        f"requests up to {payload_mb} MB, answers within {TIMEOUT_S} s (AWS's; larger or slower ones: --kind async, "
+        f"requests up to {limits.payload_mb} MB, answers within {limits.timeout_s} s (AWS's; {larger}"
         "with --env CLASSIFIER_MAX_PAYLOAD_BYTES=... and CLASSIFIER_DEADLINE_S=...), "
-        f"containers ready within {plan.startup_s} s",
+        f"containers ready within {startup_s} s",
     )  # fmt: skip
 
 
