@@ -374,6 +374,26 @@ def test_without_credentials_or_with_old_ones_the_table_is_one_row_that_says_so(
     assert re.match(r"  FAIL  credentials  There are no AWS credentials; `aws configure`", only_row())
 
 
+def test_a_region_that_is_missing_or_mistyped_is_a_row_with_what_to_do(
+    here: Account, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def only_row(*more: str) -> str:
+        table, error = told(caplog, "preflight", "--image", IMAGE, *more, status=1).split(":\n", 1)[1].splitlines()
+        assert error == "Not ready: region. What to do stands above."
+        return table
+
+    mistyped = only_row("--region", "eu-cenrtal-1")
+    assert re.match(r"  FAIL  region  Region eu-cenrtal-1: .* Did you mean eu-central-1\?", mistyped)
+    assert re.match(r"  FAIL  region  Region eu central: .*; give --region\.", only_row("--region", "eu central"))
+    ((credentials, *_), region) = checks(preflight._identity(here.aws))
+    assert (credentials, region) == ("PASS", ("PASS", REGION, ""))
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    assert re.match(r"  FAIL  region  No AWS region is set: give --region eu-central-1, say", only_row())
+
+
 def test_a_bucket_in_another_region_is_refused(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     elsewhere = {"LocationConstraint": "us-west-2"}
     here.aws.client("s3", "us-west-2").create_bucket(Bucket="far-away", CreateBucketConfiguration=elsewhere)

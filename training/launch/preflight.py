@@ -42,7 +42,8 @@ def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
 
 
 def _identity(aws: Aws) -> Iterator[Check]:
-    yield Check("credentials", "PASS", f"{aws.identity['Arn']}, account {aws.account}, region {aws.region}")
+    yield Check("credentials", "PASS", f"{aws.identity['Arn']}, account {aws.account}")
+    yield Check("region", "PASS", aws.region)
 
 
 def _bucket(aws: Aws, project: Project) -> Iterator[Check]:
