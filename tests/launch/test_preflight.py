@@ -210,6 +210,25 @@ def test_the_hosts_driver_is_compared_with_the_images_cuda(pushed: Path) -> None
     assert all(result == "WARN" and "leaves it unused" in found for result, found, _ in drivers(image=other))
 
 
+def test_of_a_batch_on_a_gpu_image_and_driver_are_looked_at(aws: Aws, pushed: Path) -> None:
+    Rehearsal.note_images(pushed.parents[1])
+    plan = Plan(TRAINING, CPU, batch_instance=GPU)
+    assert len(checks(preflight._drivers(Plan(TRAINING, CPU)))) == 2
+    *_, (result, found, fix) = checks(preflight._drivers(plan))
+    assert result == "WARN" and "by forward compatibility alone" in found and "it is ml.c6i.2xlarge" in fix
+    noted = json.loads(pushed.read_text())
+    pushed.write_text(json.dumps({**noted, "serve": {**noted["serve"], "cuda": "12.2"}}))
+    *_, (result, found, _) = checks(preflight._drivers(plan))
+    assert result == "PASS" and "al2-ami-sagemaker-batch-gpu-535" in found
+    del noted["serve"]
+    pushed.write_text(json.dumps(noted))
+    *_, (result, found, fix) = checks(preflight._images(aws, plan))
+    assert (result, found) == ("WARN", "none to classify in a batch") and "make push TARGET=serve`" in fix
+    pushed.write_text(json.dumps({"serve": {"uri": IMAGE, "cuda": None}}))
+    *_, (result, found, fix) = checks(preflight._drivers(plan))
+    assert result == "WARN" and "leaves it unused" in found and "--batch-instance" in fix
+
+
 @pytest.mark.parametrize(("seconds", "result"), [(59, "FAIL"), (60, "PASS"), (3600, "PASS"), (3601, "FAIL")])
 def test_limits_are_those_of_aws(seconds: int, result: str) -> None:
     ((found, said, _),) = checks(preflight._limits(Plan(TRAINING, GPU, startup_s=seconds)))

@@ -300,12 +300,15 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         log.warning("%s is left out: %s", outcome.path, outcome.problem)
     if not good:
         raise LaunchError("None of the images can be read.")
-    image = images.image_for("serve-cpu", options.image)
-    registry.require_place(options.model)
     aws = connected(options)
+    image = images.image_for(images.hosting_target("batch", options.instance), options.image)
+    registry.require_place(options.model)
+    said = batch.caution(options.instance, image)
     images.require_region(image, aws.region)
     project = project_of(aws, options)
     log.info("cost: %s", cost.hourly(options.instance, options.instances))
+    if said:
+        log.warning("%s; without --instance it is %s", said, batch.INSTANCE)
     with registry.located(aws, project, options.model) as model:
         role = roles.find_role(aws, project, options.role)
         if options.dry_run:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from container.registry import SCHEMA_2
 from training.errors import ConfigError, TrainingError
-from training.launch import amis, cost, data, hosting, images, policies, quotas, rights, roles
+from training.launch import amis, batch, cost, data, hosting, images, policies, quotas, rights, roles
 from training.launch.checks import Check, Plan, failed
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
@@ -100,7 +100,7 @@ def _images(aws: Aws, plan: Plan) -> Iterator[Check]:
         yield _image(aws, plan.image, images.PUSH.format(plan.hosting_target))
         return
     uses: dict[images.Target, str] = {"train": "train", plan.hosting_target: "host"}
-    for target, use in {**uses, "serve-cpu": uses.get("serve-cpu", BATCH)}.items():
+    for target, use in {**uses, plan.batch_target: uses.get(plan.batch_target, BATCH)}.items():
         try:
             found = _image(aws, images.image_for(target, None).uri, images.PUSH.format(target))
         except ConfigError as exc:
@@ -135,7 +135,10 @@ def _image(aws: Aws, uri: str, push: str) -> Check:
 
 
 def _drivers(plan: Plan) -> Iterator[Check]:
-    for look in (_training_driver, _hosting_driver):
+    looks = [_training_driver, _hosting_driver]
+    if amis.has_gpu(plan.batch_instance):
+        looks.append(_batch_driver)
+    for look in looks:
         try:
             yield look(plan)
         except ConfigError as exc:
@@ -160,7 +163,7 @@ def _training_driver(plan: Plan) -> Check:
         return _unknown(instance, image, "train")
     return Check(
         "driver", "PASS",
-        f"{instance} has a GPU that the image's CUDA {_shown(image.cuda)} knows; its driver is AWS's choice for "
+        f"{instance} has a GPU that the image's CUDA {amis.shown(image.cuda)} knows; its driver is AWS's choice for "
         "trainings, and the job's log begins with how the two go together",
     )  # fmt: skip
 
@@ -179,8 +182,8 @@ def _hosting_driver(plan: Plan) -> Check:
     if chosen not in known:
         return Check("driver", "FAIL", f"--ami {chosen} is unknown", f"Known are: {', '.join(known)}")
     ami = known[chosen]
-    shown = f"{chosen} (driver {ami.driver}, CUDA {_shown(ami.cuda)})"
-    brought = f"CUDA {_shown(image.cuda)}"
+    shown = f"{chosen} (driver {ami.driver}, CUDA {amis.shown(ami.cuda)})"
+    brought = f"CUDA {amis.shown(image.cuda)}"
     if ami.cuda < image.cuda:
         taken = "" if image.known else ", which --image is taken to bring"
         return Check("driver", "FAIL", f"{shown} cannot run {brought}{taken}", f"Leave --ami out: {wanted}")
@@ -189,9 +192,21 @@ def _hosting_driver(plan: Plan) -> Check:
     return Check("driver", "PASS", f"{instance} with {shown} runs the image's {brought}")
 
 
+def _batch_driver(plan: Plan) -> Check:
+    instance, image = plan.batch_instance, _brought(plan, plan.batch_target)
+    if image.cuda is None:
+        return _without_cuda(instance, "--batch-instance", "serve")
+    said = batch.caution(instance, image)
+    if not image.known:
+        return _unknown(f"{instance} with {amis.BATCH_AMI.name}", image, "serve")
+    if said:
+        return Check("driver", "WARN", said, f"Without --batch-instance it is {batch.INSTANCE}, where none is needed.")
+    return Check("driver", "PASS", f"{instance} with {amis.BATCH_AMI.name} runs the image's CUDA in a batch")
+
+
 def _unknown(where: str, image: images.Image, target: images.Target) -> Check:
     """The row for an image that was not noted: that it fits is not said of what nobody knows."""
-    taken = _shown(image.cuda or amis.IMAGE_CUDA)
+    taken = amis.shown(image.cuda or amis.IMAGE_CUDA)
     noted = json.dumps({target: {"uri": image.uri, "cuda": taken}})
     return Check(
         "driver", "WARN", f"{where} fits if the image that --image names brings CUDA {taken}, which is not known",
@@ -204,10 +219,6 @@ def _without_cuda(instance: str, flag: str, target: images.Target) -> Check:
         "driver", "WARN", f"{instance} has a GPU, and the image, which has no CUDA, leaves it unused",
         f"Take another {flag}, or the image that `{images.PUSH.format(target)}` brings.",
     )  # fmt: skip
-
-
-def _shown(cuda: tuple[int, int]) -> str:
-    return "{}.{}".format(*cuda)
 
 
 def _limits(plan: Plan) -> Iterator[Check]:
