@@ -37,6 +37,16 @@ def deploy(packed: object, *more: object) -> tuple[object, ...]:
     return ("deploy", "--project", "early", "--model", packed, "--image", IMAGE, "--role", ROLE, *more)
 
 
+def test_a_hook_that_awss_image_cannot_be_sent_is_refused(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "hook.toml").write_text('debugger = "on"\n')
+    hooked = train(data, "--recipe", tmp_path / "hook.toml")
+    sentence = refused(here, caplog, *hooked, "--send-code")
+    assert 'debugger = "on" in --recipe needs smdebug' in sentence and "leave the line out, or" in sentence
+    assert "would start" in told(caplog, *hooked, "--dry-run")
+
+
 def test_a_place_where_a_model_cannot_go_is_refused_before_the_job(
     here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
