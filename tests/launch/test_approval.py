@@ -18,10 +18,11 @@ from training.launch.opening import Options
 
 
 def hosted(
-    here: Account, project: Project, packed: Path, approval: str, startup_s: int = 600, env: Sequence[str] = ()
-) -> str | None:
+    here: Account, project: Project, packed: Path, approval: str, startup_s: int = 600, env: Sequence[str] = (),
+    kind: str = "realtime",
+) -> str | None:  # fmt: skip
     data.ensure_bucket(here.aws, project)
-    options = Options(approval=approval, env=list(env), startup_seconds=startup_s)
+    options = Options(approval=approval, env=list(env), startup_seconds=startup_s, kind=kind)
     with registry.located(here.aws, project, str(packed)) as model:
         return deployment.hosted(
             here.aws, project, model, Image(IMAGE, None), options, "arn:aws:iam::123456789012:role/r", []
@@ -107,18 +108,20 @@ def test_the_registry_shows_what_the_model_was_measured_at(here: Account, artifa
 
 
 @pytest.mark.parametrize(
-    ("startup_s", "env", "given"),
+    ("kind", "startup_s", "env", "given"),
     [
-        (600, (), None),
-        (900, (), "870"),  # before SageMaker gives the container up, it ends with a sentence of its own
-        (900, ("CLASSIFIER_START_TIMEOUT_S=5",), "5"),
+        ("realtime", 600, (), None),
+        ("realtime", 900, (), "870"),  # before SageMaker gives the container up, it ends with a sentence of its own
+        ("realtime", 300, (), "270"),
+        ("realtime", 900, ("CLASSIFIER_START_TIMEOUT_S=5",), "5"),
+        ("serverless", 600, (), "150"),
     ],
 )
-def test_a_longer_start_is_allowed_to_the_container_too(
-    here: Account, packed: Path, startup_s: int, env: Sequence[str], given: str | None
+def test_the_container_is_told_when_sagemaker_gives_its_start_up(
+    here: Account, packed: Path, kind: str, startup_s: int, env: Sequence[str], given: str | None
 ) -> None:
-    project = Project(f"start-{startup_s}-{len(env)}", "start")
-    name = hosted(here, project, packed, "Approved", startup_s, env)
+    project = Project(f"start-{kind[:1]}-{startup_s}-{len(env)}", "start")
+    name = hosted(here, project, packed, "Approved", startup_s, env, kind)
     (container,) = here.client("sagemaker").describe_model(ModelName=name)["Containers"]
     assert container.get("Environment", {}).get("CLASSIFIER_START_TIMEOUT_S") == given
 

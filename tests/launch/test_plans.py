@@ -160,6 +160,10 @@ def test_dry_runs_of_the_other_commands_change_nothing(
     assert (lines["image"], lines["role"], lines["env A"]) == (IMAGE, ROLE, "***")
     for name, below in (("model data", "models"), ("images", "batch")):
         assert lines[name].startswith(f"s3://sagemaker-eu-central-1-123456789012/planned/{below}/")
+    gpu = ("batch", "--model", packed, "--image", IMAGE, "--role", ROLE, asked, "--instance", "ml.g4dn.xlarge")
+    assert "runs by forward compatibility alone; a job for which that fails ends at its start; without --inst" in dry(
+        here, caplog, *gpu
+    )
     assert "would make role planned-sagemaker" in dry(here, caplog, "iam-role")
     assert "MB, to s3://" in dry(here, caplog, "upload", "--data", data)
     assert "has nothing to remove" in dry(here, caplog, "delete", "--data", "--role")

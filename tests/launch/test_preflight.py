@@ -14,6 +14,7 @@ from tests.launch.telling import EXPIRED, problem, shown, told
 from tests.rehearsal.start import IMAGE, REGION, Rehearsal
 from training.launch import images, preflight, quotas, rights
 from training.launch.checks import Check, Plan
+from training.launch.hosting import LIMITS
 from training.launch.names import Project
 from training.launch.policies import (
     CALLER_ACTIONS,
@@ -209,18 +210,52 @@ def test_the_hosts_driver_is_compared_with_the_images_cuda(pushed: Path) -> None
     assert all(result == "WARN" and "leaves it unused" in found for result, found, _ in drivers(image=other))
 
 
+def test_of_a_batch_on_a_gpu_image_and_driver_are_looked_at(aws: Aws, pushed: Path) -> None:
+    Rehearsal.note_images(pushed.parents[1])
+    plan = Plan(TRAINING, CPU, batch_instance=GPU)
+    assert len(checks(preflight._drivers(Plan(TRAINING, CPU)))) == 2
+    *_, (result, found, fix) = checks(preflight._drivers(plan))
+    assert result == "WARN" and "by forward compatibility alone" in found and "it is ml.c6i.2xlarge" in fix
+    noted = json.loads(pushed.read_text())
+    pushed.write_text(json.dumps({**noted, "serve": {**noted["serve"], "cuda": "12.2"}}))
+    *_, (result, found, _) = checks(preflight._drivers(plan))
+    assert result == "PASS" and "al2-ami-sagemaker-batch-gpu-535" in found
+    del noted["serve"]
+    pushed.write_text(json.dumps(noted))
+    *_, (result, found, fix) = checks(preflight._images(aws, plan))
+    assert (result, found) == ("WARN", "none to classify in a batch") and "make push TARGET=serve`" in fix
+    pushed.write_text(json.dumps({"serve": {"uri": IMAGE, "cuda": None}}))
+    *_, (result, found, fix) = checks(preflight._drivers(plan))
+    assert result == "WARN" and "leaves it unused" in found and "--batch-instance" in fix
+
+
 @pytest.mark.parametrize(("seconds", "result"), [(59, "FAIL"), (60, "PASS"), (3600, "PASS"), (3601, "FAIL")])
 def test_limits_are_those_of_aws(seconds: int, result: str) -> None:
     ((found, said, _),) = checks(preflight._limits(Plan(TRAINING, GPU, startup_s=seconds)))
     assert found == result and str(seconds) in said
 
 
+def test_a_serverless_endpoint_has_three_minutes_to_start_whatever_is_asked_for() -> None:
+    def row(startup_s: int = PLAN.startup_s) -> tuple[str, str, str]:
+        (found,) = checks(preflight._limits(Plan(TRAINING, GPU, kind="serverless", startup_s=startup_s)))
+        return found
+
+    assert row()[0] == "PASS" and "containers ready within 180 s" in row()[1]
+    assert row(900)[:2] == (
+        "FAIL", "--startup-seconds 900: AWS gives serverless endpoints 180 s, no more and no less; leave it out."
+    )  # fmt: skip
+
+
 def test_the_services_own_limits_are_within_awss() -> None:
     fields = Settings.model_fields
-    assert fields["max_payload_bytes"].default == preflight.PAYLOAD_MB * 2**20
-    assert fields["deadline_s"].default < preflight.TIMEOUT_S
+    assert fields["max_payload_bytes"].default == LIMITS["realtime"].payload_mb * 2**20
+    assert fields["deadline_s"].default < LIMITS["realtime"].timeout_s
     assert fields["start_timeout_s"].default < PLAN.startup_s
-    for kind, said in (("realtime", "up to 25 MB, answers within 60 s"), ("serverless", "up to 4 MB, answers within")):
+    for kind, said in (
+        ("realtime", "up to 25 MB, answers within 60 s (AWS's; larger or slower ones: --kind async, with --env"),
+        ("serverless", "up to 4 MB, answers within 60 s"),
+        ("async", "up to 1024 MB, answers within 3600 s (AWS's; with --env CLASSIFIER_MAX_PAYLOAD_BYTES=..."),
+    ):
         ((_, found, _),) = checks(preflight._limits(Plan(TRAINING, GPU, kind=kind)))  # type: ignore[arg-type]
         assert f"requests {said}" in found
 
@@ -356,6 +391,26 @@ def test_without_credentials_or_with_old_ones_the_table_is_one_row_that_says_so(
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     assert re.match(r"  FAIL  credentials  There are no AWS credentials; `aws configure`", only_row())
+
+
+def test_a_region_that_is_missing_or_mistyped_is_a_row_with_what_to_do(
+    here: Account, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def only_row(*more: str) -> str:
+        table, error = told(caplog, "preflight", "--image", IMAGE, *more, status=1).split(":\n", 1)[1].splitlines()
+        assert error == "Not ready: region. What to do stands above."
+        return table
+
+    mistyped = only_row("--region", "eu-cenrtal-1")
+    assert re.match(r"  FAIL  region  Region eu-cenrtal-1: .* Did you mean eu-central-1\?", mistyped)
+    assert re.match(r"  FAIL  region  Region eu central: .*; give --region\.", only_row("--region", "eu central"))
+    ((credentials, *_), region) = checks(preflight._identity(here.aws))
+    assert (credentials, region) == ("PASS", ("PASS", REGION, ""))
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    assert re.match(r"  FAIL  region  No AWS region is set: give --region eu-central-1, say", only_row())
 
 
 def test_a_bucket_in_another_region_is_refused(here: Account, data: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -71,6 +71,14 @@ def test_the_rehearsal_refuses_to_make_a_real_time_endpoint_serverless_as_aws_do
         here.settle(project, wanted, Hosting("serverless"))
 
 
+def test_the_rehearsal_stores_no_requests_of_serverless_endpoints_as_aws_does(here: Account) -> None:
+    project = Project("uncaptured", BUCKET)
+    wanted = config_request(project, "model", Hosting(capture_percent=20))
+    wanted["ProductionVariants"] = config_request(project, "model", Hosting("serverless"))["ProductionVariants"]
+    with pytest.raises(AwsError, match="Data capture is not supported for serverless endpoints"):
+        here.aws.client("sagemaker").create_endpoint_config(**wanted)
+
+
 def bounds(here: Account, name: str) -> tuple[int, int] | None:
     target = autoscaling.found(here.aws, Project(name, BUCKET))[0]
     return target and (target["MinCapacity"], target["MaxCapacity"])

@@ -16,6 +16,7 @@ from training.launch.__main__ import main
 from training.launch.names import Project
 from training.launch.places import require_output
 
+PAYLOAD = "CLASSIFIER_MAX_PAYLOAD_BYTES"
 SMALL = ("--weights", "none", "--quantize", "off")
 
 
@@ -34,6 +35,16 @@ def train(data: Path, *more: object) -> tuple[object, ...]:
 
 def deploy(packed: object, *more: object) -> tuple[object, ...]:
     return ("deploy", "--project", "early", "--model", packed, "--image", IMAGE, "--role", ROLE, *more)
+
+
+def test_a_hook_that_awss_image_cannot_be_sent_is_refused(
+    here: Account, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "hook.toml").write_text('debugger = "on"\n')
+    hooked = train(data, "--recipe", tmp_path / "hook.toml")
+    sentence = refused(here, caplog, *hooked, "--send-code")
+    assert 'debugger = "on" in --recipe needs smdebug' in sentence and "leave the line out, or" in sentence
+    assert "would start" in told(caplog, *hooked, "--dry-run")
 
 
 def test_a_place_where_a_model_cannot_go_is_refused_before_the_job(
@@ -275,6 +286,12 @@ def test_what_is_mistyped_is_told_without_credentials(
         (("--project", "My_Project"), "--project My_Project: 1 to 18 small letters"),
         (("--image", "foo"), "--image foo is not in ECR"),
         (("--kind", "serverless", "--max", 3), "--max 3: a serverless endpoint has no instances to count; --max-conc"),
+        (("--kind", "serverless", "--startup-seconds", 900), "--startup-seconds 900: AWS gives serverless endpoints"),
+        (("--env", "CLASSIFIER_DEADLINE_S=300"), "waits for realtime endpoints no longer than 60 s; give 60 at most"),
+        (("--env", f"{PAYLOAD}={26 * 2**20}"), f"{PAYLOAD}=27262976: AWS sends realtime endpoints no more than 25 MB"),
+        (("--kind", "serverless", "--env", f"{PAYLOAD}=5000000"), "no more than 4 MB; give 4194304 at most, or take"),
+        (("--kind", "async", "--env", "CLASSIFIER_DEADLINE_S=4000"), "no longer than 3600 s; give 3600 at most."),
+        (("--kind", "serverless", "--capture-percent", 20), "--capture-percent 20: AWS stores no requests of serverl"),
         (("--instance", "g5.xlarge"), "Did you mean ml.g5.xlarge?"),
     ):
         assert said in problem(caplog, *deploy(packed, *more), "--dry-run", status=2)

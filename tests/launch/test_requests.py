@@ -9,6 +9,7 @@ import botocore.session
 import pytest
 from botocore.validate import ParamValidator
 
+from container import drivers
 from tests.rehearsal.cloud import violations
 from training.errors import ConfigError
 from training.launch import autoscaling, batch, debugger, endpoint, jobs, tuning
@@ -16,6 +17,7 @@ from training.launch.__main__ import main
 from training.launch.amis import AMIS, ami_for
 from training.launch.errors import LaunchError
 from training.launch.hosting import INSTANCE, STARTUP_S, Hosting, config_request
+from training.launch.images import Image
 from training.launch.names import Project
 from training.tuning.config import TuningConfig
 
@@ -225,9 +227,28 @@ def test_a_batch_is_a_valid_request_within_its_100_megabytes() -> None:
     assert problems("CreateTransformJob", {"TransformJobName": "j", **request}) == []
     assert request["MaxPayloadInMB"] * request["MaxConcurrentTransforms"] <= 100
     assert request["BatchStrategy"] == "SingleRecord"
+    assert request["TransformResources"] == {"InstanceType": batch.INSTANCE, "InstanceCount": 1}
     source = request["TransformInput"]
     assert source["SplitType"] == source["CompressionType"] == request["TransformOutput"]["AssembleWith"] == "None"
     assert source["ContentType"] == "application/octet-stream"
+
+
+def test_a_batch_on_a_gpu_asks_for_the_host_on_which_the_image_can_start() -> None:
+    request = batch.request(PROJECT, "model-1", PROJECT.uri("batch", "1", "input") + "/", "ml.g4dn.xlarge", 2)
+    assert problems("CreateTransformJob", {"TransformJobName": "j", **request}) == []
+    assert request["TransformResources"] == {
+        "InstanceType": "ml.g4dn.xlarge", "InstanceCount": 2, "TransformAmiVersion": drivers.TRANSFORM_AMI
+    }  # fmt: skip
+    for instance, cuda, said in (
+        (batch.INSTANCE, (13, 0), ""),
+        ("ml.g5.xlarge", (12, 2), ""),
+        ("ml.g5.xlarge", (13, 0), "driver 535 at most, on which CUDA 13.0 runs by forward compatibility alone"),
+        ("ml.g5.xlarge", None, "the image, which has no CUDA, leaves it unused"),
+    ):
+        found = batch.caution(instance, Image("uri", cuda))
+        assert said in found and bool(said) == bool(found)
+    with pytest.raises(ConfigError, match="CUDA 13 dropped its GPU"):
+        batch.caution("ml.p3.2xlarge", Image("uri", (13, 0)))
 
 
 def test_what_cannot_be_hosted_is_refused() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from service.model.artifact import open_artifact
 from tests.launch.conftest import RUN
 from tests.launch.in_process import ROLE, Account
 from training.config import TrainingConfig
+from training.errors import ConfigError
 from training.launch import experiments, jobs, source
 from training.launch.flags import parser
 from training.launch.names import Project
@@ -36,6 +38,27 @@ def test_the_archive_is_the_same_for_the_same_content_and_has_no_torch(unpacked:
     assert {"pydantic", "safetensors", "simplejpeg", "optuna"} <= set(names)
     assert not {"torch", "torchvision"} & set(names)
     assert not list(unpacked.rglob("*.ipynb"))
+
+
+def test_a_job_that_reports_to_mlflow_is_sent_what_that_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = {"mlflow-skinny", "sagemaker-mlflow"}
+    assert not mlflow & names(source.requirements())
+    groups = source.groups_of({"mlflow_uri": "http://here"})
+    assert names(source.requirements(groups)) == names(source.requirements()) | mlflow
+    version = metadata.version
+
+    def without(name: str) -> str:
+        if name == "mlflow-skinny":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", without)
+    with pytest.raises(ConfigError, match="mlflow-skinny is not installed here; `uv sync --inexact --group mlflow`"):
+        source.requirements(groups)
+
+
+def names(requirements: str) -> set[str]:
+    return {line.split("==")[0] for line in requirements.splitlines()}
 
 
 @pytest.mark.slow

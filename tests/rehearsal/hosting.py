@@ -78,6 +78,7 @@ class Hosting:
         return [f"{name}/{variant}" for name, variants in self.servers.items() for variant in variants]
 
     def on_create_endpoint_config(self, given: dict[str, Any], forward: "Forward") -> dict[str, Any]:
+        self._require_capture_with_instances(given)
         with self._plane.lock:  # of two at once one is refused
             self._require_new(
                 "endpoint configuration", given["EndpointConfigName"], self._plane.backend.endpoint_configs
@@ -150,6 +151,14 @@ class Hosting:
                 "ValidationException", "The variant(s) \"main\" must be deregistered as scalable targets with AWS Auto "
                 "Scaling before they can be updated to another instance type.",
             )  # fmt: skip
+
+    @staticmethod
+    def _require_capture_with_instances(given: dict[str, Any]) -> None:
+        """https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints.html, Feature exclusions"""
+        from tests.rehearsal.control_plane import Refusal
+
+        if "DataCaptureConfig" in given and any("ServerlessConfig" in each for each in given["ProductionVariants"]):
+            raise Refusal("ValidationException", "Data capture is not supported for serverless endpoints.")
 
     def _require_kind_of_before(self, before: str, config: str) -> None:
         """https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints-update.html, its note"""

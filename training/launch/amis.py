@@ -12,7 +12,7 @@ from training.errors import ConfigError
 
 @dataclass(frozen=True)
 class Ami:
-    """A host image for endpoints."""
+    """A host image for endpoints, or for batch transform."""
 
     name: str
     driver: int
@@ -27,6 +27,11 @@ def _version(text: str) -> tuple[int, int]:
 
 AMIS = tuple(Ami(host.ami, host.driver, _version(host.cuda)) for host in drivers.ENDPOINT_HOSTS)
 
+BATCH_AMI = next(
+    Ami(host.ami, host.driver, _version(host.cuda)) for host in drivers.BATCH_HOSTS if host.ami == drivers.TRANSFORM_AMI
+)
+"""Of batch transform on a GPU (TransformAmiVersion): the newest that AWS has, which has no CUDA 13."""
+
 IMAGE_CUDA = _version(drivers.CUDA)
 """Of the image that container/ builds for GPUs."""
 
@@ -37,6 +42,11 @@ def family(instance: str) -> str:
     if len(parts) != 3 or parts[0] != "ml":
         raise ConfigError(f"--instance {instance}: SageMaker's instance types look like ml.g5.xlarge or ml.c6i.xlarge.")
     return parts[1]
+
+
+def shown(cuda: tuple[int, int]) -> str:
+    """`(13, 0)` -> `13.0`."""
+    return "{}.{}".format(*cuda)
 
 
 def has_gpu(instance: str) -> bool:

@@ -1,8 +1,8 @@
 """Batch transform: a folder of images classified by a job that starts, answers and ends.
 
-On processors: AWS's hosts for batch transform have driver 535 at most, no CUDA 13 (`TransformAmiVersion` in botocore's
-model, 2026-11-22), so the image is the one for CPUs. One image a request: pictures have no lines. The container's
-/execution-parameters say the rest.
+On processors by itself: AWS's hosts for batch transform have driver 535 at most, no CUDA 13 (`TransformAmiVersion` in
+botocore's model, 2026-11-22). On a GPU the image that has CUDA goes through forward compatibility. One
+image a request: pictures have no lines. The container's /execution-parameters say the rest.
 """
 
 import hashlib
@@ -16,9 +16,10 @@ from typing import Any
 from service.model.errors import ImageError
 from service.model.images import MEDIA_TYPES, decode
 from training.errors import DataError
-from training.launch import data
+from training.launch import amis, data
 from training.launch.client import Outcome, Reply, content_of, understood
 from training.launch.errors import AwsError, JobFailed, failure_advice
+from training.launch.images import Image
 from training.launch.jobs import OVER
 from training.launch.logs import TRANSFORM, LogTail
 from training.launch.names import Project, digest, split_uri
@@ -75,8 +76,29 @@ def _ending(path: Path) -> str:
     return ending if ending in MEDIA_TYPES else ""
 
 
+def caution(instance: str, image: Image) -> str:
+    """What is to be known of a GPU's host and the image, as a sentence; empty where nothing is.
+
+    Raises: ConfigError where the GPU is too old for the image.
+    """
+    if not amis.has_gpu(instance):
+        return ""
+    if image.cuda is None:
+        return f"{instance} has a GPU, and the image, which has no CUDA, leaves it unused"
+    amis.require_gpu(instance, image.cuda)
+    if image.cuda <= amis.BATCH_AMI.cuda:
+        return ""
+    return (
+        f"{instance}: batch transform's hosts have driver {amis.BATCH_AMI.driver} at most, on which CUDA "
+        f"{amis.shown(image.cuda)} runs by forward compatibility alone; a job for which that fails ends at its start"
+    )
+
+
 def request(project: Project, model: str, place: str, instance: str = INSTANCE, count: int = 1) -> dict[str, Any]:
     """CreateTransformJob's arguments but for the name."""
+    resources: dict[str, Any] = {"InstanceType": instance, "InstanceCount": count}
+    if amis.has_gpu(instance):
+        resources["TransformAmiVersion"] = amis.BATCH_AMI.name
     output = place.removesuffix("input/") + f"output-{digest([model, place])}"
     return {
         "ModelName": model,
@@ -91,7 +113,7 @@ def request(project: Project, model: str, place: str, instance: str = INSTANCE, 
             "SplitType": "None",
         },
         "TransformOutput": {"S3OutputPath": output, "Accept": "application/json", "AssembleWith": "None"},
-        "TransformResources": {"InstanceType": instance, "InstanceCount": count},
+        "TransformResources": resources,
         "Tags": project.tags,
     }
 

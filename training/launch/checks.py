@@ -55,6 +55,11 @@ class Plan:
         """Which of the images the endpoint runs."""
         return images.hosting_target(self.kind, self.hosting_instance)
 
+    @property
+    def batch_target(self) -> images.Target:
+        """Which of the images a batch runs."""
+        return images.hosting_target("batch", self.batch_instance)
+
 
 def failed(name: str, exc: Exception) -> Check:
     """The row for an error: its first line, and what it says below that as what to do."""

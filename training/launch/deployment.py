@@ -24,7 +24,16 @@ from training.launch import (
 from training.launch.attempts import TRANSFORM_JOBS
 from training.launch.client import AsyncTarget, EndpointTarget, Target, images_in
 from training.launch.errors import AwsError, LaunchError
-from training.launch.hosting import STARTUP_S, Hosting, Targets, config_request, counts_of, require_shadow
+from training.launch.hosting import (
+    SERVERLESS_STARTUP_S,
+    STARTUP_S,
+    Hosting,
+    Targets,
+    config_request,
+    counts_of,
+    require_limits,
+    require_shadow,
+)
 from training.launch.names import Project
 from training.launch.opening import Options, as_json, as_lines, command_line, connected, project_of
 from training.launch.running import tell_others
@@ -47,6 +56,7 @@ def run_deploy(options: Options, _: Sequence[str]) -> None:
     image = images.image_for(images.hosting_target(options.kind, options.instance), options.image)
     # What cannot be is told before anything is made, and before credentials are asked for.
     variables = environment(options)
+    require_limits(options.kind, variables)
     hosting_of(options, image, None)
     given = {name: value for name in vars(Targets()) if (value := getattr(options, f"scale_at_{name}"))}
     autoscaling.require_targets(options.kind, given)
@@ -260,8 +270,10 @@ def environment(options: Options) -> dict[str, str]:
         if not equals or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
             raise ConfigError(f"--env {name}: say NAME=VALUE, with letters, digits and _ in NAME.")
         found[name] = value
-    startup_s = getattr(options, "startup_seconds", STARTUP_S)  # which `batch` has not
-    if startup_s > STARTUP_S:  # the service gives a start up by itself, in less than that
+    startup_s = getattr(options, "startup_seconds", STARTUP_S)  # which `batch` has not, nor a kind
+    if getattr(options, "kind", None) == "serverless":
+        startup_s = SERVERLESS_STARTUP_S
+    if startup_s != STARTUP_S:  # the service gives a start up by itself, in less than that
         found.setdefault("CLASSIFIER_START_TIMEOUT_S", str(startup_s - STARTUP_MARGIN_S))
     return found
 
@@ -288,12 +300,15 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
         log.warning("%s is left out: %s", outcome.path, outcome.problem)
     if not good:
         raise LaunchError("None of the images can be read.")
-    image = images.image_for("serve-cpu", options.image)
-    registry.require_place(options.model)
     aws = connected(options)
+    image = images.image_for(images.hosting_target("batch", options.instance), options.image)
+    registry.require_place(options.model)
+    said = batch.caution(options.instance, image)
     images.require_region(image, aws.region)
     project = project_of(aws, options)
     log.info("cost: %s", cost.hourly(options.instance, options.instances))
+    if said:
+        log.warning("%s; without --instance it is %s", said, batch.INSTANCE)
     with registry.located(aws, project, options.model) as model:
         role = roles.find_role(aws, project, options.role)
         if options.dry_run:

@@ -183,7 +183,7 @@ def training_of(
     role = roles.find_role(aws, project, options.role)
     require_addresses(aws, options)
     if options.send_code:
-        values = {**values, **source.hyperparameters(aws, project, options.dry_run)}
+        values = {**values, **source.hyperparameters(aws, project, options.dry_run, source.groups_of(values))}
     side_px = None if "side" in config.model_fields_set else config.side
     channel = channels(aws, project, options, config.broken_files, side_px)
     others = sorted({split_uri(uri)[0] for uri in channel.values()} - {project.bucket})
@@ -203,6 +203,8 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
     machines = machines_of(options, options.keep_warm_minutes)
     if options.mlflow:
         values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
+    if options.send_code:
+        source.groups_of(values)
     aws = connected(options)
     image = image_of(options, aws.region)
     if options.debugger:

@@ -171,7 +171,9 @@ def parser() -> argparse.ArgumentParser:
     one = add("batch", "classify images with a batch transform job, which ends when it is done")
     _model(one)
     _images(one)
-    one.add_argument("--instance", default=batch.INSTANCE, help="default: %(default)s; the image must be for CPUs")
+    one.add_argument(
+        "--instance", default=batch.INSTANCE, help="default: %(default)s; one with a GPU runs the image for GPUs"
+    )
     one.add_argument("--instances", type=positive, default=1, help="default: %(default)s")
 
     add("status", "what the project has at AWS: a table on stdout, what the endpoint runs and costs, jobs that run")

@@ -3,6 +3,8 @@
 A configuration's name follows from its content, so `same name` is `same configuration`.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +21,20 @@ MEMORY_MB, MAX_CONCURRENCY = 4096, 5
 VARIANT, SHADOW = "main", "shadow"
 STARTUP_S = 600
 """The container's own start is seconds; pulling a CUDA image of gigabytes is not counted, loading from disk is."""
+SERVERLESS_STARTUP_S = 180
+"""AWS's, the model's download included: https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints-invoke.html"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """AWS's, of a request."""
+
+    payload_mb: int
+    timeout_s: int
+
+
+LIMITS: dict[Kind, Limits] = {"realtime": Limits(25, 60), "serverless": Limits(4, 60), "async": Limits(1024, 3600)}
+"""In MiB and for an answer: https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,17 @@ class Hosting:
             )
         if self.kind == "serverless" and self.memory_mb not in range(1024, 6145, 1024):
             raise ConfigError(f"--memory {self.memory_mb}: serverless endpoints have 1024, 2048, ... or 6144 MB.")
+        if self.kind == "serverless" and self.startup_s != STARTUP_S:
+            raise ConfigError(
+                f"--startup-seconds {self.startup_s}: AWS gives serverless endpoints {SERVERLESS_STARTUP_S} s, no more "
+                "and no less; leave it out."
+            )
+        if self.kind == "serverless" and self.capture_percent:
+            # https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints.html, Feature exclusions
+            raise ConfigError(
+                f"--capture-percent {self.capture_percent}: AWS stores no requests of serverless endpoints; leave it "
+                "out, or take --kind realtime."
+            )
 
     def price(self, shadow: bool = False) -> str:
         """What it costs, as a line; with a shadow, both variants together."""
@@ -87,6 +114,19 @@ def counts_of(kind: Kind, least: int | None, most: int | None) -> tuple[int, int
         )
     low = 1 if least is None else least
     return low, low if most is None else most
+
+
+def require_limits(kind: Kind, variables: Mapping[str, str]) -> None:
+    """Raises: ConfigError where the container's variables allow requests that AWS does not."""
+    mb, timeout_s = LIMITS[kind].payload_mb, LIMITS[kind].timeout_s
+    for name, most, shown in (
+        ("CLASSIFIER_MAX_PAYLOAD_BYTES", mb * 2**20, f"sends {kind} endpoints no more than {mb} MB"),
+        ("CLASSIFIER_DEADLINE_S", timeout_s, f"waits for {kind} endpoints no longer than {timeout_s} s"),
+    ):
+        given = variables.get(name, "")
+        if re.fullmatch(r"\d+(\.\d*)?", given) and float(given) > most:
+            more = "" if kind == "async" else ", or take --kind async"
+            raise ConfigError(f"--env {name}={given}: AWS {shown}; give {most} at most{more}.")
 
 
 def require_shadow(kind: Kind) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from container.registry import SCHEMA_2
 from training.errors import ConfigError, TrainingError
-from training.launch import amis, cost, data, images, policies, quotas, rights, roles
+from training.launch import amis, batch, cost, data, hosting, images, policies, quotas, rights, roles
 from training.launch.checks import Check, Plan, failed
 from training.launch.errors import AwsError, LaunchError
 from training.launch.names import Project
@@ -15,8 +15,6 @@ from training.launch.session import Aws
 
 log = logging.getLogger("training")
 
-PAYLOAD_MB, SERVERLESS_PAYLOAD_MB, TIMEOUT_S = 25, 4, 60
-"""AWS's, in MiB and for an answer: https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html"""
 BATCH = "classify in a batch"
 
 
@@ -44,7 +42,8 @@ def run(aws: Aws, project: Project, plan: Plan) -> list[Check]:
 
 
 def _identity(aws: Aws) -> Iterator[Check]:
-    yield Check("credentials", "PASS", f"{aws.identity['Arn']}, account {aws.account}, region {aws.region}")
+    yield Check("credentials", "PASS", f"{aws.identity['Arn']}, account {aws.account}")
+    yield Check("region", "PASS", aws.region)
 
 
 def _bucket(aws: Aws, project: Project) -> Iterator[Check]:
@@ -101,7 +100,7 @@ def _images(aws: Aws, plan: Plan) -> Iterator[Check]:
         yield _image(aws, plan.image, images.PUSH.format(plan.hosting_target))
         return
     uses: dict[images.Target, str] = {"train": "train", plan.hosting_target: "host"}
-    for target, use in {**uses, "serve-cpu": uses.get("serve-cpu", BATCH)}.items():
+    for target, use in {**uses, plan.batch_target: uses.get(plan.batch_target, BATCH)}.items():
         try:
             found = _image(aws, images.image_for(target, None).uri, images.PUSH.format(target))
         except ConfigError as exc:
@@ -136,7 +135,10 @@ def _image(aws: Aws, uri: str, push: str) -> Check:
 
 
 def _drivers(plan: Plan) -> Iterator[Check]:
-    for look in (_training_driver, _hosting_driver):
+    looks = [_training_driver, _hosting_driver]
+    if amis.has_gpu(plan.batch_instance):
+        looks.append(_batch_driver)
+    for look in looks:
         try:
             yield look(plan)
         except ConfigError as exc:
@@ -161,7 +163,7 @@ def _training_driver(plan: Plan) -> Check:
         return _unknown(instance, image, "train")
     return Check(
         "driver", "PASS",
-        f"{instance} has a GPU that the image's CUDA {_shown(image.cuda)} knows; its driver is AWS's choice for "
+        f"{instance} has a GPU that the image's CUDA {amis.shown(image.cuda)} knows; its driver is AWS's choice for "
         "trainings, and the job's log begins with how the two go together",
     )  # fmt: skip
 
@@ -180,8 +182,8 @@ def _hosting_driver(plan: Plan) -> Check:
     if chosen not in known:
         return Check("driver", "FAIL", f"--ami {chosen} is unknown", f"Known are: {', '.join(known)}")
     ami = known[chosen]
-    shown = f"{chosen} (driver {ami.driver}, CUDA {_shown(ami.cuda)})"
-    brought = f"CUDA {_shown(image.cuda)}"
+    shown = f"{chosen} (driver {ami.driver}, CUDA {amis.shown(ami.cuda)})"
+    brought = f"CUDA {amis.shown(image.cuda)}"
     if ami.cuda < image.cuda:
         taken = "" if image.known else ", which --image is taken to bring"
         return Check("driver", "FAIL", f"{shown} cannot run {brought}{taken}", f"Leave --ami out: {wanted}")
@@ -190,9 +192,21 @@ def _hosting_driver(plan: Plan) -> Check:
     return Check("driver", "PASS", f"{instance} with {shown} runs the image's {brought}")
 
 
+def _batch_driver(plan: Plan) -> Check:
+    instance, image = plan.batch_instance, _brought(plan, plan.batch_target)
+    if image.cuda is None:
+        return _without_cuda(instance, "--batch-instance", "serve")
+    said = batch.caution(instance, image)
+    if not image.known:
+        return _unknown(f"{instance} with {amis.BATCH_AMI.name}", image, "serve")
+    if said:
+        return Check("driver", "WARN", said, f"Without --batch-instance it is {batch.INSTANCE}, where none is needed.")
+    return Check("driver", "PASS", f"{instance} with {amis.BATCH_AMI.name} runs the image's CUDA in a batch")
+
+
 def _unknown(where: str, image: images.Image, target: images.Target) -> Check:
     """The row for an image that was not noted: that it fits is not said of what nobody knows."""
-    taken = _shown(image.cuda or amis.IMAGE_CUDA)
+    taken = amis.shown(image.cuda or amis.IMAGE_CUDA)
     noted = json.dumps({target: {"uri": image.uri, "cuda": taken}})
     return Check(
         "driver", "WARN", f"{where} fits if the image that --image names brings CUDA {taken}, which is not known",
@@ -207,20 +221,23 @@ def _without_cuda(instance: str, flag: str, target: images.Target) -> Check:
     )  # fmt: skip
 
 
-def _shown(cuda: tuple[int, int]) -> str:
-    return "{}.{}".format(*cuda)
-
-
 def _limits(plan: Plan) -> Iterator[Check]:
     if not 60 <= plan.startup_s <= 3600:
         yield Check("limits", "FAIL", f"--startup-seconds {plan.startup_s}", "60 to 3600 are allowed.")
         return
-    payload_mb = SERVERLESS_PAYLOAD_MB if plan.kind == "serverless" else PAYLOAD_MB
+    try:
+        hosting.Hosting(plan.kind, startup_s=plan.startup_s)
+    except ConfigError as exc:
+        yield failed("limits", exc)
+        return
+    limits = hosting.LIMITS[plan.kind]
+    larger = "" if plan.kind == "async" else "larger or slower ones: --kind async, "
+    startup_s = hosting.SERVERLESS_STARTUP_S if plan.kind == "serverless" else plan.startup_s
     yield Check(
         "limits", "PASS",
-        f"requests up to {payload_mb} MB, answers within {TIMEOUT_S} s (AWS's; larger or slower ones: --kind async, "
+        f"requests up to {limits.payload_mb} MB, answers within {limits.timeout_s} s (AWS's; {larger}"
         "with --env CLASSIFIER_MAX_PAYLOAD_BYTES=... and CLASSIFIER_DEADLINE_S=...), "
-        f"containers ready within {plan.startup_s} s",
+        f"containers ready within {startup_s} s",
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ _UNREAD = (KeyError, AttributeError, TypeError, ValueError, IndexError, Recursio
 _BOTOCORE, _JSON = Path(botocore.__file__).parent, Path(json.__file__).parent
 
 
-class NoRegion(ConfigError):
+class NoRegion(regions.BadRegion):
     """Neither a flag, the environment nor ~/.aws says in which region."""
 
 
@@ -281,7 +281,7 @@ class Aws:
 
 
 def connect(region: str | None = None, profile: str | None = None) -> Aws:
-    """The account that the environment, ~/.aws or this machine's role give. Raises: ConfigError, of which NoRegion."""
+    """The account that the environment, ~/.aws or this machine's role give. Raises: ConfigError, of which BadRegion."""
     try:
         session = boto3.Session(region_name=region, profile_name=profile)
     except ProfileNotFound as exc:
@@ -294,7 +294,9 @@ def connect(region: str | None = None, profile: str | None = None) -> Aws:
     try:
         validate_region_name(session.region_name)
     except InvalidRegionError as exc:
-        raise ConfigError(f"Region {session.region_name}: regions look like eu-central-1; give --region.") from exc
+        raise regions.BadRegion(
+            f"Region {session.region_name}: regions look like eu-central-1; give --region."
+        ) from exc
     regions.look_at(session, session.region_name)
     session.events.register("creating-client-class", _explain)
     return Aws(session)

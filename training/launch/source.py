@@ -12,6 +12,7 @@ import json
 import re
 import tarfile
 import tomllib
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("service", "training")
 ENDINGS = (".py", ".toml", ".html", ".j2", ".css", ".js")
 OF_THE_IMAGE = ("torch", "torchvision")
+SETUP = {"training": "make setup", "mlflow": "uv sync --inexact --group mlflow"}
+"""What installs the packages of each group that can be sent."""
 PROGRAM = "sagemaker_entry.py"
 ARCHIVE = "sourcedir.tar.gz"
 
@@ -34,7 +37,20 @@ sys.exit(main())
 '''
 
 
-def archive(root: Path = ROOT) -> bytes:
+def groups_of(values: Mapping[str, str]) -> tuple[str, ...]:
+    """The groups of packages that a training with these hyperparameters needs.
+
+    Raises: ConfigError where it needs what cannot be sent.
+    """
+    if values.get("debugger") == "on":
+        raise ConfigError(
+            '--send-code: debugger = "on" in --recipe needs smdebug, whose old packages are sent to no other image; '
+            "leave the line out, or train in our own (`make image TARGET=train`, without --send-code)."
+        )
+    return ("training", "mlflow") if values.get("mlflow_uri") else ("training",)
+
+
+def archive(groups: Sequence[str] = ("training",), root: Path = ROOT) -> bytes:
     """The tar.gz of our packages, their requirements and the program; the same bytes for the same content."""
     contents = {
         path.relative_to(root).as_posix(): path.read_bytes()
@@ -42,7 +58,7 @@ def archive(root: Path = ROOT) -> bytes:
         for path in sorted((root / package).rglob("*"))
         if path.suffix in ENDINGS and path.is_file()
     }
-    contents |= {PROGRAM: _ENTRY.encode(), "requirements.txt": requirements(root).encode()}
+    contents |= {PROGRAM: _ENTRY.encode(), "requirements.txt": requirements(groups, root).encode()}
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
         for name, content in sorted(contents.items()):
@@ -52,15 +68,16 @@ def archive(root: Path = ROOT) -> bytes:
     return packed.getvalue()
 
 
-def requirements(root: Path = ROOT) -> str:
-    """What the training needs beside torch, in the versions installed here.
+def requirements(groups: Sequence[str] = ("training",), root: Path = ROOT) -> str:
+    """What a training with these groups of packages needs beside torch, in the versions installed here.
 
     Raises: ConfigError where one of them is not installed.
     """
     project = tomllib.loads((root / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["training"]]
+    wanted = [(each, "make setup") for each in project["project"]["dependencies"]]
+    wanted += [(each, SETUP[group]) for group in groups for each in project["dependency-groups"][group]]
     lines = []
-    for each in wanted:
+    for each, setup in wanted:
         if not isinstance(each, str) or (name := re.split(r"[^\w.-]", each, maxsplit=1)[0]) in OF_THE_IMAGE:
             continue
         _, semicolon, marker = each.partition(" ;")
@@ -68,13 +85,15 @@ def requirements(root: Path = ROOT) -> str:
             lines.append(f"{name}=={metadata.version(name)}{semicolon}{marker}")
         except metadata.PackageNotFoundError as exc:
             if not semicolon:  # else it is not for machines like this one, and the training does without
-                raise ConfigError(f"--send-code: {exc.name} is not installed here; `make setup` first.") from exc
+                raise ConfigError(f"--send-code: {exc.name} is not installed here; `{setup}` first.") from exc
     return "\n".join([*lines, ""])
 
 
-def hyperparameters(aws: Aws, project: Project, dry_run: bool) -> dict[str, str]:
+def hyperparameters(
+    aws: Aws, project: Project, dry_run: bool, groups: Sequence[str] = ("training",)
+) -> dict[str, str]:  # fmt: skip
     """What tells the toolkit where our code is, which is uploaded now. Raises: ConfigError, AwsError."""
-    packed = archive()
+    packed = archive(groups)
     key = f"code/{hashlib.sha256(packed).hexdigest()[:16]}/{ARCHIVE}"
     if not dry_run:
         data.ensure_bucket(aws, project)
