@@ -5,6 +5,9 @@ mixup and cutmix are those of the global batch, so that any number of processes 
 """
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.environment import Ranks
-from training.errors import ConfigError
+from training.errors import ConfigError, PeerError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,22 @@ class Group(Ranks):
         """Part from the others."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """What the network says of a process that is gone becomes a sentence. Raises: PeerError."""
+        try:
+            yield
+        except RuntimeError as exc:
+            # Of gloo's errors the file that raised them is all that tells them from others.
+            if self.world_size == 1 or not (isinstance(exc, dist.DistError) or "gloo/" in str(exc)):
+                raise
+            said = re.sub(r"\[\S*gloo/\S*\] | This is typically.*", "", str(exc).partition("\n")[0])
+            raise PeerError(
+                f"Training process {self.rank} has lost the others ({said.rstrip('.')}): one of them, its host or the "
+                "network has failed, and the log there says why; started again, the training goes on from its last "
+                "checkpoint, if there is one."
+            ) from exc
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes."""

@@ -1,4 +1,5 @@
-"""`python -m training.elastic`: torchrun, flags and all, and a reason for the job where a process of it was killed.
+"""`python -m training.elastic`: torchrun, flags and all, and a reason for the job where a process of it was killed or
+a host of it did not come.
 
 A killed process (out of memory, say) says nothing, and its peers fail of a connection that is closed, which is what
 SageMaker would show. Of several hosts, the one on which it was killed says so.
@@ -21,7 +22,8 @@ log = logging.getLogger("training")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run torchrun. Raises: its ChildFailedError, after the reason is written."""
+    """Run torchrun. Raises: its ChildFailedError or DistError, after the reason is written."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -33,6 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             configure_logging()
             log.error("%s", reason)
             write_failure(reason, str(exc), instead=True)
+        raise
+    except DistError as exc:
+        said = str(exc).partition("\n")[0].rstrip(".")
+        reason = f"The hosts did not come together ({said}); the missing one's log says why; start the job again."
+        configure_logging()
+        log.error("%s", reason)
+        write_failure(reason, str(exc))
         raise
 
 

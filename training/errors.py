@@ -5,6 +5,7 @@ TrainingError
 ├── DataError        no data there, damaged data, a class without images
 ├── WeightsError     pretrained weights cannot be had or do not fit
 ├── DivergedError    the loss is no longer a number
+├── PeerError        another process that trains along is gone
 ├── CheckpointError  a checkpoint cannot be written, read, or is of another run
 ├── ExportError      the artifact, or the result of a tuning, cannot be written
 └── QuantizationError    no int8 network can be made; the float32 one is there
@@ -29,6 +30,10 @@ class WeightsError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss is not finite."""
+
+
+class PeerError(TrainingError):
+    """The processes that train together have lost one of them, or never came together."""
 
 
 class CheckpointError(TrainingError):

@@ -97,9 +97,10 @@ def _checked_run(config: TrainingConfig, callbacks: Sequence[Callback], group: G
                     config.output.rmdir()
     int8 = group.is_first and quantization.wanted(config.quantize)
     device = pick_device(config.device, group)
-    group.join(device)
+    with group.meeting():
+        group.join(device)
     try:
-        with _claimed(config) if group.is_first else nullcontext():
+        with group.meeting(), _claimed(config) if group.is_first else nullcontext():
             return _run(config, callbacks, group, device, int8)
     except DivergedError:
         if group.is_first:

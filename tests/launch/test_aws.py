@@ -4,8 +4,8 @@ The image is the one of the target `train`, which understands `serve` as well. E
 quotas must be 2 for trainings, 4 for endpoints, 1 for batch transform; `preflight`, the second step, says so. What was
 made is removed at the end. Those who wrote it had no account: the same steps are run against the rehearsal.
 
-What only AWS can show has tests of its own, minutes and cents each: a shadow whose answers are captured, and where a
-variable asks for it
+What only AWS can show has tests of its own, minutes and cents each: a shadow whose answers are captured, a training on
+two hosts, and where a variable asks for it
 
     AWS_TEST_GPU=1                     GPUs: a spot job that is stopped and goes on, an endpoint with its host image;
                                        quotas of ml.g4dn.xlarge for trainings, spot trainings and endpoints must be 1
@@ -153,6 +153,22 @@ def shadow_is_captured(given: Given) -> None:
     launch("delete", "--yes")
 
 
+def hosts_train_as_one(given: Given) -> None:
+    """Two hosts find each other by AWS's names; one of them tells of the epochs and writes the model."""
+    two = ("--image", given.image, *CPU, "--instances", 2)
+    launch("preflight", *two, "--hosting-instance", CPU[1])
+    launch("train", *given.learns(*two, "--epochs", 2))
+    open_artifact(given.folder / "model").verify()
+    log, lines = log_of_newest(), list[str]()
+
+    def both_told() -> bool:
+        lines.extend(log.new_lines())
+        return sum("on each of 2 host(s) (algo-1, algo-2)" in line for line in lines) == 2
+
+    until(both_told, "the log has not both hosts", 120)
+    assert sum("epoch=2/2" in line for line in lines) == 1
+
+
 def sent_code_trains(given: Given) -> None:
     """AWS's own PyTorch image installs what our code needs, and trains."""
     launch("train", *given.learns("--image", os.environ["AWS_TEST_PYTORCH_IMAGE"], "--send-code", *CPU, "--epochs", 1))
@@ -220,6 +236,7 @@ GPUS = asks("AWS_TEST_GPU", "1 where the account may have an ml.g4dn.xlarge")
     "steps",
     [
         shadow_is_captured,
+        hosts_train_as_one,
         pytest.param(spot_goes_on, marks=GPUS),
         pytest.param(gpu_answers, marks=GPUS),
         pytest.param(sent_code_trains, marks=asks("AWS_TEST_PYTORCH_IMAGE", "the URI of AWS's, for processors")),
@@ -260,7 +277,8 @@ def test_the_same_steps_pass_in_the_rehearsal_and_leave_nothing(
 def test_what_only_aws_shows_is_asked_for_by_steps_that_pass_in_the_rehearsal(
     data: Path, asked: Path, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but Debugger's, whose rules nothing runs here; a spot job that goes on, with epochs of a processor."""
+    """All but Debugger's, whose rules nothing runs here, and two hosts'; a spot job that goes on, with epochs of a
+    processor."""
     monkeypatch.setitem(globals(), "EPOCHS", 24)
     theirs = "763104351884.dkr.ecr.eu-central-1.amazonaws.com/pytorch-training:2.9.0-cpu-py312"
     monkeypatch.setenv("AWS_TEST_PYTORCH_IMAGE", theirs)

@@ -167,6 +167,7 @@ def test_preflight_looks_at_what_the_commands_after_it_take(monkeypatch: pytest.
     assert (asked["spot"], asked["max_count"]) == (False, None)
 
 
+@pytest.mark.slow  # as make test-slow installs the group notebook
 def test_a_cell_that_cannot_go_on_is_a_sentence_without_a_trace(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,7 @@ def test_debugger_is_asked_for_with_rules_of_aws() -> None:
         debugger.rules_image("eu-nowhere-1")
 
 
+@pytest.mark.slow  # as make test-slow installs the group sagemaker
 def test_the_accounts_of_debuggers_images_are_those_of_the_sdk() -> None:
     table = next(iter(Path(boto3.__file__).parents[1].glob("sagemaker/core/image_uri_config/debugger.json")), None)
     if table is None:

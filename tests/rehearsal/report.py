@@ -24,7 +24,7 @@ GAPS = {
     "capture, shadow": "the copies in S3 and to the shadow are made by the rehearsal, not by SageMaker",
     "the SDK's local mode": "training and hosting by our images where there is an engine with compose; on one host, "
     "without a GPU, with data of this machine",
-    "several hosts": "one host a job; training over hosts is tested by torchrun (tests/training/test_distributed.py)",
+    "several hosts": "one host a job; two of one job are run by tests/training/test_hosts.py",
     "the tuner's strategy": "trials are drawn at random; Bayesian search and early stopping are AWS's",
     "blue/green": "the swap is real, alarms do not fire; traffic is not shifted bit by bit",
     "autoscaling": "targets and policies are kept and checked; nothing scales",

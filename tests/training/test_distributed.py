@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from service.model.artifact import open_artifact
 from training.checkpoint import FILE
 from training.config import TrainingConfig
-from training.environment import SageMakerJob
+from training.distributed import ALONE, Group
+from training.errors import PeerError
 from training.run import run
-from training.torchrun import command
 
 Settings = Callable[..., TrainingConfig]
 Launch = Callable[..., subprocess.Popen[bytes]]
@@ -76,31 +76,6 @@ def test_two_processes_train_as_one_and_write_one_artifact(
 
 
 @pytest.mark.slow
-def test_two_hosts_train_as_one_process_and_the_first_writes_the_artifact(
-    settings: Settings, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hosts, log = ("algo-1", "algo-2"), tmp_path / "log"
-    values = {"batch_size": 14, "learning_rate": 1e-3}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        master = f"127.0.0.1:{probe.getsockname()[1]}"
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # see `torchrun.variables`
-    running = []
-    for host in hosts:  # which share no folder but that of the images
-        job = SageMakerJob(None, host, hosts, "lo", tmp_path, tmp_path, None, None, {})
-        line = command("training.train_model", [], 1, job, master)
-        own = settings(**values, output=tmp_path / host / "model", cache_folder=tmp_path / host / "features")
-        running.append(launch(own, log, *line[2:-1]))
-    alone = settings(**values, output=tmp_path / "alone")
-    run(alone)
-    assert [process.wait(LIMIT_S) for process in running] == [0, 0], log.read_text()
-    assert not (tmp_path / "algo-2" / "model" / "manifest.json").exists()
-    for one, together in zip(history(alone.output), history(tmp_path / "algo-1" / "model"), strict=True):
-        for name in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
-            assert together[name] == pytest.approx(one[name], rel=SAME), name
-
-
-@pytest.mark.slow
 def test_sigterm_ends_both_and_one_process_goes_on_from_their_checkpoint(
     settings: Settings, launch: Launch, tmp_path: Path
 ) -> None:
@@ -122,6 +97,26 @@ def test_sigterm_ends_both_and_one_process_goes_on_from_their_checkpoint(
         assert time.monotonic() < deadline_s + LIMIT_S
         time.sleep(0.02)
     assert f"resumed from {config.checkpoint_folder}: epoch " in log.read_text()[before:]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/src/gloo/gloo/transport/tcp/pair.cc:537] Read error. This is typically caused by a bug. GLHF!"),
+        DistNetworkError("Read error\nException raised from recvBytes"),
+    ],
+)
+def test_what_the_network_says_of_a_lost_process_becomes_a_sentence(error: RuntimeError) -> None:
+    sentence = r"^Training process 1 has lost the others \(Read error\): one of them,"
+    with pytest.raises(PeerError, match=sentence), Group(1, 2).meeting():
+        raise error
+
+
+@pytest.mark.parametrize(("group", "said"), [(ALONE, "[/src/gloo/pair.cc:537] Read error"), (Group(0, 2), "sizes")])
+def test_other_errors_stay_as_they_are(group: Group, said: str) -> None:
+    with pytest.raises(RuntimeError) as caught, group.meeting():
+        raise RuntimeError(said)
+    assert type(caught.value) is RuntimeError and str(caught.value) == said
 
 
 BATCH_NORM = """

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from tests.conftest import free_port
 from training.__main__ import main, split_entry, take_flag
 from training.elastic import killed
 from training.environment import SageMakerJob, environment_with
@@ -66,9 +66,7 @@ def module(folder: Path, name: str, code: str) -> dict[str, str]:
 
 
 def test_two_hosts_meet_and_add_up(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        master = f"127.0.0.1:{probe.getsockname()[1]}"
+    master = f"127.0.0.1:{free_port()}"
     extra = module(tmp_path, "sums", SUMS)
     running = []
     for host in ("algo-1", "algo-2"):
@@ -96,6 +94,21 @@ def test_a_killed_process_is_the_reason_that_the_platform_is_told(tmp_path: Path
         "--loader-workers need less; the others could not go on without it."
     )
     assert "exitcode  : -9" in trace and reason in (tmp_path / "log").read_text()
+
+
+def test_a_host_that_does_not_come_is_waited_for_and_the_platform_told(tmp_path: Path) -> None:
+    config = tmp_path / "input" / "config"
+    config.mkdir(parents=True)
+    (config / "hyperparameters.json").write_text("{}")
+    line = command("sums", [], 1, job("algo-1", "algo-2", current="algo-1"), f"127.0.0.1:{free_port()}")
+    line.insert(line.index("--master-addr"), "--rdzv-conf=timeout=1")  # torchrun's own is 10 minutes
+    environ = {**os.environ, "SAGEMAKER_BASE_DIR": str(tmp_path)}
+    done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 1, done.stderr
+    reason, _, _ = (tmp_path / "output" / "failure").read_text().partition("\n\n")
+    assert reason.startswith("The hosts did not come together (Timed out after ")
+    assert reason.endswith("1/2 clients joined); the missing one's log says why; start the job again.")
+    assert f"ERROR {reason}" in done.stdout
 
 
 def test_processes_that_torchrun_ends_are_not_the_reason() -> None:
