@@ -1,4 +1,4 @@
-"""The image's entry point: `serve` runs the service, `train` a training; anything else is refused.
+"""The image's entry point: `serve` runs the service, `train` a training; anything else is refused, but for TIDY_UP.
 
 SageMaker starts a container with one of these words, AWS's toolkits look for executables of these names
 (https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-inference-code.html). What runs takes this process's
@@ -21,7 +21,8 @@ from container.drivers import DEVICES, Fit, driver_version, fit, has_gpu, torch_
 
 COMMANDS = {"serve": "service", "train": "training"}
 TIDY_UP = ["chmod", "-R", "777", "/delete"]
-"""What local mode of AWS's SDK runs in a training image, for a user who is not root to remove what it has written."""
+"""What local mode of AWS's SDK runs in an image that it has trained with, so that a user who is not root can remove
+what was written."""
 OUTPUT = Path("/opt/ml/output")
 """Where SageMaker looks for what became of a training job; not there otherwise."""
 

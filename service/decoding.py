@@ -65,6 +65,9 @@ START_LIMIT_S, SLOW_START_S = 30.0, 1.0
 """How long a process may take to start, which takes 0.3 s where it need not wait for a core; and how long before
 another is started beside it."""
 
+FIRST_START_S = 5.0
+"""How long the first may take before images no longer wait for it. Once it is over, they have their patience."""
+
 ENDS_BY_ITSELF_S = 1.0
 """So long a process that closed its socket has to end, before it is killed: its exit status tells why."""
 
@@ -102,12 +105,13 @@ class Decoders:
         self._large = asyncio.Semaphore(1)
         self._idle: list[_Process] = []
         self._jobs: set[asyncio.Task[RgbImage]] = set()
-        self._first_is_told_of = False  # whether the first process has started, or could not
+        self._first: _Process | None = None  # while it may be starting
         self._closed = False
 
     def open(self) -> None:
-        """Begin to start the first process; nobody waits for it. Starting takes a core for 0.25 s."""
+        """Begin to start the first process, for which only images wait. Starting takes a core for 0.25 s."""
         self._replace()
+        self._first = next(iter(self._idle), None)
 
     async def close(self) -> None:
         """End the processes; images under way get CancelledError, later ones Overloaded."""
@@ -131,8 +135,8 @@ class Decoders:
         Cancelled while it waits for a process, it costs no more; later, its process still finishes. `allowance` is that
         of all images of its request.
         Returns: uint8 `[side_px, side_px, 3]`.
-        Raises: ImageError; Overloaded when no process is free within `patience_s` altogether, or can be started. The
-        first process of all is waited for longer: the service has just become ready, and none is busy with others.
+        Raises: ImageError; Overloaded when no process is free within `patience_s` altogether, from when the first has
+        started, or can be started.
         """
         if self._closed:
             raise Overloaded(NO_PROCESS)
@@ -144,14 +148,21 @@ class Decoders:
             image = decode() if tiny else await asyncio.get_running_loop().run_in_executor(self._threads, decode)
             if image is not None:
                 return image
-        until_s = None
-        if patience_s is not None and self._first_is_told_of:
-            until_s = asyncio.get_running_loop().time() + patience_s
+        await self._first_start()
+        until_s = None if patience_s is None else asyncio.get_running_loop().time() + patience_s
         allowance = allowance or self.allowance(several=False)
         try:
             return await self._in_process(payload, side_px, ORDINARY_PIXELS, until_s, allowance)
         except ImageTooLarge:
             return await self._in_process(payload, side_px, MAX_PIXELS, until_s, allowance)
+
+    async def _first_start(self) -> None:
+        """Wait a while for the first process, as nobody is busy with others while there is none."""
+        while self._first is not None:
+            if self._first.poll() is None and 0 < self._first.starting_s() < FIRST_START_S:
+                await asyncio.sleep(0.01)
+            else:
+                self._first = None
 
     async def _in_process(
         self, payload: bytes, side_px: int, max_pixels: int, until_s: float | None, allowance: Allowance
@@ -238,8 +249,6 @@ class Decoders:
         except BaseException:
             await process.end()
             raise
-        finally:
-            self._first_is_told_of = True
         return process
 
     async def _idle_one(self) -> "_Process | None":

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 * 2**10
 """Of a request line with its headers; SageMaker's and browsers' take a few thousand."""
 
+ROOM = 64
+"""Connections that are closed at once where there are too many: more than one turn of the event loop accepts."""
+
 MAX_HEADERS = 200
 """Of one request; browsers send some twenty. Each takes 170 bytes in memory however short it is: by its bytes alone, a
 head of 64 KB could take a megabyte."""
@@ -351,7 +354,7 @@ class Protocol(HttpToolsProtocol):
         """Close the connections that have been idle longest; whether there were any."""
         others = [other for other in self.connections if isinstance(other, Protocol) and other is not self]
         idle = [other for other in others if other._due == 0 and not other.transport.is_closing()]
-        for other in sorted(idle, key=lambda other: other._since_s)[:64]:
+        for other in sorted(idle, key=lambda other: other._since_s)[:ROOM]:
             other.transport.close()
         return bool(idle)
 

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from service.lifeline import FILES_BESIDES, MAX_CONNECTIONS, Lifeline, allow_files, take_no_more
-from service.protocol import Protocol, sweep_all
+from service.protocol import ROOM, Protocol, sweep_all
 from service.runtime import Runtime
 from service.settings import Settings
 
@@ -42,12 +42,13 @@ class Server(uvicorn.Server):
         ends, with the same socket, which must then stay as it is.
         """
         settings: Settings = app.state.settings
+        most = min(MAX_CONNECTIONS, allow_files() - FILES_BESIDES) if lifeline is None else lifeline.capacity - ROOM
         protocol = partial(
             Protocol,
             telemetry=app.direct,
             overload=lambda: app.state.runtime.overload(),
             lifeline=lifeline,
-            max_connections=lifeline.capacity if lifeline else min(MAX_CONNECTIONS, allow_files() - FILES_BESIDES),
+            max_connections=most,
             overload_status=settings.overload_status,
         )
         super().__init__(

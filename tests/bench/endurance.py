@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,13 @@ def files(server: Server, port: int) -> tuple[int, int]:
     """File descriptors of all processes of a server: those of clients' connections, which its supervisor holds too so
     that it can answer for a worker that dies, and the others.
     """
-    processes = [psutil.Process(pid) for pid in server.pids()]
-    every = sum(process.num_fds() for process in processes)
-    clients = sum(
-        bool(socket.raddr) and socket.laddr.port == port
-        for process in processes for socket in process.net_connections("tcp")
-    )  # fmt: skip
+    clients = every = 0
+    for pid in server.pids():
+        with suppress(psutil.NoSuchProcess):  # a decoder process that is replaced
+            process = psutil.Process(pid)
+            sockets = process.net_connections("tcp")
+            every += process.num_fds()
+            clients += sum(bool(socket.raddr) and socket.laddr.port == port for socket in sockets)
     return clients, every - clients
 
 

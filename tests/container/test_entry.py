@@ -35,7 +35,9 @@ def test_anything_else_is_refused_with_one_sentence_and_status_2(arguments: tupl
 
 
 def test_awss_sdk_may_tidy_up_and_nothing_else() -> None:
-    result = start("chmod", "-R", "777", "/delete")
+    if Path("/delete").exists():
+        pytest.skip("/delete is there, whose it is is not known")
+    result = start("chmod", "-R", "777", "/delete", LC_ALL="C")
     assert (result.returncode, result.stdout) == (1, "")
     assert "cannot access '/delete'" in result.stderr
     for others in (("chmod",), ("chmod", "-R", "777", "/opt"), ("chmod", "-R", "777", "/delete", "/opt")):

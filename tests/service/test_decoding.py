@@ -422,20 +422,36 @@ def test_a_process_that_hangs_as_it_starts_holds_up_no_image(
     run(main)
 
 
-def test_an_image_waits_for_the_first_process_to_start_and_only_for_that() -> None:
+def test_images_wait_for_the_first_process_to_start_before_their_patience_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decoding, "FIRST_START_S", 60)
+
     async def main() -> None:
         async with opened() as decoders:
             (first,) = pids()
             os.kill(first, signal.SIGSTOP)
-            waits = asyncio.create_task(decoders.decode(FILES["png"], 32, patience_s=0.05))
+            waiting = [asyncio.create_task(decoders.decode(FILES["png"], 32, patience_s=30)) for _ in range(4)]
             await asyncio.sleep(0.5)
-            assert not waits.done()
+            assert pids() == {first}
             os.kill(first, signal.SIGCONT)
-            assert (await waits).shape == (32, 32, 3)
-            os.kill(first, signal.SIGKILL)  # its successor's start is others' business
-            await until(lambda: first not in pids())
+            assert [image.shape for image in await asyncio.gather(*waiting)] == [(32, 32, 3)] * 4
+
+    run(main)
+
+
+def test_a_first_process_that_hangs_holds_up_images_for_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "FIRST_START_S", 0.5)
+
+    async def main() -> None:
+        async with opened() as decoders:
+            (first,) = pids()
+            os.kill(first, signal.SIGSTOP)
             with pytest.raises(Overloaded, match="busy with others"):
-                await decoders.decode(FILES["png"], 32, patience_s=0.001)
+                await decoders.decode(FILES["png"], 32, patience_s=0.05)
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: first not in pids())
+            assert (await decoders.decode(FILES["png"], 32, patience_s=60)).shape == (32, 32, 3)
 
     run(main)
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def test_before_the_model_is_loaded_there_is_a_page_and_no_example_yet(artifact:
             assert answer.headers["retry-after"]
         while (page := server.ask("GET", "/")).status == 503:  # no worker accepts yet
             assert page.json["error"]["code"] == "not_ready"
+            time.sleep(0.05)
         assert page.status == 200
 
 
