@@ -23,6 +23,12 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others: the first may take long to decode or to compute features."""
+LOST = re.compile(
+    "(closed|reset) by (remote )?peer|broken pipe|read error|timed out|wait timeout|got 0 bytes|remote process exit"
+    "|connection refused|no route to host",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and torch's store say where a process is gone or silent."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +52,21 @@ class Group(Ranks):
             dist.destroy_process_group()
 
     @contextmanager
-    def meeting(self) -> Iterator[None]:
-        """What the network says of a process that is gone becomes a sentence. Raises: PeerError."""
+    def peer_errors(self) -> Iterator[None]:
+        """What the network says of a process that is gone becomes a sentence; other errors stay. Raises: PeerError."""
         try:
             yield
         except RuntimeError as exc:
             # Of gloo's errors the file that raised them is all that tells them from others.
-            if self.world_size == 1 or not (isinstance(exc, dist.DistError) or "gloo/" in str(exc)):
+            networks = self.world_size > 1 and (isinstance(exc, dist.DistError) or "gloo/" in str(exc))
+            lines = str(exc).partition("Exception raised from")[0].splitlines()  # torch's trace in C++ follows
+            line = next((line for line in lines if networks and LOST.search(line)), None)
+            if line is None:
                 raise
-            said = re.sub(r"\[\S*gloo/\S*\] | This is typically.*", "", str(exc).partition("\n")[0])
+            said = re.sub(r"\[\S*gloo/\S*\] | This is typically.*", "", line)
             raise PeerError(
                 f"Training process {self.rank} has lost the others ({said.rstrip('.')}): one of them, its host or the "
-                "network has failed, and the log there says why; started again, the training goes on from its last "
+                "network has failed, and their logs may say why; started again, the training goes on from its last "
                 "checkpoint, if there is one."
             ) from exc
 

@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     except DistError as exc:
         said = str(exc).partition("\n")[0].rstrip(".")
-        reason = f"The hosts did not come together ({said}); the missing one's log says why; start the job again."
+        reason = f"torchrun could not bring the processes together ({said})."
+        if "clients joined" in said or "timed out" in said:
+            reason = f"The hosts did not come together ({said}); the missing one's log says why; start the job again."
         configure_logging()
         log.error("%s", reason)
         write_failure(reason, str(exc))
@@ -48,17 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def killed(failures: "Mapping[int, ProcessFailure]") -> str | None:
     """A sentence about the first process that a signal ended, by rank; None where none was.
 
-    SIGTERM is torchrun's own to the others, and so is SIGKILL to what has not ended SHUTDOWN_S later. SIGABRT,
-    unless it is the first, is what NCCL's watchdog does to processes that lost a peer.
+    SIGTERM is torchrun's own to the others, and so is SIGKILL to what has not ended SHUTDOWN_S later. SIGABRT is what
+    NCCL's watchdog does to processes that lost a peer: it counts where nothing else was as early, and blames nobody.
     """
     first_s = min(failure.timestamp for failure in failures.values())
     found = [
         (rank, failure.exitcode) for rank, failure in failures.items()
-        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp - first_s < SHUTDOWN_S
-        and (-failure.exitcode != signal.SIGABRT or failure.timestamp == first_s)
+        if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGABRT)
+        and failure.timestamp - first_s < SHUTDOWN_S
     ]  # fmt: skip
     if not found:
-        return None
+        first = {rank: -failure.exitcode for rank, failure in failures.items() if failure.timestamp == first_s}
+        aborted = [rank for rank, number in first.items() if number == signal.SIGABRT]
+        if not aborted or not set(first.values()) <= {signal.SIGABRT, signal.SIGTERM}:
+            return None
+        return (
+            f"Training process {aborted[0]} was ended by SIGABRT: it failed, or it has lost the others, as one of "
+            "them, its host or the network has failed (NCCL ends it so); the logs may say why; started again, the "
+            "training goes on from its last checkpoint, if there is one."
+        )
     rank, code = found[0]
     advice = ", most likely for want of memory: a smaller --batch-size or fewer --loader-workers need less"
     return (

@@ -97,17 +97,17 @@ def _checked_run(config: TrainingConfig, callbacks: Sequence[Callback], group: G
                     config.output.rmdir()
     int8 = group.is_first and quantization.wanted(config.quantize)
     device = pick_device(config.device, group)
-    with group.meeting():
+    with group.peer_errors():
         group.join(device)
     try:
-        with group.meeting(), _claimed(config) if group.is_first else nullcontext():
-            return _run(config, callbacks, group, device, int8)
+        with group.peer_errors(), _claimed(config) if group.is_first else nullcontext():
+            artifact = _run(config, callbacks, group, device, int8)
     except DivergedError:
         if group.is_first:
             checkpoint.remove(config.checkpoint_folder)  # from there it would diverge again
         raise
-    finally:
-        group.leave()
+    group.leave()  # after an error this process's end does it: else the others' words would come before the reason
+    return artifact
 
 
 def _warn_of_little_memory(side_px: int, memory: int) -> None:

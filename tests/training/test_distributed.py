@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import DistNetworkError
+from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from service.model.artifact import open_artifact
 from training.checkpoint import FILE
@@ -100,23 +101,72 @@ def test_sigterm_ends_both_and_one_process_goes_on_from_their_checkpoint(
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "said"),
     [
-        RuntimeError("[/src/gloo/gloo/transport/tcp/pair.cc:537] Read error. This is typically caused by a bug. GLHF!"),
-        DistNetworkError("Read error\nException raised from recvBytes"),
+        (RuntimeError("[/gloo/tcp/pair.cc:537] Read error. This is typically caused by a bug. GLHF!"), "Read error"),
+        (RuntimeError("[/gloo/tcp/pair.cc:1] Connection closed by peer [::1]:9"), "Connection closed by peer [::1]:9"),
+        (DistNetworkError("Connection reset by peer\nException raised from recvBytes"), "Connection reset by peer"),
+        (DistStoreError("wait timeout after 9ms, keys: /0"), "wait timeout after 9ms, keys: /0"),
+        (
+            DistBackendError("NCCL error, system error\nLast error:\nsocket: Connection closed by remote peer"),
+            "socket: Connection closed by remote peer",
+        ),
     ],
 )
-def test_what_the_network_says_of_a_lost_process_becomes_a_sentence(error: RuntimeError) -> None:
-    sentence = r"^Training process 1 has lost the others \(Read error\): one of them,"
-    with pytest.raises(PeerError, match=sentence), Group(1, 2).meeting():
+def test_what_the_network_says_of_a_lost_process_becomes_a_sentence(error: RuntimeError, said: str) -> None:
+    sentence = rf"^Training process 1 has lost the others \({re.escape(said)}\): one of them,"
+    with pytest.raises(PeerError, match=sentence), Group(1, 2).peer_errors():
         raise error
 
 
-@pytest.mark.parametrize(("group", "said"), [(ALONE, "[/src/gloo/pair.cc:537] Read error"), (Group(0, 2), "sizes")])
-def test_other_errors_stay_as_they_are(group: Group, said: str) -> None:
-    with pytest.raises(RuntimeError) as caught, group.meeting():
-        raise RuntimeError(said)
-    assert type(caught.value) is RuntimeError and str(caught.value) == said
+@pytest.mark.parametrize(
+    ("group", "error"),
+    [
+        (ALONE, RuntimeError("[/src/gloo/pair.cc:537] Read error")),
+        (Group(0, 2), RuntimeError("the loader timed out")),
+        (Group(0, 2), RuntimeError("[enforce fail at /gloo/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 20 vs 4")),
+        (Group(0, 2), DistBackendError("NCCL error, invalid usage\nLast error:\nDuplicate GPU detected")),
+        (Group(0, 2), DistNetworkError("The server socket has failed to listen: EADDRINUSE\nException raised from x")),
+    ],
+)
+def test_other_errors_stay_as_they_are(group: Group, error: RuntimeError) -> None:
+    with pytest.raises(RuntimeError) as caught, group.peer_errors():
+        raise error
+    assert caught.value is error
+
+
+FAILS_FIRST = """
+import sys, time
+import training.command_line as c, training.run as r
+from training.distributed import Group
+from training.environment import ranks, write_failure
+from training.errors import DataError
+
+def fail(config, callbacks, group, device, int8):
+    if group.is_first:
+        raise DataError("This picture is broken.")
+    group.any(True, device)
+
+def slowly(*given):
+    time.sleep(0 if place.rank else 2)
+    write_failure(*given)
+
+place = ranks()
+r._run, c.write_failure = fail, slowly
+config = r.TrainingConfig.create({"data": sys.argv[1], "output": sys.argv[2], "device": "cpu", "quantize": "off"})
+sys.exit(c.exit_status(lambda: r.run(config, (), Group(**vars(place)))))
+"""
+
+
+def test_what_failed_first_is_the_reason_and_not_what_the_others_say_of_it(shades: Path, tmp_path: Path) -> None:
+    (tmp_path / "input" / "config").mkdir(parents=True)
+    (tmp_path / "input" / "config" / "hyperparameters.json").write_text("{}")
+    (tmp_path / "fails.py").write_text(FAILS_FIRST)
+    command = [sys.executable, "-m", *TWO[:-1], str(tmp_path / "fails.py"), str(shades), str(tmp_path / "trained")]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SAGEMAKER_BASE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 1, done.stderr
+    assert (tmp_path / "output" / "failure").read_text().startswith("This picture is broken.\n\n"), done.stdout
 
 
 BATCH_NORM = """

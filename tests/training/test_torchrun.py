@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -101,7 +102,7 @@ def test_a_host_that_does_not_come_is_waited_for_and_the_platform_told(tmp_path:
     config.mkdir(parents=True)
     (config / "hyperparameters.json").write_text("{}")
     line = command("sums", [], 1, job("algo-1", "algo-2", current="algo-1"), f"127.0.0.1:{free_port()}")
-    line.insert(line.index("--master-addr"), "--rdzv-conf=timeout=1")  # torchrun's own is 10 minutes
+    line.insert(line.index("--master-addr"), "--rdzv-conf=timeout=5")  # torchrun's own is 10 minutes
     environ = {**os.environ, "SAGEMAKER_BASE_DIR": str(tmp_path)}
     done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 1, done.stderr
@@ -109,6 +110,23 @@ def test_a_host_that_does_not_come_is_waited_for_and_the_platform_told(tmp_path:
     assert reason.startswith("The hosts did not come together (Timed out after ")
     assert reason.endswith("1/2 clients joined); the missing one's log says why; start the job again.")
     assert f"ERROR {reason}" in done.stdout
+
+
+def test_a_port_that_is_in_use_is_not_told_as_a_host_that_is_missing(tmp_path: Path) -> None:
+    config = tmp_path / "input" / "config"
+    config.mkdir(parents=True)
+    (config / "hyperparameters.json").write_text("{}")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        master = f"127.0.0.1:{taken.getsockname()[1]}"
+        line = command("sums", [], 1, job("algo-1", "algo-2", current="algo-1"), master)
+        environ = {**os.environ, "SAGEMAKER_BASE_DIR": str(tmp_path)}
+        done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 1, done.stderr
+    reason, _, _ = (tmp_path / "output" / "failure").read_text().partition("\n\n")
+    assert reason.startswith("torchrun could not bring the processes together (") and "EADDRINUSE" in reason
+    assert "missing" not in reason
 
 
 def test_processes_that_torchrun_ends_are_not_the_reason() -> None:
@@ -120,6 +138,11 @@ def test_processes_that_torchrun_ends_are_not_the_reason() -> None:
     assert killed({0: failure(1, 50), 1: failure(-signal.SIGTERM, 51), 2: failure(-signal.SIGKILL, 160)}) is None
     assert killed({0: failure(1, 50), 1: failure(-signal.SIGABRT, 52)}) is None
     assert "process 1 was ended by SIGABRT" in (killed({0: failure(1, 52), 1: failure(-signal.SIGABRT, 50)}) or "")
+    assert killed({0: failure(1, 50), 1: failure(-signal.SIGABRT, 50)}) is None
+    left = killed({0: failure(-signal.SIGABRT, 50), 1: failure(-signal.SIGTERM, 50)}) or ""
+    assert "it has lost the others" in left and "could not go on without it" not in left
+    both = killed({0: failure(-signal.SIGABRT, 50), 1: failure(-signal.SIGKILL, 50)}) or ""
+    assert both.startswith("Training process 1 was ended by SIGKILL")
     assert "process 2 was ended by SIGSEGV; the" in (killed({0: failure(1, 50), 2: failure(-signal.SIGSEGV, 50)}) or "")
 
 
