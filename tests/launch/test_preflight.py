@@ -14,7 +14,8 @@ from tests.launch.telling import EXPIRED, problem, shown, told
 from tests.rehearsal.start import IMAGE, REGION, Rehearsal
 from training.launch import images, preflight, quotas, rights
 from training.launch.checks import Check, Plan
-from training.launch.hosting import LIMITS
+from training.launch.deployment import SERVICE_STARTUP_S
+from training.launch.hosting import DEFAULTS, LIMITS
 from training.launch.names import Project
 from training.launch.policies import (
     CALLER_ACTIONS,
@@ -215,7 +216,7 @@ def test_of_a_batch_on_a_gpu_image_and_driver_are_looked_at(aws: Aws, pushed: Pa
     plan = Plan(TRAINING, CPU, batch_instance=GPU)
     assert len(checks(preflight._drivers(Plan(TRAINING, CPU)))) == 2
     *_, (result, found, fix) = checks(preflight._drivers(plan))
-    assert result == "WARN" and "by forward compatibility alone" in found and "it is ml.c6i.2xlarge" in fix
+    assert result == "WARN" and "by forward compatibility alone" in found and "runs on ml.c6i.2xlarge" in fix
     noted = json.loads(pushed.read_text())
     pushed.write_text(json.dumps({**noted, "serve": {**noted["serve"], "cuda": "12.2"}}))
     *_, (result, found, _) = checks(preflight._drivers(plan))
@@ -224,6 +225,13 @@ def test_of_a_batch_on_a_gpu_image_and_driver_are_looked_at(aws: Aws, pushed: Pa
     pushed.write_text(json.dumps(noted))
     *_, (result, found, fix) = checks(preflight._images(aws, plan))
     assert (result, found) == ("WARN", "none to classify in a batch") and "make push TARGET=serve`" in fix
+    assert len(checks(preflight._drivers(plan))) == 2  # nobody knows what it will bring
+    old = checks(preflight._drivers(Plan(TRAINING, CPU, batch_instance="ml.p3.2xlarge")))[2]
+    assert old[0] == "FAIL" and "CUDA 13 dropped its GPU" in old[1]
+    other = IMAGE.replace(":rehearsal", ":other")
+    *_, (result, found, fix) = checks(preflight._drivers(Plan(TRAINING, CPU, other, batch_instance=GPU)))
+    assert result == "WARN" and "CUDA later than 12.2, if the image brings such, runs by forward comp" in found
+    assert f'"uri": "{other}"' in fix
     pushed.write_text(json.dumps({"serve": {"uri": IMAGE, "cuda": None}}))
     *_, (result, found, fix) = checks(preflight._drivers(plan))
     assert result == "WARN" and "leaves it unused" in found and "--batch-instance" in fix
@@ -250,7 +258,10 @@ def test_the_services_own_limits_are_within_awss() -> None:
     fields = Settings.model_fields
     assert fields["max_payload_bytes"].default == LIMITS["realtime"].payload_mb * 2**20
     assert fields["deadline_s"].default < LIMITS["realtime"].timeout_s
-    assert fields["start_timeout_s"].default < PLAN.startup_s
+    assert fields["start_timeout_s"].default == SERVICE_STARTUP_S < PLAN.startup_s
+    assert {name: int(given) for name, given in DEFAULTS.items()} == {
+        f"CLASSIFIER_{name.upper()}": fields[name].default for name in ("max_payload_bytes", "max_body_bytes")
+    }
     for kind, said in (
         ("realtime", "up to 25 MB, answers within 60 s (AWS's; larger or slower ones: --kind async, with --env"),
         ("serverless", "up to 4 MB, answers within 60 s"),

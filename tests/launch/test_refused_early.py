@@ -16,7 +16,7 @@ from training.launch.__main__ import main
 from training.launch.names import Project
 from training.launch.places import require_output
 
-PAYLOAD = "CLASSIFIER_MAX_PAYLOAD_BYTES"
+PAYLOAD, BODY = "CLASSIFIER_MAX_PAYLOAD_BYTES", "CLASSIFIER_MAX_BODY_BYTES"
 SMALL = ("--weights", "none", "--quantize", "off")
 
 
@@ -45,6 +45,8 @@ def test_a_hook_that_awss_image_cannot_be_sent_is_refused(
     sentence = refused(here, caplog, *hooked, "--send-code")
     assert 'debugger = "on" in --recipe needs smdebug' in sentence and "leave the line out, or" in sentence
     assert "would start" in told(caplog, *hooked, "--dry-run")
+    rules = refused(here, caplog, *train(data, "--debugger", "--send-code"))
+    assert "--send-code: --debugger needs smdebug" in rules and "leave it out, or" in rules
 
 
 def test_a_place_where_a_model_cannot_go_is_refused_before_the_job(
@@ -291,6 +293,9 @@ def test_what_is_mistyped_is_told_without_credentials(
         (("--env", f"{PAYLOAD}={26 * 2**20}"), f"{PAYLOAD}=27262976: AWS sends realtime endpoints no more than 25 MB"),
         (("--kind", "serverless", "--env", f"{PAYLOAD}=5000000"), "no more than 4 MB; give 4194304 at most, or take"),
         (("--kind", "async", "--env", "CLASSIFIER_DEADLINE_S=4000"), "no longer than 3600 s; give 3600 at most."),
+        (("--kind", "async", "--env", f"{PAYLOAD}={2**30}"), f"give --env {BODY}={2**30} at least."),
+        (("--env", f"{BODY}=9"), f"{BODY}=9, all bodies at once, is less than {PAYLOAD}=26214400"),
+        (("--env", f"{BODY}={25 * 2**20}", "--min", 2, "--max", 1), "--min 2 --max 1: --min is at least 1"),
         (("--kind", "serverless", "--capture-percent", 20), "--capture-percent 20: AWS stores no requests of serverl"),
         (("--instance", "g5.xlarge"), "Did you mean ml.g5.xlarge?"),
     ):

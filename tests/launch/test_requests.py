@@ -248,6 +248,7 @@ def test_a_batch_on_a_gpu_asks_for_the_host_on_which_the_image_can_start() -> No
     ):
         found = batch.caution(instance, Image("uri", cuda))
         assert said in found and bool(said) == bool(found)
+    assert "13.0" not in batch.caution("ml.g5.xlarge", Image("uri", (13, 0), known=False))
     with pytest.raises(ConfigError, match="CUDA 13 dropped its GPU"):
         batch.caution("ml.p3.2xlarge", Image("uri", (13, 0)))
 

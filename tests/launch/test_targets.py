@@ -131,12 +131,17 @@ def test_an_asynchronous_answer_is_taken_and_nothing_stays(
     account_with: Callable[[str], Aws], cloud: Rehearsal, bucket: Callable[[], list[str]], key: str, status: int
 ) -> None:
     with answering(accepted()) as (url, _):
-        target = asynchronous(account_with(url))
+        aws, given = account_with(url), list[dict[str, Any]]()
+        aws.client("sagemaker-runtime").meta.events.register(
+            "provide-client-params.*.InvokeEndpointAsync", lambda params, **_: given.append(params)
+        )
+        target = asynchronous(aws)
         later = threading.Timer(0.3, cloud.client("s3").put_object, (), {"Bucket": BUCKET, "Key": key, "Body": b"said"})
         later.start()
         reply = target.ask(b"image", "image/png")
         later.join()
     assert (reply.status, reply.body) == (status, b"said")
+    assert [each["InvocationTimeoutSeconds"] for each in given] == [3600]
     assert bucket() == []
 
 

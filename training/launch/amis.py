@@ -30,10 +30,12 @@ AMIS = tuple(Ami(host.ami, host.driver, _version(host.cuda)) for host in drivers
 BATCH_AMI = next(
     Ami(host.ami, host.driver, _version(host.cuda)) for host in drivers.BATCH_HOSTS if host.ami == drivers.TRANSFORM_AMI
 )
-"""Of batch transform on a GPU (TransformAmiVersion): the newest that AWS has, which has no CUDA 13."""
+"""Of batch transform on a GPU (TransformAmiVersion): the first on which CUDA 13 can run, by forward compatibility."""
 
 IMAGE_CUDA = _version(drivers.CUDA)
 """Of the image that container/ builds for GPUs."""
+
+UNUSED = "{} has a GPU, and the image, which has no CUDA, leaves it unused"
 
 
 def family(instance: str) -> str:

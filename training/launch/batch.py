@@ -19,6 +19,7 @@ from training.errors import DataError
 from training.launch import amis, data
 from training.launch.client import Outcome, Reply, content_of, understood
 from training.launch.errors import AwsError, JobFailed, failure_advice
+from training.launch.hosting import LIMITS
 from training.launch.images import Image
 from training.launch.jobs import OVER
 from training.launch.logs import TRANSFORM, LogTail
@@ -29,7 +30,8 @@ from training.launch.wait import POLL_S, wait
 log = logging.getLogger("training")
 
 INSTANCE = "ml.c6i.2xlarge"
-MAX_PAYLOAD_MB = 25
+MAX_PAYLOAD_MB = LIMITS["realtime"].payload_mb
+"""What the service takes by itself."""
 TIMEOUT_S, RETRIES = 120, 3
 
 
@@ -84,13 +86,15 @@ def caution(instance: str, image: Image) -> str:
     if not amis.has_gpu(instance):
         return ""
     if image.cuda is None:
-        return f"{instance} has a GPU, and the image, which has no CUDA, leaves it unused"
+        return amis.UNUSED.format(instance)
     amis.require_gpu(instance, image.cuda)
     if image.cuda <= amis.BATCH_AMI.cuda:
         return ""
+    newest = amis.shown(amis.BATCH_AMI.cuda)
+    cuda = amis.shown(image.cuda) if image.known else f"later than {newest}, if the image brings such,"
     return (
-        f"{instance}: batch transform's hosts have driver {amis.BATCH_AMI.driver} at most, on which CUDA "
-        f"{amis.shown(image.cuda)} runs by forward compatibility alone; a job for which that fails ends at its start"
+        f"{instance}: batch transform's hosts have driver {amis.BATCH_AMI.driver} at most, on which CUDA {cuda} runs "
+        "by forward compatibility alone; a job for which that fails ends at its start"
     )
 
 

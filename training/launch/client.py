@@ -33,6 +33,7 @@ from service.model.images import MEDIA_TYPES
 from training.data.folder import MAX_FILE_BYTES
 from training.errors import ConfigError, DataError
 from training.launch.errors import THROTTLED, AwsError, LaunchError
+from training.launch.hosting import LIMITS
 from training.launch.names import split_uri
 from training.launch.places import kind_at
 from training.launch.session import READ_TIMEOUT_S, Aws, read_body
@@ -43,7 +44,7 @@ LATER = (429, 503, 504)
 """Statuses that say: the same request may do well later."""
 TRIES = 6
 MAX_PAUSE_S = 20.0
-ASYNC_LIMIT_S = 900.0
+ASYNC_LIMIT_S = LIMITS["async"].timeout_s
 TRANSIENT = frozenset(
     {*THROTTLED, "Unreachable", "ServiceUnavailable", "InternalFailure", "InternalDependencyException",
      "InternalStreamFailure", "ModelNotReadyException", "InternalError", "ServiceUnavailableException"}
@@ -53,11 +54,8 @@ _URL = re.compile(r"[!-~]+")
 """What stands in the first line of a request; the rest of the world's letters are %-encoded there."""
 _NOBODY = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
 """What no later try mends: a wrong port, a name that is none, https where http is spoken."""
-SMALLEST_LIMIT_BYTES = 4 * 2**20
-"""What a serverless endpoint takes; a real-time one takes 25 MiB. AWS refuses more with the code of any wrong request.
-
-https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html
-"""
+SMALLEST_LIMIT_BYTES = LIMITS["serverless"].payload_mb * 2**20
+"""AWS refuses what is larger than an endpoint takes with the code of any wrong request."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +216,9 @@ class AsyncTarget:
         try:
             self._s3.put_object(Bucket=bucket, Key=split_uri(given)[1], Body=body, ContentType=media_type)
             sent = self._client.invoke_endpoint_async(
-                EndpointName=self._endpoint, InputLocation=given, ContentType=media_type, Accept=accept
-            )
+                EndpointName=self._endpoint, InputLocation=given, ContentType=media_type, Accept=accept,
+                InvocationTimeoutSeconds=ASYNC_LIMIT_S,
+            )  # fmt: skip
             answers = [(200, sent["OutputLocation"]), (500, sent.get("FailureLocation"))]
             made += [uri for _, uri in answers if uri]
             deadline_s = time.monotonic() + self._limit_s

@@ -27,7 +27,7 @@ from training.launch.flags import options_of
 from training.launch.hosting import Hosting, counts_of
 from training.launch.names import Project
 from training.launch.opening import Options, opened, opened_or_placeholders
-from training.launch.regions import BadRegion
+from training.launch.regions import RegionError
 from training.launch.running import agreed, run_logs, run_stop
 from training.launch.session import Aws
 from training.launch.wait import moment_of
@@ -50,7 +50,7 @@ def run_preflight(options: Options, _: Sequence[str]) -> None:
         found = preflight.run(aws, project, plan)
     except AwsError as exc:  # to name the bucket it asked whose account this is
         found = [checks.failed("credentials", exc)]
-    except BadRegion as exc:  # without one nothing else can be asked
+    except RegionError as exc:  # without one nothing else can be asked
         found = [checks.failed("region", exc)]
     log.info("preflight of project %s:\n%s", options.project, checks.table(found))
     checks.require(found)

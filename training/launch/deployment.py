@@ -47,7 +47,9 @@ SCALING_IS_OFF = (
     "This same command, once more, with --min {} --max {}, waits for the update and turns it on again."
 )
 STARTUP_MARGIN_S = 30
-"""So much before SageMaker gives a container up, the service ends its start with a sentence."""
+"""So much before SageMaker gives a container up, the service ends its start with a sentence; or a fifth, if less."""
+SERVICE_STARTUP_S = 450
+"""The service's own, which is let be where it ends in time."""
 
 
 def run_deploy(options: Options, _: Sequence[str]) -> None:
@@ -270,11 +272,11 @@ def environment(options: Options) -> dict[str, str]:
         if not equals or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
             raise ConfigError(f"--env {name}: say NAME=VALUE, with letters, digits and _ in NAME.")
         found[name] = value
-    startup_s = getattr(options, "startup_seconds", STARTUP_S)  # which `batch` has not, nor a kind
+    startup_s = getattr(options, "startup_seconds", STARTUP_S)  # `batch` has neither this nor a kind
     if getattr(options, "kind", None) == "serverless":
         startup_s = SERVERLESS_STARTUP_S
-    if startup_s != STARTUP_S:  # the service gives a start up by itself, in less than that
-        found.setdefault("CLASSIFIER_START_TIMEOUT_S", str(startup_s - STARTUP_MARGIN_S))
+    if not SERVICE_STARTUP_S + STARTUP_MARGIN_S <= startup_s <= STARTUP_S:
+        found.setdefault("CLASSIFIER_START_TIMEOUT_S", str(startup_s - min(STARTUP_MARGIN_S, startup_s // 5)))
     return found
 
 
@@ -308,7 +310,7 @@ def run_batch(options: Options, _: Sequence[str]) -> None:
     project = project_of(aws, options)
     log.info("cost: %s", cost.hourly(options.instance, options.instances))
     if said:
-        log.warning("%s; without --instance it is %s", said, batch.INSTANCE)
+        log.warning("%s; without --instance it runs on %s", said, batch.INSTANCE)
     with registry.located(aws, project, options.model) as model:
         role = roles.find_role(aws, project, options.role)
         if options.dry_run:

@@ -204,7 +204,7 @@ def run_train(options: Options, rest: Sequence[str]) -> None:
     if options.mlflow:
         values = {**values, "mlflow_uri": options.mlflow}  # what the training itself reports to
     if options.send_code:
-        source.groups_of(values)
+        source.require_sendable(values, options.debugger)
     aws = connected(options)
     image = image_of(options, aws.region)
     if options.debugger:

@@ -34,7 +34,14 @@ class Limits:
 
 
 LIMITS: dict[Kind, Limits] = {"realtime": Limits(25, 60), "serverless": Limits(4, 60), "async": Limits(1024, 3600)}
-"""In MiB and for an answer: https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_runtime_InvokeEndpoint.html"""
+"""In MiB and for an answer; an asynchronous one that asks for no InvocationTimeoutSeconds has 900 s.
+
+All kinds: https://docs.aws.amazon.com/sagemaker/latest/dg/hosting-faqs.html; serverless-endpoints-invoke.html and
+async-inference-invoke-endpoint.html there say more.
+"""
+DEFAULTS = {"CLASSIFIER_MAX_PAYLOAD_BYTES": "26214400", "CLASSIFIER_MAX_BODY_BYTES": "536870912"}
+"""The service's own: the bytes of one body, and of all at once, which are no fewer."""
+_NUMBER = re.compile(r"\d+(\.\d*)?")
 
 
 @dataclass(frozen=True)
@@ -117,16 +124,22 @@ def counts_of(kind: Kind, least: int | None, most: int | None) -> tuple[int, int
 
 
 def require_limits(kind: Kind, variables: Mapping[str, str]) -> None:
-    """Raises: ConfigError where the container's variables allow requests that AWS does not."""
+    """Raises: ConfigError where the container's variables allow requests that AWS does not, or end its start."""
     mb, timeout_s = LIMITS[kind].payload_mb, LIMITS[kind].timeout_s
     for name, most, shown in (
         ("CLASSIFIER_MAX_PAYLOAD_BYTES", mb * 2**20, f"sends {kind} endpoints no more than {mb} MB"),
         ("CLASSIFIER_DEADLINE_S", timeout_s, f"waits for {kind} endpoints no longer than {timeout_s} s"),
     ):
         given = variables.get(name, "")
-        if re.fullmatch(r"\d+(\.\d*)?", given) and float(given) > most:
+        if _NUMBER.fullmatch(given) and float(given) > most:
             more = "" if kind == "async" else ", or take --kind async"
             raise ConfigError(f"--env {name}={given}: AWS {shown}; give {most} at most{more}.")
+    payload, body = (variables.get(name) or default for name, default in DEFAULTS.items())
+    if _NUMBER.fullmatch(payload) and _NUMBER.fullmatch(body) and float(body) < float(payload):
+        raise ConfigError(
+            f"CLASSIFIER_MAX_BODY_BYTES={body}, all bodies at once, is less than CLASSIFIER_MAX_PAYLOAD_BYTES="
+            f"{payload}, and the container would not start; give --env CLASSIFIER_MAX_BODY_BYTES={payload} at least."
+        )
 
 
 def require_shadow(kind: Kind) -> None:

@@ -135,12 +135,13 @@ def _image(aws: Aws, uri: str, push: str) -> Check:
 
 
 def _drivers(plan: Plan) -> Iterator[Check]:
-    looks = [_training_driver, _hosting_driver]
+    looks: list[Callable[[Plan], Check | None]] = [_training_driver, _hosting_driver]
     if amis.has_gpu(plan.batch_instance):
         looks.append(_batch_driver)
     for look in looks:
         try:
-            yield look(plan)
+            if row := look(plan):
+                yield row
         except ConfigError as exc:
             yield failed("driver", exc)
 
@@ -192,31 +193,36 @@ def _hosting_driver(plan: Plan) -> Check:
     return Check("driver", "PASS", f"{instance} with {shown} runs the image's {brought}")
 
 
-def _batch_driver(plan: Plan) -> Check:
+def _batch_driver(plan: Plan) -> Check | None:
     instance, image = plan.batch_instance, _brought(plan, plan.batch_target)
     if image.cuda is None:
         return _without_cuda(instance, "--batch-instance", "serve")
     said = batch.caution(instance, image)
-    if not image.known:
-        return _unknown(f"{instance} with {amis.BATCH_AMI.name}", image, "serve")
+    if not image.uri:
+        return None  # there is none, which is said under "image"
     if said:
-        return Check("driver", "WARN", said, f"Without --batch-instance it is {batch.INSTANCE}, where none is needed.")
+        fix = f"Without --batch-instance it runs on {batch.INSTANCE}, which needs no driver."
+        return Check("driver", "WARN", said, fix if image.known else f"{fix}\n{_to_note(image, 'serve')}")
     return Check("driver", "PASS", f"{instance} with {amis.BATCH_AMI.name} runs the image's CUDA in a batch")
 
 
 def _unknown(where: str, image: images.Image, target: images.Target) -> Check:
     """The row for an image that was not noted: that it fits is not said of what nobody knows."""
     taken = amis.shown(image.cuda or amis.IMAGE_CUDA)
-    noted = json.dumps({target: {"uri": image.uri, "cuda": taken}})
     return Check(
         "driver", "WARN", f"{where} fits if the image that --image names brings CUDA {taken}, which is not known",
-        f"Note what it brings in {images.PUSHED}: {noted}",
+        _to_note(image, target),
     )  # fmt: skip
+
+
+def _to_note(image: images.Image, target: images.Target) -> str:
+    noted = json.dumps({target: {"uri": image.uri, "cuda": amis.shown(image.cuda or amis.IMAGE_CUDA)}})
+    return f"Note what it brings in {images.PUSHED}: {noted}"
 
 
 def _without_cuda(instance: str, flag: str, target: images.Target) -> Check:
     return Check(
-        "driver", "WARN", f"{instance} has a GPU, and the image, which has no CUDA, leaves it unused",
+        "driver", "WARN", amis.UNUSED.format(instance),
         f"Take another {flag}, or the image that `{images.PUSH.format(target)}` brings.",
     )  # fmt: skip
 
@@ -236,7 +242,7 @@ def _limits(plan: Plan) -> Iterator[Check]:
     yield Check(
         "limits", "PASS",
         f"requests up to {limits.payload_mb} MB, answers within {limits.timeout_s} s (AWS's; {larger}"
-        "with --env CLASSIFIER_MAX_PAYLOAD_BYTES=... and CLASSIFIER_DEADLINE_S=...), "
+        "with --env CLASSIFIER_MAX_PAYLOAD_BYTES=..., CLASSIFIER_MAX_BODY_BYTES=... and CLASSIFIER_DEADLINE_S=...), "
         f"containers ready within {startup_s} s",
     )  # fmt: skip
 

@@ -14,12 +14,12 @@ log = logging.getLogger("training")
 _DIRECTIONS = "north|south|east|west|central|northeast|northwest|southeast|southwest"
 
 
-class BadRegion(ConfigError):
+class RegionError(ConfigError):
     """No region is named, or none that AWS can have."""
 
 
 def look_at(session: boto3.Session, region: str) -> None:
-    """Raises: BadRegion where AWS can have no region of this name. Warns of one that boto3 does not list and whose
+    """Raises: RegionError where AWS can have no region of this name. Warns of one that boto3 does not list and whose
     name is made as AWS makes them: it may be newer than boto3."""
     known = [
         name
@@ -31,7 +31,7 @@ def look_at(session: boto3.Session, region: str) -> None:
     close = difflib.get_close_matches(region, known, 1)
     meant = f" Did you mean {close[0]}?" if close else ""
     if not _may_be(session, region):
-        raise BadRegion(f"Region {region}: regions look like eu-central-1, and AWS has none of this name.{meant}")
+        raise RegionError(f"Region {region}: regions look like eu-central-1, and AWS has none of this name.{meant}")
     log.warning(
         "boto3 %s lists no SageMaker in region %s; if it is newer than that, all is well.%s",
         boto3.__version__, region, meant,

@@ -62,7 +62,7 @@ _UNREAD = (KeyError, AttributeError, TypeError, ValueError, IndexError, Recursio
 _BOTOCORE, _JSON = Path(botocore.__file__).parent, Path(json.__file__).parent
 
 
-class NoRegion(regions.BadRegion):
+class NoRegion(regions.RegionError):
     """Neither a flag, the environment nor ~/.aws says in which region."""
 
 
@@ -281,7 +281,7 @@ class Aws:
 
 
 def connect(region: str | None = None, profile: str | None = None) -> Aws:
-    """The account that the environment, ~/.aws or this machine's role give. Raises: ConfigError, of which BadRegion."""
+    """The account that the environment, ~/.aws or this machine's role give. Raises: ConfigError (RegionError)."""
     try:
         session = boto3.Session(region_name=region, profile_name=profile)
     except ProfileNotFound as exc:
@@ -294,7 +294,7 @@ def connect(region: str | None = None, profile: str | None = None) -> Aws:
     try:
         validate_region_name(session.region_name)
     except InvalidRegionError as exc:
-        raise regions.BadRegion(
+        raise regions.RegionError(
             f"Region {session.region_name}: regions look like eu-central-1; give --region."
         ) from exc
     regions.look_at(session, session.region_name)

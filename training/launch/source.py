@@ -38,16 +38,18 @@ sys.exit(main())
 
 
 def groups_of(values: Mapping[str, str]) -> tuple[str, ...]:
-    """The groups of packages that a training with these hyperparameters needs.
-
-    Raises: ConfigError where it needs what cannot be sent.
-    """
-    if values.get("debugger") == "on":
-        raise ConfigError(
-            '--send-code: debugger = "on" in --recipe needs smdebug, whose old packages are sent to no other image; '
-            "leave the line out, or train in our own (`make image TARGET=train`, without --send-code)."
-        )
+    """The groups of packages that a training with these hyperparameters needs."""
     return ("training", "mlflow") if values.get("mlflow_uri") else ("training",)
+
+
+def require_sendable(values: Mapping[str, str], rules: bool = False) -> None:
+    """Raises: ConfigError where the training, or with `rules` AWS's, which read its tensors, need what is not sent."""
+    if rules or values.get("debugger") == "on":
+        given, what = ("--debugger", "it") if rules else ('debugger = "on" in --recipe', "the line")
+        raise ConfigError(
+            f"--send-code: {given} needs smdebug, whose old packages are sent to no other image; leave {what} out, or "
+            "train in our own (`make image TARGET=train`, without --send-code)."
+        )
 
 
 def archive(groups: Sequence[str] = ("training",), root: Path = ROOT) -> bytes:
@@ -74,7 +76,7 @@ def requirements(groups: Sequence[str] = ("training",), root: Path = ROOT) -> st
     Raises: ConfigError where one of them is not installed.
     """
     project = tomllib.loads((root / "pyproject.toml").read_text())
-    wanted = [(each, "make setup") for each in project["project"]["dependencies"]]
+    wanted = [(each, SETUP["training"]) for each in project["project"]["dependencies"]]
     wanted += [(each, SETUP[group]) for group in groups for each in project["dependency-groups"][group]]
     lines = []
     for each, setup in wanted:
