@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,11 @@ def test_make_rehearse_from_a_fresh_clone_passes_and_leaves_nothing(tmp_path: Pa
         assert [role["RoleName"] for role in cloud.client("iam").list_roles()["Roles"]] == ["resnet34-sagemaker"]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_make_setup_sagemaker_and_make_notebook_from_a_fresh_clone_open_the_notebook(tmp_path: Path) -> None:
@@ -80,6 +86,9 @@ def test_make_setup_sagemaker_and_make_notebook_from_a_fresh_clone_open_the_note
             assert make.poll() is None, log.read_text()
             time.sleep(0.2)
         # Its root is the folder of what it was told to open.
+        while not listens(port):  # it tells its address before that
+            assert make.poll() is None, log.read_text()
+            time.sleep(0.2)
         asked = f"http://127.0.0.1:{port}/api/contents/{NOTEBOOK.name}?token=known"
         with urllib.request.urlopen(asked, timeout=60) as answer:
             served = json.loads(answer.read())["content"]["cells"]

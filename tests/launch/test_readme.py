@@ -20,8 +20,10 @@ from training.launch.session import connect
 
 VALUES = {"--capture-percent": "20", "--min": "1", "--max": "2", "--kind": "async"}
 """For flags that are named alone."""
-ELSEWHERE = {"--profile", "--region", "--asynchronous", "--checkpoints"}
-"""Named alone as well: of every command, of one whose endpoint no dry run has (test_targets), and what is refused."""
+ELSEWHERE = {"--profile", "--region", "--asynchronous", "--checkpoints", "--mlflow"}
+"""Named alone as well: of every command, of one whose endpoint no dry run has (test_targets), what is refused, and what
+takes the address of a server (test_channels).
+"""
 
 
 def named() -> list[list[str]]:
