@@ -192,7 +192,7 @@ def test_ping_is_answered_while_predictions_run() -> None:
     with serve(engine, max_batch=1) as served, ThreadPoolExecutor(4) as clients:
         engine.delay_s = 1
         warmed_up = len(engine.batch_sizes)
-        busy = [clients.submit(served.ask, "POST", "/invocations", png()) for _ in range(4)]
+        busy = [clients.submit(served.ask, "POST", "/invocations", jpeg()) for _ in range(4)]
         served.until(lambda: len(engine.batch_sizes) > warmed_up)
         assert served.ask("GET", "/ping").status == 200
         assert not all(request.done() for request in busy)
@@ -203,7 +203,7 @@ def test_requests_under_load_are_batched_and_each_gets_its_own_answer() -> None:
     engine = FakeEngine(256, delay_s=0.02)
     with serve(engine) as served, ThreadPoolExecutor(32) as clients:
         warmed_up = len(engine.batch_sizes)
-        replies = list(clients.map(lambda grey: served.ask("POST", "/invocations", png(grey)), range(200)))
+        replies = list(clients.map(lambda grey: served.ask("POST", "/invocations", jpeg(grey)), range(200)))
     assert [reply.json["predictions"][0]["label"] for reply in replies] == [f"grey {grey}" for grey in range(200)]
     assert max(engine.batch_sizes[warmed_up:]) > 1
 

@@ -476,7 +476,7 @@ def test_beyond_the_bound_of_busy_connections_new_ones_are_told(status: int, mon
         engine.delay_s = 3
         busy = [stack.enter_context(closing(connect(served))) for _ in range(10)]
         for client in busy:
-            client.sendall(request(png(1)))
+            client.sendall(request(jpeg(1)))
         served.until(lambda: served.app.state.runtime.admission.under_way == 10)
         with connect(served) as late:
             assert refusal(until_closed(late)) == (status, "overloaded")
