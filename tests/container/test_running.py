@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 
 Image = Callable[[str], str]
 START_S, START_PROCESSOR_S = 3, 20
-"""Of serve-cpu: what is wanted by the clock, and what it may compute on any machine: 10 s were seen where two cores had a
-load of 19 (one run)."""
+"""Of serve-cpu: what is wanted by the clock, and what it may compute on any machine: 10 s were seen where two cores had
+a load of 19 (one run)."""
 
 
 def health(name: str) -> str:
