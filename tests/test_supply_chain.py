@@ -4,18 +4,18 @@ import importlib.util
 import json
 import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.conftest import answered_by
 from tests.service.served import png
 
 ROOT = Path(__file__).parent.parent
@@ -45,15 +45,8 @@ def database(vulnerabilities: dict[str, Any], status: int = 200) -> Iterator[str
 
         def log_message(self, *_: Any) -> None: ...
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1/query"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answered_by(Handler) as url:
+        yield f"{url}/v1/query"
 
 
 def audit(

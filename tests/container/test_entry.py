@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 from container import entry
 from container.healthcheck import port
-from tests.conftest import environment, free_port
+from tests.conftest import answered_by, environment, free_port
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -187,13 +186,9 @@ def test_the_healthcheck_is_as_strict_as_sagemaker(status: int, delay_s: float, 
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        environ = {**os.environ, "CLASSIFIER_PORT": str(server.server_port)}
+    with answered_by(Handler) as url:
+        environ = {**os.environ, "CLASSIFIER_PORT": url.rpartition(":")[2]}
         command = [sys.executable, "-I", "-S", str(ROOT / "container" / "healthcheck.py")]
         result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
-        server.shutdown()
-        thread.join()
     assert result.returncode == code
     assert said in result.stdout

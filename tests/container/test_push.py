@@ -19,7 +19,6 @@ import ssl
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from container.ecr import LIFECYCLE, PUSH_ACTIONS, Ecr, policy
 from container.engine import ContainerError, docker
 from container.push import _logged_in, _push_sentence, content_tag, note
 from container.registry import OTHERS, SCHEMA_2, Pushed
-from tests.conftest import free_port
+from tests.conftest import answered_by, free_port
 from tests.container.debian import unpack
 from training.launch.images import Image, image_for
 
@@ -172,14 +171,8 @@ def refuses(code: str) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with answered_by(Refusal) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Server
+from tests.conftest import Server, answered_by
 from tests.launch.telling import told
 from training import progress
 from training.errors import ConfigError
@@ -58,13 +58,8 @@ def answering(*answers: tuple[int, dict[str, str], object]) -> Iterator[tuple[st
 
         def log_message(self, *_: Any) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", times
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answered_by(Handler) as url:
+        yield url, times
 
 
 def problem(code: str, **more: object) -> dict[str, object]:

@@ -401,7 +401,7 @@ def test_an_image_that_is_looked_at_twice_has_its_time_once(monkeypatch: pytest.
     assert limits[1] < 29.9
 
 
-def test_a_process_that_hangs_as_it_starts_holds_up_no_image(
+def test_a_process_that_hangs_as_it_starts_holds_up_images_for_a_moment_at_most(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoding, "SLOW_START_S", 0.2)

@@ -1,8 +1,8 @@
 """Batch transform: a folder of images classified by a job that starts, answers and ends.
 
 On processors by itself: AWS's hosts for batch transform have driver 535 at most, no CUDA 13 (`TransformAmiVersion` in
-botocore's model, 2026-11-22). On a GPU the image that has CUDA goes through forward compatibility. One
-image a request: pictures have no lines. The container's /execution-parameters say the rest.
+botocore's model, 2026-11-22). On a GPU the image that has CUDA goes through forward compatibility. One image a request:
+pictures have no lines. The container's /execution-parameters say the rest.
 """
 
 import hashlib
