@@ -1,12 +1,13 @@
 """Fail when a locked dependency of the service has a known vulnerability that audit-allow.toml does not accept.
 
 What the service installs (the base dependencies and the group `tracing`, for this platform) is exported from uv.lock
-and given to pip-audit, which asks OSV (https://osv.dev) about each package. Where OSV cannot be asked, this says so,
-and what was read by hand stands for it: of each package advisories.md must have a row at this very version, read
-within sixty days, that does not call it affected or names what is accepted.
+and given to pip-audit, which asks OSV (https://osv.dev) about each package. Where OSV cannot be asked, this says so
+and asks PyPI, which has the advisories of PyPA and GitHub too (https://docs.pypi.org/api/json/); a mirror of it may
+answer for the newest release alone. Of what PyPI is silent about, what was read by hand stands: advisories.md must have
+a row at this very version, read within sixty days, that does not call it affected or names what is accepted.
 
-Exit status: 0 no vulnerability that is not accepted, by OSV or as read by hand; 1 such a one, an entry of the list that
-has ended, or, where OSV cannot be asked, a package that was not read at its version or too long ago.
+Exit status: 0 no vulnerability that is not accepted, by OSV, by PyPI or as read by hand; 1 such a one, an entry of the
+list that has ended, or a package that neither answers for and that was not read at its version or too long ago.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import tempfile
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 OSV = "https://api.osv.dev/v1/query"
+PYPI = "https://pypi.org/pypi"
+ANSWER_LIMIT_S = 15
 LONGEST = timedelta(days=184)
 GROUPS = ("tracing",)
 FIELDS = {"id": str, "package": str, "reason": str, "since": date, "until": date}
@@ -61,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--osv-url", default=OSV, help="where to ask (default: %(default)s)")
     parser.add_argument("--allow", type=Path, default=Path(__file__).parent / "audit-allow.toml", help="accepted ones")
+    parser.add_argument("--pypi-url", default=PYPI, help="where to ask if not there (default: %(default)s)")
     advisories = Path(__file__).parent / "advisories.md"
     parser.add_argument("--advisories", type=Path, default=advisories, help="what was read by hand, and when")
     parser.add_argument("--requirements", type=Path, help="audit these instead of what uv.lock has for the service")
@@ -74,9 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             packages = asked(requirements, options.osv_url)
             said = f"{len(packages)} packages asked about"
         else:
-            packages, days, unread = read(pinned(requirements.read_text()), options.advisories)
-            said = f"{options.osv_url} cannot be asked for known vulnerabilities from here ({why}); {len(packages)} "
-            said += f"packages are as read by hand on {' and '.join(map(str, days)) or 'no day'}"
+            wanted = pinned(requirements.read_text())
+            answered = from_pypi(wanted, options.pypi_url)
+            packages, days, unread = read(wanted, answered, options.advisories)
+            said = f"{options.osv_url} cannot be asked for known vulnerabilities from here ({why}); of {len(packages)} "
+            said += f"packages PyPI answered for {len(answered)}, the others are as read by hand on "
+            said += " and ".join(map(str, days)) or "no day"
             problems += unread + too_old(options.advisories.name, days, today)
     found, unused, accepted = judged(packages, allowed)
     problems += found
@@ -135,25 +143,32 @@ def read_rows(path: Path) -> tuple[dict[tuple[str, str], Row], list[str]]:
     return rows, problems
 
 
-def read(packages: list[tuple[str, str]], path: Path) -> tuple[list[dict[str, Any]], list[date], list[str]]:
-    """What was read by hand of each package, as pip-audit would say it; when; a sentence for each that was not read."""
+def read(
+    packages: Iterable[tuple[str, str]], answered: dict[tuple[str, str], list[dict[str, Any]]], path: Path
+) -> tuple[list[dict[str, Any]], list[date], list[str]]:
+    """What was answered and read by hand of each package, as pip-audit would say it.
+
+    Also returns the days of the readings that stand alone, and a sentence for each package that has neither.
+    """
     rows, problems = read_rows(path)
-    if problems and not rows:
-        return [], [], problems
     there: list[dict[str, Any]] = []
     days = set()
     for name, version in packages:
-        if row := rows.get((name, version)):
-            fixed = [f"what {path.name} tells"]
-            vulnerabilities = [{"id": each, "aliases": [], "fix_versions": fixed} for each in row.ids]
-            there.append({"name": name, "version": version, "vulns": vulnerabilities})
-            days.add(row.day)
-        else:
+        row, vulnerabilities = rows.get((name, version)), answered.get((name, version), [])
+        if row is None and (name, version) not in answered:
             others = " and ".join(each for of, each in rows if of == name) or "no version of it"
             problems.append(
                 f"{name} {version} is locked, what was read by hand is {others}: read the advisories of {version} and "
-                f"add its row to {path.name}, or run this where api.osv.dev can be reached"
+                f"add its row to {path.name}, or run this where api.osv.dev or pypi.org answers for it"
             )
+            continue
+        if row is not None:
+            named = {each for told in vulnerabilities for each in (told["id"], *told["aliases"])}
+            fixed = [f"what {path.name} tells"]
+            more = [{"id": each, "aliases": [], "fix_versions": fixed} for each in row.ids if each not in named]
+            vulnerabilities = [*vulnerabilities, *more]
+            days |= {row.day} if (name, version) not in answered else set()
+        there.append({"name": name, "version": version, "vulns": vulnerabilities})
     return there, sorted(days), problems
 
 
@@ -173,11 +188,37 @@ def unreachable(url: str) -> str | None:
     question = json.dumps({"package": {"name": "pip", "ecosystem": "PyPI"}, "version": "1.0"}).encode()
     request = urllib.request.Request(url, question, {"Content-Type": "application/json"})  # noqa: S310  # ours
     try:
-        with urllib.request.urlopen(request, timeout=15) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=ANSWER_LIMIT_S) as answer:  # noqa: S310
             json.load(answer)
     except (OSError, ValueError) as exc:
         return str(exc.reason if isinstance(exc, urllib.error.URLError) else exc) or type(exc).__name__
     return None
+
+
+def from_pypi(packages: Iterable[tuple[str, str]], url: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What PyPI says of each package, as pip-audit would say it; without those for whose version it has no answer."""
+    packages = list(packages)
+
+    def vulnerabilities(package: tuple[str, str]) -> list[dict[str, Any]] | None:
+        name, version = package
+        for address in (f"{url}/{name}/{version}/json", f"{url}/{name}/json"):
+            try:
+                with urllib.request.urlopen(address, timeout=ANSWER_LIMIT_S) as response:  # noqa: S310  # ours
+                    told = json.load(response)
+                if told["info"]["version"] == version:
+                    return [
+                        {"id": each["id"], "aliases": each["aliases"], "fix_versions": each["fixed_in"]}
+                        for each in told["vulnerabilities"] if not each.get("withdrawn")
+                    ]  # fmt: skip
+            except urllib.error.HTTPError:
+                continue
+            except (OSError, ValueError, LookupError, TypeError):
+                break
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        said = zip(packages, pool.map(vulnerabilities, packages), strict=True)
+        return {package: found for package, found in said if found is not None}
 
 
 def exported(requirements: Path) -> Path:

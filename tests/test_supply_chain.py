@@ -49,14 +49,36 @@ def database(vulnerabilities: dict[str, Any], status: int = 200) -> Iterator[str
         yield f"{url}/v1/query"
 
 
+@contextmanager
+def pypi(newest: dict[str, str], vulnerabilities: dict[str, Any], versions: bool) -> Iterator[str]:
+    """One that speaks PyPI's protocol (https://docs.pypi.org/api/json/); as mirrors do, perhaps of the newest alone."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            _, name, *version, _ = self.path.split("/")
+            known = name in newest and (versions or not version)
+            told = {"info": {"version": "".join(version) or newest.get(name)}}
+            body = json.dumps(told | {"vulnerabilities": vulnerabilities.get(name, [])}).encode() if known else b""
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with answered_by(Handler) as url:
+        yield url
+
+
 def audit(
-    tmp_path: Path, url: str, allow: str = "", requirements: str = "jinja2==3.1.2\nidna==3.10\n", read: str = ""
-) -> Any:
+    tmp_path: Path, url: str, allow: str = "", requirements: str = "jinja2==3.1.2\nidna==3.10\n", read: str = "",
+    pypi_url: str = "http://127.0.0.1:9",
+) -> Any:  # fmt: skip
     (tmp_path / "allow.toml").write_text(allow)
     (tmp_path / "requirements.txt").write_text(requirements)
     (tmp_path / "advisories.md").write_text(read or table(TODAY, JINJA_ROW, IDNA_ROW))
-    command = [sys.executable, str(AUDIT), "--osv-url", url, "--allow", str(tmp_path / "allow.toml")]
-    command += ["--advisories", str(tmp_path / "advisories.md")]
+    command = [sys.executable, str(AUDIT), "--osv-url", url, "--pypi-url", pypi_url]
+    command += ["--allow", str(tmp_path / "allow.toml"), "--advisories", str(tmp_path / "advisories.md")]
     return subprocess.run(
         [*command, "--requirements", str(tmp_path / "requirements.txt")], capture_output=True, text=True, timeout=120
     )
@@ -116,7 +138,8 @@ def test_without_a_database_one_line_says_what_was_read_by_hand_and_when(tmp_pat
             assert (result.returncode, result.stderr) == (0, "")
             (line,) = result.stdout.splitlines()
             assert line.startswith(f"audit: {url} cannot be asked for known vulnerabilities from here (")
-            assert line.endswith(f"; 2 packages are as read by hand on {TODAY}, 0 vulnerabilities accepted")
+            assert line.endswith(f"the others are as read by hand on {TODAY}, 0 vulnerabilities accepted")
+            assert "of 2 packages PyPI answered for 0" in line
 
 
 def test_what_was_read_by_hand_counts_for_sixty_days_where_no_database_can_be_asked(tmp_path: Path) -> None:
@@ -136,7 +159,7 @@ def test_the_oldest_reading_of_what_is_installed_counts(tmp_path: Path) -> None:
     old, new = TODAY - timedelta(days=61), TODAY - timedelta(days=1)
     relied_on = audit(tmp_path, NOWHERE, read=table(old, IDNA_ROW) + table(new, JINJA_ROW))
     assert relied_on.returncode == 1 and "was read 61 days ago" in relied_on.stderr
-    assert f"2 packages are as read by hand on {old} and {new}" in relied_on.stdout
+    assert f"the others are as read by hand on {old} and {new}" in relied_on.stdout
     other = table(old, JINJA_ROW, "| flask | 3.0.0 | 3.1.0 | none | no |") + table(new, JINJA_ROW, IDNA_ROW)
     assert audit(tmp_path, NOWHERE, read=other).returncode == 0
 
@@ -148,7 +171,7 @@ def test_without_a_database_a_version_that_nobody_read_fails(tmp_path: Path) -> 
     assert upgraded.startswith("audit: jinja2 3.1.6 is locked, what was read by hand is 3.1.2: read the advisories of")
     assert unknown.startswith("audit: flask 3.0.0 is locked, what was read by hand is no version of it: ")
     elsewhere = audit(tmp_path, NOWHERE, requirements="flask==3.0.0 ; python_version < '3'\nidna==3.10\n")
-    assert elsewhere.returncode == 0 and "1 packages are as read by hand" in elsewhere.stdout
+    assert elsewhere.returncode == 0 and "of 1 packages PyPI answered for 0" in elsewhere.stdout
 
 
 def test_without_a_database_what_was_read_as_affected_fails_unless_accepted(tmp_path: Path) -> None:
@@ -167,6 +190,33 @@ def test_without_a_database_what_was_read_as_affected_fails_unless_accepted(tmp_
     assert read(both + 'version = "3.1.2"\n').returncode == 0
     another = read(both + 'version = "3.1.1"\n')
     assert another.returncode == 1 and "CVE-2024-34064" in another.stderr
+
+
+ESCAPE = {"id": "PYSEC-2024-1", "aliases": ["CVE-2024-22195"], "fixed_in": ["3.1.3"], "withdrawn": None}
+
+
+@pytest.mark.parametrize("versions", [True, False])
+def test_where_osv_cannot_be_asked_pypi_is(tmp_path: Path, versions: bool) -> None:
+    """Of every version, or as a mirror has it of the newest alone; what it is silent about is as read by hand."""
+    idna_row = table(TODAY, IDNA_ROW)
+    with pypi({"jinja2": "3.1.2"}, {"jinja2": [ESCAPE, ESCAPE | {"id": "GONE", "withdrawn": "2024"}]}, versions) as url:
+        found = audit(tmp_path, NOWHERE, read=idna_row, pypi_url=url)
+        accepted = audit(tmp_path, NOWHERE, entry(TODAY, SOON), read=idna_row, pypi_url=url)
+        silent = audit(tmp_path, NOWHERE, read=table(TODAY, JINJA_ROW), pypi_url=url)
+        read_too = audit(tmp_path, NOWHERE, entry(TODAY, SOON), read=table(TODAY, AFFECTED_ROW, IDNA_ROW), pypi_url=url)
+    assert found.returncode == 1 and "GONE" not in found.stderr
+    assert "jinja2 3.1.2 has the known vulnerability CVE-2024-22195, PYSEC-2024-1 (mended in 3.1.3)" in found.stderr
+    assert accepted.returncode == 0
+    assert f"of 2 packages PyPI answered for 1, the others are as read by hand on {TODAY}, 1 vuln" in accepted.stdout
+    assert silent.returncode == 1 and "idna 3.10 is locked, what was read by hand is no version" in silent.stderr
+    assert read_too.returncode == 1 and "CVE-2024-34064 (mended in what advisories.md tells)" in read_too.stderr
+
+
+def test_of_an_older_version_a_mirror_of_the_newest_says_nothing(tmp_path: Path) -> None:
+    with pypi({"jinja2": "3.1.6", "idna": "3.20"}, {}, versions=False) as url:
+        result = audit(tmp_path, NOWHERE, read=table(TODAY, AFFECTED_ROW, IDNA_ROW), pypi_url=url)
+    assert result.returncode == 1 and "CVE-2024-22195" in result.stderr
+    assert "PyPI answered for 0" in result.stdout
 
 
 @pytest.mark.parametrize(
