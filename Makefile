@@ -23,6 +23,9 @@ CLOUD_ARGS =
 # Also where `MODEL=` says nothing.
 override MODEL := $(or $(MODEL),artifacts/model)
 
+# Once, when packages are installed, else each process that imports torch takes 3 s longer wherever Python may write none.
+export UV_COMPILE_BYTECODE := 1
+
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 PYTHON := .venv/bin/python
 DEVELOP := --group training --group dev --group debugger --group mlflow

@@ -106,12 +106,18 @@ class Decoders:
         self._idle: list[_Process] = []
         self._jobs: set[asyncio.Task[RgbImage]] = set()
         self._first: _Process | None = None  # while it may be starting
+        self._opened = False
         self._closed = False
 
     def open(self) -> None:
-        """Begin to start the first process, for which only images wait. Starting takes a core for 0.25 s."""
-        self._replace()
-        self._first = next(iter(self._idle), None)
+        """Begin to start the first process, for which only images wait. Starting takes a core for 0.25 s.
+
+        The first image that needs one does so too.
+        """
+        if not self._opened:
+            self._opened = True
+            self._replace()
+            self._first = next(iter(self._idle), None)
 
     async def close(self) -> None:
         """End the processes; images under way get CancelledError, later ones Overloaded."""
@@ -158,6 +164,7 @@ class Decoders:
 
     async def _first_start(self) -> None:
         """Wait a while for the first process, as nobody is busy with others while there is none."""
+        self.open()
         while self._first is not None:
             if self._first.poll() is None and 0 < self._first.starting_s() < FIRST_START_S:
                 await asyncio.sleep(0.01)

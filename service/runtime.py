@@ -48,6 +48,9 @@ GC_OBJECTS = 20_000
 event loop took 0.67 ms a photograph, with this 0.60 (four runs each in turns, 2 cores of a Xeon with AMX, not alone
 there, Python 3.11)."""
 
+SETTLES_AFTER_S = 0.05
+"""How often it is looked whether all workers are ready."""
+
 WATCH_S = 1.0
 """How often it is looked whether the engine has come back."""
 
@@ -92,7 +95,7 @@ class Runtime:
         self._worker, self._states = worker, worker.states() if worker else None
         device = worker.index % max(1, gpus()) if worker else 0
         threads = worker.share(settings.engine_threads) if worker else settings.engine_threads
-        self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch)
+        self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch, settles=True)
         self._on_failure = on_failure
         self.admission = Admission(
             settings.max_images, settings.max_body_bytes, settings.deadline_s, settings.max_queue_s,
@@ -105,6 +108,7 @@ class Runtime:
         self._predictor: Predictor | None = None
         self._starting: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
         self._held = ExitStack()
 
     @property
@@ -164,6 +168,8 @@ class Runtime:
             await self._starting
         if self._watching is not None:
             self._watching.cancel()
+        if self._settling is not None:
+            await self._settling
         if self._predictor is not None:
             await self._predictor.batcher.close()
         self._engine_threads.shutdown(wait=False)
@@ -247,10 +253,10 @@ class Runtime:
         gc.set_threshold(GC_OBJECTS, *gc.get_threshold()[1:])
         gc.enable()
         if not self.stopping:
-            self._decoders.open()  # not before: starting takes a core for a quarter of a second
             if self._worker is not None and self._states is not None:
                 self._states.tell_ready(self._worker.index)
             self._log_ready(classifier)
+            self._settling = loop.create_task(self._settle(classifier), name="settle")
 
     def _note_failure(self, failures: int) -> None:
         """Of the engine, on so many batches in a row."""
@@ -302,6 +308,18 @@ class Runtime:
         largest = self._max_batch(classifier)
         for size in sorted({1, largest, *(size for size in classifier.engine.warm_sizes if size < largest)}):
             classifier.classify([image] * size)
+
+    async def _settle(self, classifier: Classifier) -> None:
+        """Do what takes a core for a while, and may wait until all workers answer."""
+        while self._states is not None and not self._states.all_were_ready():
+            if self.stopping:
+                return
+            await asyncio.sleep(SETTLES_AFTER_S)
+        self._decoders.open()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._engine_threads, classifier.engine.settle)
+        except EngineUnavailable as exc:  # it answers without
+            log.warning("images that come alone are not answered faster: %s", exc)
 
     def _max_batch(self, classifier: Classifier) -> int:
         return min(self.settings.max_batch, classifier.engine.best_batch)

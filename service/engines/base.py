@@ -37,3 +37,7 @@ class Engine(Protocol):
     def infer(self, batch: PixelBatch) -> Logits:
         """uint8 `[N, S, S, 3]` -> float32 `[N, K]`: as many rows as given, in the same order. N >= 1."""
         ...
+
+    def settle(self) -> None:
+        """Do what makes it faster and may wait until it answers; where the layout says that this is called."""
+        ...

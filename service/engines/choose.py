@@ -30,6 +30,8 @@ class Layout:
     """Number of the GPU."""
     max_batch: int = 32
     """Images the engine will get at once, at most."""
+    settles: bool = False
+    """Whether `Engine.settle` will be called; else all is done before the engine is given."""
 
     @classmethod
     def default(cls) -> "Layout":
@@ -112,7 +114,10 @@ def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
 
         precisions: dict[str, Literal["fp32", "bf16", "int8"]]
         precisions = {"openvino-fp32": "fp32", "openvino-bf16": "bf16", "openvino-int8": "int8"}
-        return OpenVinoEngine(artifact, precisions[name], layout.threads, layout.alone_threads or layout.threads)
+        engine = OpenVinoEngine(artifact, precisions[name], layout.threads, layout.alone_threads or layout.threads)
+        if not layout.settles:
+            engine.settle()
+        return engine
     except ImportError as exc:
         raise EngineUnavailable(
             f"The engine {name} needs a package that is not installed ({exc}); choose another of "

@@ -45,6 +45,9 @@ class CudaEngine:
         parts = [batch[start : start + self.best_batch] for start in range(0, len(batch), self.best_batch)]
         return np.concatenate([self._infer(part) for part in parts])
 
+    def settle(self) -> None:
+        """See `Engine.settle`."""
+
     def _infer(self, batch: PixelBatch) -> Logits:
         captured = self._graphs[min(size for size in self._graphs if size >= len(batch))]
         # The static memory was made in inference mode, and can be written in it alone.

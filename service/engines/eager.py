@@ -31,3 +31,6 @@ class EagerEngine:
         with torch.inference_mode():
             logits: Logits = self._network(torch.from_numpy(np.ascontiguousarray(batch))).numpy()
         return logits
+
+    def settle(self) -> None:
+        """See `Engine.settle`."""

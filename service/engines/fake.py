@@ -32,3 +32,6 @@ class FakeEngine:
         mean = batch.reshape(len(batch), -1).mean(axis=1, dtype=np.float32)  # [N]
         logits: Logits = -np.abs(mean[:, None] - np.arange(self.num_classes, dtype=np.float32))  # [N, K]
         return logits
+
+    def settle(self) -> None:
+        """See `Engine.settle`."""

@@ -129,6 +129,15 @@ def test_each_engine_names_the_sizes_to_be_warmed_up(engine: Make, artifact: Pat
     assert (made.best_batch, tuple(made.warm_sizes)) == (98, ())
 
 
+def test_an_engine_that_settles_later_answers_meanwhile(model: Artifact) -> None:
+    made = create(model, "openvino-fp32", Layout(threads=2, settles=True))
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    before = made.infer(images)
+    made.settle()
+    made.settle()
+    np.testing.assert_allclose(made.infer(images), before, rtol=1e-4, atol=1e-4 * np.abs(before).max())
+
+
 def test_a_graph_that_openvino_refuses_to_rewrite_makes_the_engine_unavailable(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
