@@ -2,7 +2,7 @@
 
 What the service installs (the base dependencies and the group `tracing`, for this platform) is exported from uv.lock
 and given to pip-audit, which asks OSV (https://osv.dev) about each package. Where OSV cannot be asked, this says so
-and asks PyPI, which has the advisories of PyPA and GitHub too (https://docs.pypi.org/api/json/); a mirror of it may
+and asks PyPI (https://docs.pypi.org/api/json/, `vulnerabilities`), as pip-audit does by default; a mirror of it may
 answer for the newest release alone. Of what PyPI is silent about, what was read by hand stands: advisories.md must have
 a row at this very version, read within sixty days, that does not call it affected or names what is accepted.
 
@@ -11,6 +11,7 @@ list that has ended, or a package that neither answers for and that was not read
 """
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -82,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wanted = pinned(requirements.read_text())
             answered = from_pypi(wanted, options.pypi_url)
             packages, days, unread = read(wanted, answered, options.advisories)
-            said = f"{options.osv_url} cannot be asked for known vulnerabilities from here ({why}); of {len(packages)} "
-            said += f"packages PyPI answered for {len(answered)}, the others are as read by hand on "
-            said += " and ".join(map(str, days)) or "no day"
+            said = f"{options.osv_url} cannot be asked for known vulnerabilities from here ({why}); of {len(wanted)} "
+            said += f"packages PyPI answered for {len(answered)}"
+            if days:
+                said += f", the others are as read by hand on {' and '.join(map(str, days))}"
             problems += unread + too_old(options.advisories.name, days, today)
     found, unused, accepted = judged(packages, allowed)
     problems += found
@@ -151,6 +153,8 @@ def read(
     Also returns the days of the readings that stand alone, and a sentence for each package that has neither.
     """
     rows, problems = read_rows(path)
+    if problems and not rows:
+        packages = [each for each in packages if each in answered]
     there: list[dict[str, Any]] = []
     days = set()
     for name, version in packages:
@@ -167,7 +171,8 @@ def read(
             fixed = [f"what {path.name} tells"]
             more = [{"id": each, "aliases": [], "fix_versions": fixed} for each in row.ids if each not in named]
             vulnerabilities = [*vulnerabilities, *more]
-            days |= {row.day} if (name, version) not in answered else set()
+            if (name, version) not in answered:
+                days.add(row.day)
         there.append({"name": name, "version": version, "vulns": vulnerabilities})
     return there, sorted(days), problems
 
@@ -178,8 +183,8 @@ def too_old(name: str, days: list[date], today: date) -> list[str]:
     if age <= timedelta(days=READ_DAYS):
         return []
     return [
-        f"{name} was read {age.days} days ago, {READ_DAYS} are allowed where no database can be asked: run this where "
-        "api.osv.dev can be reached, or read the advisories of those rows anew and give them the new date"
+        f"{name} was read {age.days} days ago, {READ_DAYS} are allowed where no database answers: run this where "
+        "api.osv.dev or pypi.org does, or read the advisories of those rows anew and give them the new date"
     ]
 
 
@@ -190,14 +195,13 @@ def unreachable(url: str) -> str | None:
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_LIMIT_S) as answer:  # noqa: S310
             json.load(answer)
-    except (OSError, ValueError) as exc:
+    except (OSError, http.client.HTTPException, ValueError) as exc:
         return str(exc.reason if isinstance(exc, urllib.error.URLError) else exc) or type(exc).__name__
     return None
 
 
-def from_pypi(packages: Iterable[tuple[str, str]], url: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def from_pypi(packages: Sequence[tuple[str, str]], url: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """What PyPI says of each package, as pip-audit would say it; without those for whose version it has no answer."""
-    packages = list(packages)
 
     def vulnerabilities(package: tuple[str, str]) -> list[dict[str, Any]] | None:
         name, version = package
@@ -212,7 +216,7 @@ def from_pypi(packages: Iterable[tuple[str, str]], url: str) -> dict[tuple[str, 
                     ]  # fmt: skip
             except urllib.error.HTTPError:
                 continue
-            except (OSError, ValueError, LookupError, TypeError):
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
                 break
         return None
 

@@ -178,7 +178,7 @@ class Metrics:
     @contextmanager
     def watching(self, gauges: Gauges) -> Iterator[None]:
         """Write `gauges` down every second, on the running event loop, for the worker that is asked for them."""
-        import asyncio  # here, as a supervisor needs none: 0.05 s of its start
+        import asyncio  # here, because a supervisor needs none
 
         self.gauges = gauges
         loop = asyncio.get_running_loop()

@@ -48,7 +48,7 @@ GC_OBJECTS = 20_000
 event loop took 0.67 ms a photograph, with this 0.60 (four runs each in turns, 2 cores of a Xeon with AMX, not alone
 there, Python 3.11)."""
 
-SETTLES_AFTER_S = 0.05
+LOOK_AGAIN_S = 0.05
 """How often it is looked whether all workers are ready."""
 
 WATCH_S = 1.0
@@ -108,7 +108,7 @@ class Runtime:
         self._predictor: Predictor | None = None
         self._starting: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._settling: asyncio.Task[None] | None = None
+        self._finishing: asyncio.Task[None] | None = None
         self._held = ExitStack()
 
     @property
@@ -168,8 +168,8 @@ class Runtime:
             await self._starting
         if self._watching is not None:
             self._watching.cancel()
-        if self._settling is not None:
-            await self._settling
+        if self._finishing is not None:
+            await self._finishing
         if self._predictor is not None:
             await self._predictor.batcher.close()
         self._engine_threads.shutdown(wait=False)
@@ -256,7 +256,7 @@ class Runtime:
             if self._worker is not None and self._states is not None:
                 self._states.tell_ready(self._worker.index)
             self._log_ready(classifier)
-            self._settling = loop.create_task(self._settle(classifier), name="settle")
+            self._finishing = loop.create_task(self._finish_start(classifier), name="finish start")
 
     def _note_failure(self, failures: int) -> None:
         """Of the engine, on so many batches in a row."""
@@ -309,17 +309,18 @@ class Runtime:
         for size in sorted({1, largest, *(size for size in classifier.engine.warm_sizes if size < largest)}):
             classifier.classify([image] * size)
 
-    async def _settle(self, classifier: Classifier) -> None:
+    async def _finish_start(self, classifier: Classifier) -> None:
         """Do what takes a core for a while, and may wait until all workers answer."""
-        while self._states is not None and not self._states.all_were_ready():
-            if self.stopping:
-                return
-            await asyncio.sleep(SETTLES_AFTER_S)
+        while self._states is not None and not self._states.all_were_ready() and not self.stopping:
+            await asyncio.sleep(LOOK_AGAIN_S)
+        if self.stopping:
+            return
         self._decoders.open()
         try:
             await asyncio.get_running_loop().run_in_executor(self._engine_threads, classifier.engine.settle)
-        except EngineUnavailable as exc:  # it answers without
-            log.warning("images that come alone are not answered faster: %s", exc)
+        except Exception as exc:  # the service answers without: told, whatever it is
+            trace = None if isinstance(exc, EngineUnavailable) else exc
+            log.warning("images that come alone are answered no faster than others: %s", exc, exc_info=trace)
 
     def _max_batch(self, classifier: Classifier) -> int:
         return min(self.settings.max_batch, classifier.engine.best_batch)

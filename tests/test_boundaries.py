@@ -76,7 +76,7 @@ def test_the_http_side_imports_without_torch() -> None:
 
 
 def test_the_supervisor_imports_little_because_the_workers_wait_for_it() -> None:
-    heavy = {"numpy", "openvino", "PIL", "fastapi", "starlette", "uvicorn", "torch"}
+    heavy = {"numpy", "openvino", "PIL", "fastapi", "starlette", "uvicorn", "torch", "asyncio", "pydantic_settings"}
     assert not tops(imported_by(["service.__main__"])) & heavy
 
 

@@ -149,8 +149,8 @@ def test_what_was_read_by_hand_counts_for_sixty_days_where_no_database_can_be_as
     assert audit(tmp_path, NOWHERE, read=read(60)).returncode == 0
     late = audit(tmp_path, NOWHERE, read=read(61))
     assert late.returncode == 1 and "advisories.md was read 61 days ago, 60 are allowed" in late.stderr
-    undated = audit(tmp_path, NOWHERE, read=table("some day", JINJA_ROW))
-    assert undated.returncode == 1 and "does not tell when it was read" in undated.stderr
+    (undated,) = audit(tmp_path, NOWHERE, read=table("some day", JINJA_ROW)).stderr.splitlines()
+    assert "does not tell when it was read" in undated
     with database({}) as url:
         assert audit(tmp_path, url, read=read(1000)).returncode == 0
 

@@ -16,7 +16,7 @@ class EngineUnavailable(Exception):
 
 
 class Engine(Protocol):
-    """Computes logits. Called from `lanes` threads at a time, at most; holds its own device memory."""
+    """Computes logits. `infer` is called from `lanes` threads at a time, at most; holds its own device memory."""
 
     name: str
     """Its name in the settings ("openvino-int8")."""
@@ -39,5 +39,8 @@ class Engine(Protocol):
         ...
 
     def settle(self) -> None:
-        """Do what makes it faster and may wait until it answers; where the layout says that this is called."""
+        """Do what makes it faster and may wait until it answers, beside `infer`; a second time does nothing.
+
+        Raises: EngineUnavailable; it answers as before then.
+        """
         ...

@@ -31,7 +31,7 @@ class Layout:
     max_batch: int = 32
     """Images the engine will get at once, at most."""
     settles: bool = False
-    """Whether `Engine.settle` will be called; else all is done before the engine is given."""
+    """Whether the caller will call `Engine.settle` itself, when its clients have answers."""
 
     @classmethod
     def default(cls) -> "Layout":
@@ -96,6 +96,13 @@ def candidates(manifest: Manifest) -> Iterator[tuple[EngineName, str]]:
 
 def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
     """The engine of that name. Raises: ArtifactError, EngineUnavailable."""
+    engine = _made(artifact, name, layout)
+    if not layout.settles:
+        engine.settle()
+    return engine
+
+
+def _made(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
     if name == "torch-cuda" and not has_gpu():  # before torch is imported
         raise EngineUnavailable(
             "There is no NVIDIA GPU here: CLASSIFIER_ENGINE=auto takes the processor; a container is given a GPU by "
@@ -114,10 +121,7 @@ def create(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
 
         precisions: dict[str, Literal["fp32", "bf16", "int8"]]
         precisions = {"openvino-fp32": "fp32", "openvino-bf16": "bf16", "openvino-int8": "int8"}
-        engine = OpenVinoEngine(artifact, precisions[name], layout.threads, layout.alone_threads or layout.threads)
-        if not layout.settles:
-            engine.settle()
-        return engine
+        return OpenVinoEngine(artifact, precisions[name], layout.threads, layout.alone_threads or layout.threads)
     except ImportError as exc:
         raise EngineUnavailable(
             f"The engine {name} needs a package that is not installed ({exc}); choose another of "

@@ -84,7 +84,7 @@ class OpenVinoEngine:
         with _compiling():
             flatten_small_maps(model)
             self._side_by_side = core().compile_model(model, "CPU", lanes)
-        give_back_memory()  # 50 to 80 MiB after an artifact was read and its network built
+        give_back_memory()  # what reading an artifact and building its network took besides
         self._alone: openvino.InferRequest | None = None
         self._unsettled: tuple[openvino.Model, dict[str, Any]] | None = (model, alone)
         self._own = threading.local()
@@ -92,28 +92,31 @@ class OpenVinoEngine:
         self._lock = threading.Lock()
 
     def settle(self) -> None:
-        """See `Engine.settle`: compile for an image that comes alone, which a lane takes until then. 0.2 to 0.5 s.
+        """See `Engine.settle`: compile for an image that comes alone, which a lane takes until then.
 
         Raises: EngineUnavailable.
         """
-        if self._unsettled is None:
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled is None:
             return
-        model, hints = self._unsettled
+        model, hints = unsettled
         with _compiling():
             alone = core().compile_model(model, "CPU", hints).create_infer_request()
-        alone.infer({0: np.zeros((1, *self._image), np.uint8)})
-        self._alone, self._unsettled = alone, None
-        del model
+            alone.infer({0: np.zeros((1, *self._image), np.uint8)})
+        self._alone = alone
+        del model, unsettled
         give_back_memory()
 
     def infer(self, batch: PixelBatch) -> Logits:
-        """See `Engine.infer`. An image that comes alone gets all threads, else each lane has its share of them."""
+        """See `Engine.infer`. Each lane has its share of threads; once settled, an image that comes alone gets all."""
         with self._lock:
             alone = self._alone if self._under_way == 0 and len(batch) == 1 else None
             self._under_way += 1
         try:
-            images = _padded(batch, self.warm_sizes) if alone is None else np.ascontiguousarray(batch)
-            results: Any = (alone or self._request()).infer({0: images}, share_inputs=True)
+            if alone is None:
+                results: Any = self._request().infer({0: _padded(batch, self.warm_sizes)}, share_inputs=True)
+            else:
+                results = alone.infer({0: np.ascontiguousarray(batch)}, share_inputs=True)
             logits: Logits = results[0][: len(batch)]
             return logits
         finally:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from service.classifier import Classifier, ExampleFile, ModelCard
-from service.engines.base import Logits
+from service.engines.base import EngineUnavailable, Logits
 from service.engines.fake import FakeEngine
 from service.model.resize import PixelBatch
 from service.runtime import Runtime
@@ -341,3 +341,17 @@ def test_a_head_request_to_ping_is_answered_like_a_get(service: Served) -> None:
 
 def test_a_trailing_slash_is_refused_and_not_redirected_by_the_clients_host_header(service: Served) -> None:
     assert_error(service.ask("POST", "/invocations/", png(), Host="evil.example"), 404, "not_found")
+
+
+@pytest.mark.parametrize("failure", [EngineUnavailable("no room"), MemoryError()])
+def test_an_engine_that_cannot_settle_is_told_and_the_service_answers_and_ends(
+    failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unsettled(FakeEngine):
+        def settle(self) -> None:
+            raise failure
+
+    with serve(Unsettled(256)) as served:
+        served.until(lambda: "images that come alone are answered no faster than others" in caplog.text)
+        assert served.ask("POST", "/invocations", png()).status == 200
+    assert ("Traceback" in caplog.text) == isinstance(failure, MemoryError)

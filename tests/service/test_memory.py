@@ -1,4 +1,4 @@
-"""No request leaves memory or files behind: after a thousand more the service holds what it held before."""
+"""No request leaves memory or open files behind: after many more the service holds what it held before."""
 
 import base64
 import http.client
@@ -30,10 +30,11 @@ def requests() -> list[tuple[bytes, str, int]]:
     ]  # fmt: skip
 
 
-def held(pid: int) -> tuple[float, int]:
-    """Memory in MiB, shared pages counted once, and open files, of a process and its descendants."""
+def held(pid: int) -> tuple[int, float, int]:
+    """Processes, memory in MiB with shared pages counted once, and open files, of a process and its descendants."""
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return sum(each.memory_full_info().pss for each in processes) / 2**20, sum(each.num_fds() for each in processes)
+    pss = sum(each.memory_full_info().pss for each in processes)
+    return len(processes), pss / 2**20, sum(each.num_fds() for each in processes)
 
 
 def send(server: Any, count: int) -> None:
@@ -49,11 +50,13 @@ def send(server: Any, count: int) -> None:
         list(clients.map(some, range(CLIENTS)))
 
 
-def test_requests_leave_no_memory_and_no_file_behind(artifact: Any, start_server: Any) -> None:
+def test_requests_leave_no_memory_and_no_open_file_behind(artifact: Any, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_DECODE_THREADS="2") as server:
         send(server, WARM)
-        before_mib, before_files = held(server.process.pid)
+        processes, before_mib, before_files = held(server.process.pid)
+        assert processes == 4  # supervisor, worker, and both that decode
         send(server, MEASURED)
-        after_mib, after_files = held(server.process.pid)
+        processes, after_mib, after_files = held(server.process.pid)
+        assert processes == 4
         assert after_mib < before_mib + GROWS_MIB, (before_mib, after_mib)
         assert after_files < before_files + GROWS_FILES, (before_files, after_files)

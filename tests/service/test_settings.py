@@ -45,6 +45,19 @@ def test_an_unknown_variable_is_refused_and_the_known_are_listed(
     assert all(name in message for name in names())
 
 
+def test_a_variable_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLASSIFIER_PORT", "")
+    monkeypatch.setenv("CLASSIFIER_PAGE", "")
+    assert Settings.load([]) == Settings()
+
+
+def test_a_variable_in_other_letters_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("classifier_port", "9000")
+    assert "unknown setting classifier_port; known are: " in refusal(capsys)
+
+
 @pytest.mark.parametrize("port", ["0", "65536", "http", ""])
 def test_a_port_that_is_none_is_refused_by_name_and_value(port: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, "--port", port).startswith(f"error: --port {port}: input should be ")

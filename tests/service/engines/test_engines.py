@@ -129,13 +129,20 @@ def test_each_engine_names_the_sizes_to_be_warmed_up(engine: Make, artifact: Pat
     assert (made.best_batch, tuple(made.warm_sizes)) == (98, ())
 
 
-def test_an_engine_that_settles_later_answers_meanwhile(model: Artifact) -> None:
+def test_an_engine_that_settles_later_answers_meanwhile(model: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     made = create(model, "openvino-fp32", Layout(threads=2, settles=True))
     images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    lanes, lane = list[int](), made._request  # type: ignore[attr-defined]
+    monkeypatch.setattr(made, "_request", lambda: lanes.append(1) or lane())
     before = made.infer(images)
+    assert lanes == [1]
     made.settle()
     made.settle()
     np.testing.assert_allclose(made.infer(images), before, rtol=1e-4, atol=1e-4 * np.abs(before).max())
+    assert lanes == [1]  # the second had the network for images that come alone
+    at_once = create(model, "openvino-fp32", Layout(threads=2))
+    monkeypatch.setattr(at_once, "_request", lambda: pytest.fail("it was not settled"))
+    at_once.infer(images)
 
 
 def test_a_graph_that_openvino_refuses_to_rewrite_makes_the_engine_unavailable(
