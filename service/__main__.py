@@ -39,6 +39,7 @@ int8, 32 clients, two workers on 2 cores with AMX, two runs each in turns: 2,720
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit status."""
+    parent = os.getppid()  # now: it may end while we start
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _keep_standard_files()
     settings = Settings.load(arguments)
@@ -72,13 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ArtifactError as exc:
         log.error("The model cannot be served. %s", exc)
         return 1
+    except OSError as exc:  # a name that is too long, or a folder that may not be entered
+        log.error("The model cannot be served. %s cannot be read: %s.", str(settings.model)[:200], exc.strerror or exc)
+        return 1
     try:
         listeners = open_port(settings.host, settings.port, workers)
-    except OSError as exc:
+    except (OSError, TypeError, ValueError) as exc:  # the latter two of a host that can be none
         log.error("%s", refusal(settings.host, settings.port, exc))
         return 1
     supervisor = Supervisor(listeners, arguments, settings.start_timeout_s)
-    _stop_with(supervisor.stop, os.getppid() if settings.exit_with_parent and os.getppid() > 1 else None)
+    _stop_with(supervisor.stop, parent if settings.exit_with_parent and parent > 1 else None)
     log.info("listening on %s port %d, loading the model", settings.host, settings.port)
     status = supervisor.run()
     log.info("stopped")

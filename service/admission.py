@@ -51,6 +51,10 @@ class Admission:
         self._stops_at_s: float | None = None
         self._deadlines: set[asyncio.Timeout] = set()
 
+    def expect(self, seconds_each: float) -> None:
+        """What lies between two answers, as far as it is known before there was any."""
+        self._seconds_each = seconds_each
+
     @property
     def requests(self) -> int:
         """Requests that are being read or answered."""

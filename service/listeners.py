@@ -39,16 +39,17 @@ def open_port(host: str, port: int, count: int) -> list[socket.socket]:
     return listeners
 
 
-def refusal(host: str, port: int, exc: OSError) -> str:
+def refusal(host: str, port: int, exc: Exception) -> str:
     """Why the port cannot be had, and what to do, in a sentence."""
-    if exc.errno == errno.EADDRINUSE:
+    if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
         other = port + 1 if port < 65535 else 8080
         remedy = (
             f"stop what uses it or choose another port (make serve PORT={other}; --port or CLASSIFIER_PORT={other})"
         )
     else:
         remedy = "choose an address of this machine, or another port"
-    return f"Cannot listen on {host} port {port}: {exc.strerror or exc}; {remedy}."
+    why = getattr(exc, "strerror", None) or exc
+    return f"Cannot listen on {ascii(host)[1:-1][:200]} port {port}: {why}; {remedy}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -115,6 +115,8 @@ class Protocol(HttpToolsProtocol):
         """Whether this turn of the event loop has refused one here by its head."""
         self._dry_bytes = 0
         """What was read of this message without reaching a part of its body: of its head, or of its trailers."""
+        self._head_bytes = 0
+        """Of the names and values of this message's headers."""
         self._got_body = False
         self._refusal: _Refusal | None = None
         self._unread: tuple[int, float] | None = None  # bytes not yet taken by the client, since when
@@ -167,13 +169,14 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """See `httptools.HttpRequestParser`."""
         super().on_message_begin()
-        self._reading, self._since_s, self._dry_bytes = "head", self.loop.time(), 0
+        self._reading, self._since_s, self._dry_bytes, self._head_bytes = "head", self.loop.time(), 0, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """See `httptools.HttpRequestParser`."""
         if self._reading == "head":  # a trailer must not become a header (RFC 9110, 6.5.1)
             super().on_header(name, value)
-            if len(self.headers) > MAX_HEADERS:
+            self._head_bytes += len(name) + len(value)  # one that comes in one piece, with its body, is never dry
+            if len(self.headers) > MAX_HEADERS or self._head_bytes > MAX_HEAD_BYTES:
                 self.headers.clear()
                 self._refuse_head()
                 raise OverflowError  # ends the parser's work on this head

@@ -48,6 +48,9 @@ GC_OBJECTS = 20_000
 event loop took 0.67 ms a photograph, with this 0.60 (four runs each in turns, 2 cores of a Xeon with AMX, not alone
 there, Python 3.11)."""
 
+COLD = 2.0
+"""The first batch of a size takes up to so many times what later ones do."""
+
 LOOK_AGAIN_S = 0.05
 """How often it is looked whether all workers are ready."""
 
@@ -95,7 +98,10 @@ class Runtime:
         self._worker, self._states = worker, worker.states() if worker else None
         device = worker.index % max(1, gpus()) if worker else 0
         threads = worker.share(settings.engine_threads) if worker else settings.engine_threads
-        self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch, settles=True)
+        # In the place of a worker that died, all is done before it is ready: where memory is too little for that, it is
+        # not ready and dead in turns.
+        replaces = self._states is not None and self._states.all_were_ready()
+        self._layout = Layout(threads, settings.engine_threads, device, settings.max_batch, settles=not replaces)
         self._on_failure = on_failure
         self.admission = Admission(
             settings.max_images, settings.max_body_bytes, settings.deadline_s, settings.max_queue_s,
@@ -218,7 +224,8 @@ class Runtime:
                 loop.run_in_executor(self._engine_threads, self._warm_up, classifier, all_here)
                 for _ in range(classifier.engine.lanes)
             ]
-            await asyncio.gather(*lanes)
+            seconds = await asyncio.gather(*lanes)
+            self.admission.expect(max(seconds) / classifier.engine.lanes / COLD)
         except Exception as exc:  # whatever it is, the service cannot serve: told, then ended
             self._state = "failed"
             level = logging.ERROR if self._states is None or self._states.fails_first() else logging.DEBUG
@@ -295,19 +302,23 @@ class Runtime:
         )  # fmt: skip
         return classifier
 
-    def _warm_up(self, classifier: Classifier, all_here: Barrier) -> None:
+    def _warm_up(self, classifier: Classifier, all_here: Barrier) -> float:
         """Decode an image, run batches of one, of most and of the engine's sizes: the first clients do not pay for what
         each needs once.
 
-        In every lane: none begins before all have a thread of their own.
+        In every lane: none begins before all have a thread of their own. Returns: seconds an image, of the largest.
         """
         all_here.wait()
         image: RgbImage = np.zeros((classifier.side_px, classifier.side_px, 3), np.uint8)
         if classifier.example is not None:
             image = decode_resized(classifier.example.path.read_bytes(), classifier.side_px)
         largest = self._max_batch(classifier)
+        took_s = 0.0
         for size in sorted({1, largest, *(size for size in classifier.engine.warm_sizes if size < largest)}):
+            began_s = time.perf_counter()
             classifier.classify([image] * size)
+            took_s = time.perf_counter() - began_s
+        return took_s / largest
 
     async def _finish_start(self, classifier: Classifier) -> None:
         """Do what takes a core for a while, and may wait until all workers answer."""

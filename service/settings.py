@@ -35,6 +35,8 @@ def _place(value: object) -> object:
     """Before it is a path, which would have one slash of the two and hide that there is a password in it."""
     if isinstance(value, str) and "://" in value:
         raise ValueError("that is an address; copy the model to this machine and name its folder or .tar.gz")
+    if value == "":
+        raise ValueError("that is no name; name a folder or .tar.gz")
     return value
 
 
@@ -46,7 +48,7 @@ class Settings(BaseModel):
     model: Annotated[Path, BeforeValidator(_place)] = Field(default_factory=default_model)
     """Artifact folder or .tar.gz archive of one; loaded, verified and warmed up before /ping turns 200.
     Default: /opt/ml/model where that folder is, else artifacts/model."""
-    host: str = "0.0.0.0"  # noqa: S104  # SageMaker connects from outside the container
+    host: str = Field("0.0.0.0", min_length=1)  # noqa: S104  # SageMaker connects from outside the container
     """Address to listen on; 0.0.0.0, which SageMaker needs, is reachable from the network, 127.0.0.1 is not."""
     port: int = Field(8080, ge=1, le=65535)
     """TCP port; SageMaker calls 8080."""
@@ -55,7 +57,7 @@ class Settings(BaseModel):
     workers: int = Field(0, ge=0, le=256)
     """Processes that answer, each with a model of its own; 0: one per GPU, else as many as the event loops need, from
     one per core at 32 px to one for every 4.6 cores at 224 px."""
-    engine_threads: int = Field(default_factory=cores, ge=1)
+    engine_threads: int = Field(default_factory=cores, ge=1, le=4096)
     """Threads of engines that run on the CPU, of all workers together; default: the cores this process may use."""
     start_timeout_s: float = Field(450.0, gt=0)
     """A worker that is not ready by then ends the service with a line that says so; below the 8 minutes after which
@@ -83,7 +85,7 @@ class Settings(BaseModel):
     """Images the engine gets at once, at most; it gets fewer where more would not be faster."""
     max_wait_ms: float = Field(0.0, ge=0, le=60_000)
     """How long a batch waits for company, counted from its first image; 0 takes what is there and just coming in."""
-    decode_threads: int = Field(default_factory=cores, ge=1)
+    decode_threads: int = Field(default_factory=cores, ge=1, le=4096)
     """Threads that decode plain JPEGs, and processes that decode everything else, of all workers together; default: the
     cores this process may use."""
     decode_limit_s: float = Field(5.0, gt=0, le=3600)

@@ -188,6 +188,7 @@ class Supervisor:
         self._waits_since_s: dict[int, float] = {}  # connections, for a worker that does not accept
         self._talk = selectors.DefaultSelector()
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._in_vain: dict[int, int] = {}  # starts of a worker that ended before it was ready, in a row
         self._stopping = False
         self._failed = False
         self._kill_at_s = math.inf
@@ -217,16 +218,22 @@ class Supervisor:
             how = death.how
             self._page.died(index, death.cause)
             self._deaths.append(time.monotonic())
-            if not self._states.is_ready(index):
-                told = returned == 1 or index in self._killed  # with 1, it has said why
-                level = logging.INFO if told else logging.ERROR
-                log.log(level, "worker %d ended before it was ready (%s)", index, how)
+            ready, told = (
+                self._states.is_ready(index),
+                returned == 1 or index in self._killed,
+            )  # with 1, it has said why
+            self._in_vain[index] = 0 if ready else self._in_vain.get(index, 0) + 1
+            if not ready and (told or not self._states.all_were_ready()):
+                log.log(logging.INFO if told else logging.ERROR, "worker %d ended before it was ready (%s)", index, how)
+            elif self._in_vain[index] == MAX_DEATHS:
+                log.error("worker %d ended %d times before it was ready (%s); giving up", index, MAX_DEATHS, how)
             elif len(self._deaths) == MAX_DEATHS and self._deaths[-1] - self._deaths[0] < WITHIN_S:
                 log.error("%d workers died within %.0f s, the last by %s; giving up", MAX_DEATHS, WITHIN_S, how)
             else:
                 log.error(
-                    "worker %d died (%s); its requests are answered with 503, another takes its place", index, how
-                )
+                    "worker %d died (%s)%s; its requests are answered with 503, another takes its place",
+                    index, how, "" if ready else " before it was ready",
+                )  # fmt: skip
                 self._start(index)
                 continue
             status = 1

@@ -355,3 +355,8 @@ def test_an_engine_that_cannot_settle_is_told_and_the_service_answers_and_ends(
         served.until(lambda: "images that come alone are answered no faster than others" in caplog.text)
         assert served.ask("POST", "/invocations", png()).status == 200
     assert ("Traceback" in caplog.text) == isinstance(failure, MemoryError)
+
+
+def test_the_warm_up_tells_how_many_may_wait() -> None:
+    with serve(FakeEngine(256, delay_s=0.8)) as served:  # for up to 32 images
+        assert 60 <= served.app.state.runtime.admission.allowed <= 100  # 1.25 s at half of 0.8 / 32 s each

@@ -215,6 +215,16 @@ def test_a_stop_at_the_moment_of_a_deadline_leaves_both_as_they_are() -> None:
     asyncio.run(scenario())
 
 
+def test_before_any_answer_no_more_are_let_in_than_the_warm_up_promises() -> None:
+    """224 px in float32 where it takes 0.06 s an image: 256 would wait for a quarter of a minute."""
+    admission = Admission(256, 1, deadline_s=60, max_queue_s=2.4)
+    assert admission.allowed == 256
+    admission.expect(0.06)
+    assert admission.allowed == 40
+    admission.expect(0.002)
+    assert admission.allowed == 256
+
+
 def test_no_more_are_let_in_than_are_answered_in_time_at_the_rate_seen_of_late() -> None:
     now_s = 0.0
     admission = Admission(256, 1, deadline_s=60, max_queue_s=2, clock=lambda: now_s)

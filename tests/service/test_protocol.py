@@ -116,6 +116,9 @@ def test_a_head_without_end_is_refused(service: Served) -> None:
     with connect(service) as client:
         client.sendall(b"GET /" + b"y" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
         assert refusal(until_closed(client)) == (431, "headers_too_large")
+    with connect(service) as client:  # in one piece, and whole
+        client.sendall(b"GET /ping HTTP/1.1\r\nX: " + b"y" * (protocol.MAX_HEAD_BYTES + 1) + b"\r\n\r\n")
+        assert refusal(until_closed(client)) == (431, "headers_too_large")
 
 
 def test_a_head_of_very_many_headers_is_refused_however_short_they_are(service: Served) -> None:

@@ -91,6 +91,12 @@ def test_an_address_is_no_model_and_its_password_is_not_shown(
     assert refusal(capsys).startswith("error: CLASSIFIER_PORT=tcp://***@host:80: input should be")
 
 
+def test_flags_that_are_empty_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a variable of the shell that is not set: 0.0.0.0 and the folder we are in would be taken."""
+    assert refusal(capsys, "--host", "").startswith("error: --host : string should have at least 1 character")
+    assert refusal(capsys, "--model", "").startswith("error: --model : that is no name; name a folder or .tar.gz")
+
+
 def test_an_unknown_flag_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--mode" in refusal(capsys, "--mode", "x")
 

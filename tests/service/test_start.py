@@ -259,6 +259,19 @@ def test_an_address_that_is_not_this_machines(model: Path, host: str) -> None:
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("host", ["ü" * 70, "no.such.host.invalid"])
+def test_a_host_that_is_none_is_told_in_a_sentence(model: Path, host: str) -> None:
+    command = [sys.executable, "-m", "service", "--model", str(model), "--host", host, "--port", str(free_port())]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert "; choose an address of this machine, or another port." in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_model_whose_name_is_too_long() -> None:
+    assert "The model cannot be served. aaaa" in refusal(Path("a" * 5000))
+
+
 def test_a_port_in_use(model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -91,6 +91,19 @@ def test_a_worker_that_ends_is_replaced_while_the_other_answers(pair: Any, numbe
     assert f"worker 1 died ({how}" in pair.log.read_text()
 
 
+def test_a_replacement_that_is_killed_before_it_is_ready_is_replaced_too(artifact: Path, start_server: Any) -> None:
+    with start_server(artifact, CLASSIFIER_WORKERS="2") as server:
+        was = workers_of(server)
+        os.kill(was[1], signal.SIGKILL)
+        until(lambda: workers_of(server).get(1) not in (None, was[1]))
+        os.kill(workers_of(server)[1], signal.SIGKILL)
+        until(lambda: server.log.read_text().count("ready: http://") == 3)
+        assert "worker 1 died (signal SIGKILL: " in server.log.read_text()
+        assert ") before it was ready; its requests are answered with 503" in server.log.read_text()
+        assert workers_of(server)[0] == was[0]
+        assert server.ask("POST", "/invocations", jpeg()).status == 200
+
+
 def test_sigterm_ends_all_with_status_0(artifact: Path, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_WORKERS="2") as server:
         pids = workers_of(server).values()
