@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 requests_log = logging.getLogger("service.requests")
 
 MAX_DEATHS, WITHIN_S = 5, 60.0
-"""So many workers dying within this time end the service: something is wrong that new workers do not mend."""
+"""So many workers dying within this time end the service, and so many starts of one in a row that came to nothing:
+something is wrong that new workers do not mend."""
 
 STOP_S = 28.0
 """After so long workers that do not stop are killed; SageMaker kills us 30 s after SIGTERM."""
@@ -218,10 +219,8 @@ class Supervisor:
             how = death.how
             self._page.died(index, death.cause)
             self._deaths.append(time.monotonic())
-            ready, told = (
-                self._states.is_ready(index),
-                returned == 1 or index in self._killed,
-            )  # with 1, it has said why
+            ready = self._states.is_ready(index)
+            told = returned == 1 or index in self._killed  # with 1, it has said why
             self._in_vain[index] = 0 if ready else self._in_vain.get(index, 0) + 1
             if not ready and (told or not self._states.all_were_ready()):
                 log.log(logging.INFO if told else logging.ERROR, "worker %d ended before it was ready (%s)", index, how)
