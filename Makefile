@@ -73,7 +73,7 @@ contract: $(UV) ## check IMAGE, anybody's, against SageMaker's rules for hosting
 # First the tests that need no quiet machine, one on each core, then the others; of what PYTEST_ARGS choose, one half may
 # have none (pytest's exit status 5).
 QUICK := not slow and not container and not aws
-test: $(UV) ## set up and run the tests (20 to 30 minutes on 2 cores)
+test: $(UV) ## set up and run the tests (half an hour on 2 cores)
 	$(UV) sync --frozen --inexact $(DEVELOP)
 	@export UV="$(abspath $(UV))"; first=0; second=0; \
 	$(PYTHON) -m pytest -m "parallel and $(QUICK)" -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS) || first=$$?; \

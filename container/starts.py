@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from container.engine import ContainerError
@@ -14,6 +15,7 @@ from container.rules import BIND_LABEL, STARTUP_LIMIT_S, Result, Subject, labels
 from container.running import isolated_network, running, telling_line
 
 OTHER_PORT = 9217
+SERVERLESS_MIB, SERVERLESS_START_S = 6144, 180
 
 
 def _confined(subject: Subject, _: str) -> Result:
@@ -29,6 +31,18 @@ def _confined(subject: Subject, _: str) -> Result:
         ok, said = works_at_once(service, subject)
     without = "" if network else ", with network, as this machine reaches containers over a port alone"
     return ok, f"/ping 200 after {ready_s:.1f} s, /invocations {said}{without}"
+
+
+def _fits_serverless(subject: Subject, _: str) -> Result:
+    """Serverless inference: memory of 1 to 6 GB, 3 minutes to start, a payload of 4 MB, a minute for a request.
+
+    https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints.html
+    """
+    limits = (*subject.options, "--memory", f"{SERVERLESS_MIB}m")
+    with start(replace(subject, options=limits)) as service:
+        ready_s = service.wait_until_ready(SERVERLESS_START_S)[0]
+        ok, said = works_at_once(service, subject)
+    return ok, f"/ping 200 after {ready_s:.1f} s with {SERVERLESS_MIB} MiB, /invocations {said}"
 
 
 def _binds_to_port(subject: Subject, _: str) -> Result:
@@ -91,6 +105,7 @@ def _words(line: str) -> tuple[str, ...]:
 
 OF_OTHER_STARTS: dict[str, Callable[[Subject, str], Result]] = {
     "it also runs with a read-only root and without network (recommended)": _confined,
+    "it starts within the limits of serverless inference: 3 minutes, 6144 MB (recommended)": _fits_serverless,
     "it listens on SAGEMAKER_BIND_TO_PORT, and has the label (recommended)": _binds_to_port,
     "a missing model ends the start, and it says why (recommended)": _missing_model,
     "a damaged model ends the start, and it says why (recommended)": _corrupt_model,

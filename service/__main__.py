@@ -12,14 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 
-from service.layout import choose_count
+from service.forked import run_and_exit
+from service.layout import choose_count, count_gpus
 from service.lifeline import FILES_BESIDES, allow_files
 from service.listeners import open_port, refusal
 from service.logs import configure_logging, counted, shown
 from service.model.errors import ArtifactError
 from service.model.files import find_home
-from service.model.machine import cores, tasks
+from service.model.machine import cores, few_arenas, tasks
 from service.settings import Settings
 from service.workers import Supervisor, Worker
 
@@ -40,14 +43,12 @@ int8, 32 clients, two workers on 2 cores with AMX, two runs each in turns: 2,720
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit status."""
     parent = os.getppid()  # now: it may end while we start
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     _keep_standard_files()
     settings = Settings.load(arguments)
     configure_logging(settings.log_level, settings.log_format)
-    if "--worker" in arguments:
-        return serve(settings, Worker.parse(arguments[arguments.index("--worker") + 1]))
     log.info("settings: %s", shown(settings.model_dump()))
     workers = settings.workers or choose_count(settings.model, settings.engine)
+    openvino = settings.engine.startswith("openvino") or (settings.engine == "auto" and not count_gpus())
     log.info(
         "layout: %s, %s and %s%s, on %s",
         counted(workers, "worker"), counted(settings.engine_threads, "engine thread"),
@@ -81,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, TypeError, ValueError) as exc:  # the latter two of a host that can be none
         log.error("%s", refusal(settings.host, settings.port, exc))
         return 1
-    supervisor = Supervisor(listeners, arguments, settings.start_timeout_s)
+    supervisor = Supervisor(listeners, partial(serve, settings), settings.start_timeout_s)
     _stop_with(supervisor.stop, parent if settings.exit_with_parent and parent > 1 else None)
     log.info("listening on %s port %d, loading the model", settings.host, settings.port)
-    status = supervisor.run()
+    status = supervisor.run(partial(prepare, openvino))
     log.info("stopped")
     return status
 
@@ -96,20 +97,49 @@ def _keep_standard_files() -> None:
     os.close(descriptor)
 
 
+def prepare(openvino: bool) -> bool:
+    """Import, once for all workers, what one needs; with `openvino`, its engine too. Returns: False when it cannot be,
+    which is told.
+
+    torch is not among it: it takes seconds, which a start with another engine should not wait for.
+    """
+    if sys.platform != "linux":  # libraries start threads there that no fork survives (python.org, bpo-33725)
+        return True
+    gc.disable()
+    if not _is_complete():
+        return False
+    if openvino:
+        with suppress(ImportError):  # the worker tells, or takes another
+            import service.engines.openvino  # noqa: F401
+    gc.freeze()  # to look for garbage among it would write to it, so that the workers share less of it
+    gc.enable()
+    return True
+
+
+def _is_complete() -> bool:
+    """Whether all that a worker imports can be; what cannot is told."""
+    try:
+        import service.app
+        import service.server  # noqa: F401
+    except ImportError as exc:
+        log.error(
+            "The service cannot start: a package that it needs cannot be imported (%s); install what uv.lock has, "
+            "or use the image as it was built.", _root_of(exc),
+        )  # fmt: skip
+        return False
+    return True
+
+
 def serve(settings: Settings, worker: Worker) -> int:
     """Serve in this process until told to stop; returns the exit status."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.disable()  # what a start creates, stays: the runtime enables it when the model is served
-    try:
-        from service.app import create_app  # here, because a supervisor needs none of this
-        from service.server import Server
-    except ImportError as exc:
-        if worker.states().fails_first():
-            log.error(
-                "The service cannot start: a package that it needs cannot be imported (%s); install what uv.lock has, "
-                "or use the image as it was built.", _root_of(exc),
-            )  # fmt: skip
+    few_arenas()
+    configure_logging(settings.log_level, settings.log_format)  # its lines have this process's id
+    if not _is_complete():
         return 1
+    from service.app import create_app  # here, because a supervisor begins to answer without
+    from service.server import Server
 
     failed = threading.Event()
 
@@ -151,15 +181,4 @@ def _watch_parent(parent: int, stop: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    status = 1
-    try:
-        status = main()
-    except SystemExit as exc:  # settings that are not allowed
-        status = exc.code if isinstance(exc.code, int) else 1
-    except Exception:
-        log.exception("the process ends on an error of its own")
-    finally:
-        logging.shutdown()
-        if sys.stdout is not None:  # it may have been closed when we were started
-            sys.stdout.flush()
-        os._exit(status)  # everything is closed; a thread that is still in the engine must not hold the process
+    run_and_exit(main)

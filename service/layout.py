@@ -4,12 +4,14 @@ import json
 import math
 import stat
 import sys
+from functools import cache
 from pathlib import Path
 
 from service.engines.names import Wanted
+from service.forked import Forked
 from service.model.errors import ArtifactError
 from service.model.files import MANIFEST, MAX_MANIFEST_BYTES, find_home
-from service.model.machine import cores, gpus, memory_bytes
+from service.model.machine import cores, gpus, has_driver, memory_bytes
 
 SMALL_PX, PHOTO_PX = 32, 224
 """The sides at which it was measured what an image costs."""
@@ -39,10 +41,20 @@ def choose_count(model: Path, engine: Wanted) -> int:
     """How many workers serve the model best on this machine with that engine."""
     if sys.platform != "linux":  # elsewhere the socket that was bound last gets every connection
         return 1
-    if engine in ("auto", "torch-cuda") and gpus():
-        return gpus()
+    if engine in ("auto", "torch-cuda") and (count := count_gpus()):
+        return count
     loops = math.ceil(cores() * _share_of_loop(_side_px(model)) / LOOP_SHARE)
     return max(1, min(MAX_WORKERS, cores(), loops, memory_bytes() // WORKER_BYTES))
+
+
+@cache
+def count_gpus() -> int:
+    """As `machine.gpus`, asked once, in a process of its own: no fork of one that has initialised CUDA can use it
+    (torch: "Cannot re-initialize CUDA in forked subprocess", https://docs.pytorch.org/docs/stable/notes/multiprocessing.html).
+    """
+    if not has_driver():
+        return 0
+    return max(0, Forked(gpus).wait())
 
 
 def _share_of_loop(side_px: int) -> float:

@@ -4,6 +4,7 @@ Apart from `telemetry`, which fills it in, because the supervisor, which imports
 """
 
 import json
+import os
 import random
 import re
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 _ids = random.Random()  # noqa: S311  # told apart they must be, guessed they may be
+os.register_at_fork(after_in_child=_ids.seed)  # each worker has its own
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 SHOWN_PATH = 200
 """So much of a path is logged, in characters: uvicorn lets 64 KiB through."""

@@ -130,9 +130,7 @@ class Settings(BaseModel):
         )
         parser.add_argument("--host", help="address to listen on (default: 0.0.0.0)")
         parser.add_argument("--port", help="TCP port (default: 8080)")
-        parser.add_argument("--worker", help=argparse.SUPPRESS)  # the supervisor's, `service.workers.Worker`
         flags = vars(parser.parse_args(arguments))
-        flags.pop("worker", None)
         sources = {name: f"--{name} " for name in flags}
         if not os.environ.get(f"{PREFIX}PORT") and os.environ.get("SAGEMAKER_BIND_TO_PORT") and "port" not in flags:
             flags["port"], sources["port"] = os.environ["SAGEMAKER_BIND_TO_PORT"], "SAGEMAKER_BIND_TO_PORT="
@@ -156,19 +154,6 @@ def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     name, given = str(error["loc"][0]), str(error["input"])
     shown = masked(given if given.isprintable() else repr(given))
     return f"{sources.get(name, f'{PREFIX}{name.upper()}=')}{shown}: {said[0].lower()}{said[1:]}"
-
-
-FEW_ARENAS = {"MALLOC_ARENA_MAX": "2"}
-"""For glibc (mallopt(3)), which else gives almost every thread a heap of its own, and none of it back to the others.
-
-At 224 px in bfloat16, 32 clients, three starts in turns: 426, 423 and 379 MiB (PSS) against 456, 459 and 393, at 57
-images/s on average both; at 32 px in int8 the same memory, 2,480 images/s against 2,410 (2 cores of an EPYC).
-"""
-
-
-def environment_of_workers() -> dict[str, str]:
-    """This process's environment, and what is set for its workers unless it is set there."""
-    return {**FEW_ARENAS, **os.environ}
 
 
 def trace_collector() -> str | None:

@@ -13,16 +13,16 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import astuple, dataclass
-from typing import Self
+from dataclasses import dataclass
 
 from service.deaths import STOOD_STILL, MemoryKills, cause_of
+from service.forked import Forked
 from service.lifeline import (
     FILES_BESIDES,
     LINGER_S,
@@ -41,7 +41,6 @@ from service.lifeline import (
 )
 from service.metrics import Page
 from service.record import RequestRecord
-from service.settings import environment_of_workers
 
 log = logging.getLogger(__name__)
 requests_log = logging.getLogger("service.requests")
@@ -61,6 +60,9 @@ PATIENCE_S = 1.0
 """How long connections wait for a worker that does not accept yet. One that took a dead one's place mostly does after 1
 to 2 s, so that many need not ask again; a /ping that is not answered within 2 s counts as failed."""
 
+TURN_S = 0.05
+"""How often is looked for what nothing tells: a worker's end, a client that waits."""
+
 START_AGAIN_S = (0.0, 1.0, 2.0, 3.0)
 """Pauses between the attempts to start a worker, where there is no process, memory or file descriptor left."""
 
@@ -70,7 +72,7 @@ OF_LATE_S = 2.0
 
 @dataclass(frozen=True)
 class Worker:
-    """What a worker is told on its command line: its number, its socket, and where the workers tell each other."""
+    """What a worker is told: its number, its socket, and where the workers tell each other."""
 
     index: int
     count: int
@@ -81,13 +83,10 @@ class Worker:
     lifeline_fd: int
     slots_fd: int
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """From the flag's value, its fields in their order with ":" between them."""
-        return cls(*map(int, text.split(":")))
-
-    def __str__(self) -> str:
-        return ":".join(map(str, astuple(self)))
+    @property
+    def files(self) -> tuple[int, ...]:
+        """The descriptors among these."""
+        return self.socket_fd, self.states_fd, self.metrics_fd, self.lifeline_fd, self.slots_fd
 
     def share(self, total: int) -> int:
         """This worker's share of `total` threads: at least one, and no thread is left over."""
@@ -168,7 +167,10 @@ class States:
 class Supervisor:
     """Runs a worker for each listening socket until it is told to stop, or until it makes no sense to go on."""
 
-    def __init__(self, listeners: Sequence[socket.socket], arguments: Sequence[str], start_timeout_s: float) -> None:
+    def __init__(
+        self, listeners: Sequence[socket.socket], serve: Callable[[Worker], int], start_timeout_s: float
+    ) -> None:
+        """`serve`: what a worker does in a process of its own, which ends with the status returned."""
         self._sockets = list(listeners)
         count = len(self._sockets)
         self._states_fd = shared(States.size(count))
@@ -179,10 +181,11 @@ class Supervisor:
         self._memory_kills = MemoryKills()
         self._memory_killed_s = -math.inf
         self._looked_at_s = 0.0
-        self._arguments = list(arguments)
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._serve = serve
+        self._processes: dict[int, Forked] = {}
         self._held: dict[int, Held] = {}
         self._start_timeout_s = start_timeout_s
+        self._began_s = time.monotonic()
         self._ready_by_s: dict[int, float] = {}
         self._killed: set[int] = set()  # by us
         self._lingering = Lingering(self._connections_each)  # in place of those that a dead worker had
@@ -203,8 +206,15 @@ class Supervisor:
         for process in list(self._processes.values()):
             process.terminate()
 
-    def run(self) -> int:
-        """Start the workers, replace those that die. Returns: the exit status, 0 when all ended as they were told."""
+    def run(self, prepare: Callable[[], bool]) -> int:
+        """Start the workers, replace those that die. Returns: the exit status, 0 when all ended as they were told.
+
+        `prepare`: what is done once for all of them and takes long, before any is started; False: it failed, and said
+        why.
+        """
+        if not self._stopping and not self._is_prepared(prepare):
+            self._failed = not self._stopping
+            self.stop()
         for index in range(len(self._sockets)):
             self._start(index)
         status = 0
@@ -245,6 +255,29 @@ class Supervisor:
             self._lingering.sweep()
         return max(status, int(self._failed))
 
+    def _is_prepared(self, prepare: Callable[[], bool]) -> bool:
+        """Whether it succeeded, in a thread of its own, while we answer those who wait and may be told to stop."""
+        said: Future[bool] = Future()
+
+        def run() -> None:
+            try:
+                said.set_result(prepare())
+            except BaseException as exc:  # noqa: BLE001  # raised where it is asked for
+                said.set_exception(exc)
+
+        thread = threading.Thread(target=run, name="prepare", daemon=True)
+        thread.start()
+        while thread.is_alive() and not self._stopping:
+            if time.monotonic() - self._began_s > self._start_timeout_s:
+                log.error(
+                    "The service was not imported within %g s; CLASSIFIER_START_TIMEOUT_S allows more.",
+                    self._start_timeout_s,
+                )  # fmt: skip
+                return False
+            thread.join(TURN_S)
+            self._look_after_clients()
+        return not self._stopping and said.result()
+
     def _close_port(self, index: int) -> None:
         take_no_more(self._sockets[index])
         self._refuse(index, "stopping")
@@ -280,12 +313,8 @@ class Supervisor:
         )  # fmt: skip
         try:
             held = Held(ours, slots_fd)
-            self._processes[index] = subprocess.Popen(  # noqa: S603  # our own command line once more
-                [sys.executable, "-m", "service", *self._arguments, "--worker", str(worker)],
-                pass_fds=(worker.socket_fd, worker.states_fd, worker.metrics_fd, worker.lifeline_fd, worker.slots_fd),
-                start_new_session=True,  # Ctrl-C is for the supervisor alone, which tells them
-                env=environment_of_workers(),
-            )
+            # Its name has no space: many split what proc_pid_stat(5) holds at spaces.
+            self._processes[index] = Forked(lambda: self._serve(worker), worker.files, f"worker-{index}")
         except OSError:
             ours.close()
             raise
@@ -294,7 +323,8 @@ class Supervisor:
             os.close(slots_fd)
         self._held[index] = held
         self._talk.register(ours, selectors.EVENT_READ, held)
-        self._ready_by_s[index] = time.monotonic() + self._start_timeout_s
+        first = not self._states.all_were_ready()  # what was prepared is part of the first start
+        self._ready_by_s[index] = (self._began_s if first else time.monotonic()) + self._start_timeout_s
         if self._stopping:  # the signal came before the process was in the table
             self._processes[index].terminate()
 
@@ -313,15 +343,18 @@ class Supervisor:
 
     def _turn(self) -> None:
         """Look after the workers and their clients once."""
-        for key, _ in self._talk.select(0.05):
+        for key, _ in self._talk.select(TURN_S):
             if not key.data.read():
                 self._talk.unregister(key.fileobj)
-        self._lingering.sweep()
-        self._answer_for_who_starts()
+        self._look_after_clients()
         self._kill_the_stuck()
         if time.monotonic() - self._looked_at_s > OF_LATE_S / 2:  # decoders are killed for memory too
             self._memory_killed()
             self._looked_at_s = time.monotonic()
+
+    def _look_after_clients(self) -> None:
+        self._lingering.sweep()
+        self._answer_for_who_starts()
 
     def _answer_for_who_starts(self) -> None:
         """Tell connections of which one has waited long enough for a worker that does not accept yet, or no more.

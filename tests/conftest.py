@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -87,6 +88,12 @@ class Answer:
         return json.loads(self.body)
 
 
+def workers_of(supervisor_pid: int) -> dict[int, int]:
+    """Process ids of a service's workers, by their index."""
+    names = {each.pid: each.as_dict(["name"])["name"] for each in psutil.Process(supervisor_pid).children()}
+    return {int(name.split("-")[1]): pid for pid, name in names.items() if name and name.startswith("worker-")}
+
+
 @dataclass
 class Server:
     """A service that runs as a process of its own."""
@@ -104,6 +111,10 @@ class Server:
             return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
         finally:
             connection.close()
+
+    def workers(self) -> dict[int, int]:
+        """The workers' process ids by their index."""
+        return workers_of(self.process.pid)
 
     def wait_until_ready(self) -> None:
         deadline_s = time.monotonic() + START_LIMIT_S

@@ -11,7 +11,7 @@ from service.engines.base import Engine, EngineUnavailable
 from service.engines.names import NAMES, EngineName, Wanted
 from service.logs import counted
 from service.model.artifact import Artifact
-from service.model.errors import ArtifactError
+from service.model.errors import ArtifactDamaged, ArtifactError
 from service.model.machine import SAGEMAKER_MODEL, cores, gpus, has_gpu
 from service.model.manifest import Manifest
 
@@ -58,6 +58,8 @@ def load(artifact: Artifact, wanted: Wanted = "auto", layout: Layout | None = No
         try:
             classifier = Classifier.of(artifact, create(artifact, name, layout))
             difference = classifier.check(check)
+        except ArtifactDamaged:
+            raise
         except (ArtifactError, EngineUnavailable) as exc:
             expected = isinstance(exc, EngineUnavailable) and name != "torch-cuda"
             level = logging.INFO if expected else logging.WARNING

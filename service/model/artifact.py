@@ -16,9 +16,9 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from service.model.errors import ArtifactError
+from service.model.errors import ArtifactDamaged, ArtifactError
 from service.model.files import MANIFEST, MAX_MANIFEST_BYTES, find_home, replace
 from service.model.manifest import FORMAT_VERSION, FileEntry, Manifest, Quantization, Role, parse_manifest, sealed
 from service.model.resize import PixelBatch
@@ -59,6 +59,8 @@ class Artifact:
 
     folder: Path
     manifest: Manifest
+    _proved: set[Role] = field(default_factory=set, init=False, repr=False, compare=False)
+    """What `read` has returned."""
 
     def read(self, role: Role) -> bytes:
         """The bytes of one file, compared with the manifest's sha256 before they are returned.
@@ -68,11 +70,25 @@ class Artifact:
         with self._opened(role) as file:
             content = file.read()
         self._compare(role, hashlib.sha256(content).hexdigest())
+        self._proved.add(role)
         return content
 
     def verify(self) -> None:
         """Compare every file with its sha256. Raises: ArtifactError naming the file that is missing or damaged."""
+        self._verify(self.manifest.files)
+
+    def verify_rest(self) -> None:
+        """See `verify`; what `read` has returned was compared then, and is not again."""
+        self._verify(role for role in self.manifest.files if role not in self._proved)
+
+    def look(self) -> None:
+        """Find, at no cost, what `verify` would refuse but for content: a file that is missing, or of another size."""
         for role in self.manifest.files:
+            with self._opened(role):
+                pass
+
+    def _verify(self, roles: Iterable[Role]) -> None:
+        for role in roles:
             with self._opened(role) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self._compare(role, digest)
@@ -103,7 +119,7 @@ class Artifact:
 
     def _compare(self, role: Role, digest: str) -> None:
         if digest != self.manifest.files[role].sha256:
-            raise ArtifactError(
+            raise ArtifactDamaged(
                 f"{self.path(role)} is damaged: its sha256 is not the one in {MANIFEST}; copy the artifact again."
             )
 

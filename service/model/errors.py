@@ -6,6 +6,7 @@
     │   ├── ImageTooLarge    more pixels than MAX_PIXELS
     │   └── ImageTooCostly   few pixels or bytes may be, but more time or memory to decode than an image gets
     └── ArtifactError        the model cannot be trusted or read: the service does not start
+        └── ArtifactDamaged  a file holds something else than its sha256 says
 
 Every message is one sentence for a person: what was given, what is allowed, what to do.
 """
@@ -33,3 +34,7 @@ class ImageTooCostly(ImageError):
 
 class ArtifactError(ModelError):
     """The artifact is missing, incomplete, damaged or of another format version."""
+
+
+class ArtifactDamaged(ArtifactError):
+    """A file of the artifact is not what the manifest says: no engine may run what is left of it."""

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def profiled(server: Server, port: int, bodies: Sequence[bytes], clients: int, seconds: int) -> str:
     """Load without the profiler, whose time would be in the figures, then with it."""
     url, requests = f"http://127.0.0.1:{port}/invocations", [(body, "image/jpeg") for body in bodies]
-    workers = sorted(pid for pid in server.pids() if "--worker" in psutil.Process(pid).cmdline())
+    workers = sorted(pid for pid in server.pids() if psutil.Process(pid).name().startswith("worker-"))
     load.run(url, requests, clients, 1.0, WARMUP_S)
     before = {pid: _processor_s(pid) for pid in server.pids()}
     result = load.run(url, requests, clients, float(seconds), 0.0)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from container import starts
 from container.build import ROOT
-from container.contract import STARTS
+from container.contract import STARTS, judged
 from container.engine import docker
 from container.rules import OF_THE_IMAGE, OF_THE_SERVICE, Subject
-from container.running import LABEL
+from container.running import LABEL, picture
 from container.starts import OF_OTHER_STARTS
 from tests.container.conftest import run
 
@@ -148,6 +149,19 @@ def test_a_bad_image_fails_the_rules_it_breaks_and_those_alone(base_image: str, 
         "what is labelled bidirectional-streaming takes a WebSocket",
     }
     assert len(rules) == RULES
+
+
+def test_an_image_that_needs_more_memory_does_not_fit_serverless(
+    image: Callable[[str], str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less of it than serverless gives, too little for ours."""
+    (rule,) = [rule for name, rule in OF_OTHER_STARTS.items() if "serverless" in name]
+    subject = Subject(image("serve-cpu"), model, picture(), "image/png", {}, 30)
+    assert judged(rule, subject, "")[0]
+    monkeypatch.setattr(starts, "SERVERLESS_MIB", 100)
+    ok, seen = judged(rule, subject, "")
+    assert not ok
+    assert "it ended with exit code 1" in seen
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from PIL import Image
 
 from container.build import ROOT
-from tests.conftest import free_port
+from tests.conftest import free_port, workers_of
 from tests.container.debian import unpack
 
 FOLDER = ROOT / "container" / "monitoring"
@@ -108,7 +107,7 @@ def test_every_panel_shows_what_a_real_service_did(
     Image.linear_gradient("L").save(image, "jpeg")
     with start_server(artifact, CLASSIFIER_WORKERS="2") as server, _scraping(prometheus, server.port, tmp_path) as port:
         _until(lambda: _query(port, "classifier_workers_ready"), "the service has been scraped")
-        os.kill(_a_worker(server.process.pid), signal.SIGKILL)
+        os.kill(workers_of(server.process.pid)[0], signal.SIGKILL)
         empty = list(EXPRESSIONS)
         until_s = time.monotonic() + 120
         while empty and time.monotonic() < until_s:
@@ -158,10 +157,6 @@ def _query(port: int, expression: str) -> list[Any]:
 def _figures(series: list[Any]) -> list[float]:
     """The values of all series, NaN left out."""
     return [value for each in series if not math.isnan(value := float(each["value"][1]))]
-
-
-def _a_worker(supervisor_pid: int) -> int:
-    return next(each.pid for each in psutil.Process(supervisor_pid).children() if "--worker" in each.cmdline())
 
 
 def _until(condition: Callable[[], object], what: str, limit_s: float = 60) -> None:

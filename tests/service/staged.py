@@ -1,7 +1,5 @@
 """Workers whose engine waits or fails while a file tells it to: the artifact's own engine, behind the contract."""
 
-import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +11,8 @@ LOADS, FAILS = "loads", "fails"
 
 
 def staged(folder: Path) -> str:
-    """A program for `start_server`: the supervisor, which starts its workers by a script in place of Python."""
-    script = folder / "python"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.service.staged {folder} "$@"\n')
-    script.chmod(0o755)
-    return f"import sys; sys.executable = {str(script)!r}; import service.__main__ as m; raise SystemExit(m.main())"
+    """A program for `start_server`: the service, with another way to make an engine."""
+    return f"from tests.service.staged import main; raise SystemExit(main({str(folder)!r}))"
 
 
 @contextmanager
@@ -46,21 +41,17 @@ class Staged:
         return self._inner.infer(batch)
 
 
-def main(folder: Path, arguments: list[str]) -> int:
-    """What a worker runs."""
-    from service.__main__ import main as run_worker
+def main(folder: str) -> int:
+    """What the program runs."""
+    from service.__main__ import main as run_service
     from service.engines import choose
 
     create = choose.create
 
     def create_staged(*given: Any) -> Any:
-        while (folder / LOADS).exists():
+        while (Path(folder) / LOADS).exists():
             time.sleep(0.01)
-        return Staged(create(*given), folder)
+        return Staged(create(*given), Path(folder))
 
     choose.create = create_staged
-    return run_worker(arguments)
-
-
-if __name__ == "__main__":
-    os._exit(main(Path(sys.argv[1]), sys.argv[4:]))  # without "-m service"
+    return run_service()

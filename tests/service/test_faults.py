@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +37,8 @@ def until(condition: Any, limit_s: float = 60) -> None:
 
 
 def worker_of(server: Any) -> int:
-    (worker,) = psutil.Process(server.process.pid).children()
-    return worker.pid
+    (pid,) = server.workers().values()
+    return int(pid)
 
 
 def read_answer(client: socket.socket) -> tuple[int, Any]:
@@ -94,13 +93,22 @@ def refused_in_time(server: Any, method: str, path: str, body: bytes = b"") -> A
     return answer
 
 
+def importing_after(gate: Path) -> str:
+    """A program for `start_server`: the service, whose libraries are found once the file `gate` is there."""
+    return (
+        "import os, sys, time, service.__main__ as m\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        while name == 'fastapi' and not os.path.exists({str(gate)!r}): time.sleep(0.05)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "raise SystemExit(m.main())"
+    )
+
+
 def test_a_service_whose_worker_takes_long_to_begin_says_so(artifact: Path, tmp_path: Path, start_server: Any) -> None:
     """Before its worker accepts connections: as on a machine that is busy, or reads the libraries from a slow disk."""
-    gate, slow = tmp_path / "gate", tmp_path / "python"
-    slow.write_text(f'#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {sys.executable} "$@"\n')
-    slow.chmod(0o755)
-    program = f"import sys; sys.executable = {str(slow)!r}; import service.__main__ as m; raise SystemExit(m.main())"
-    with start_server(artifact, ready=False, program=program) as server:
+    gate = tmp_path / "gate"
+    with start_server(artifact, ready=False, program=importing_after(gate)) as server:
         until(lambda: "listening on" in server.log.read_text())
         for method, path in (("GET", "/ping"), ("POST", "/ping"), ("POST", "/invocations")):
             refused_in_time(server, method, path)

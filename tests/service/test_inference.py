@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from service.errors import MalformedRequest, NotAcceptable, UnsupportedMediaType
 from service.inference import input_fn, model_fn, output_fn, predict_fn
 from service.model.artifact import open_artifact
 from service.model.errors import ArtifactError, UnreadableImage
+from service.model.manifest import Role
 from tests.service.served import form, png
 
 
@@ -229,3 +231,38 @@ def test_awss_inference_toolkit_tells_a_broken_image_by_our_sentence(
     (answer,) = toolkit.handle([{"body": b"not an image"}], context)
     assert context.status >= 400
     assert "are not a JPEG, PNG, WEBP, BMP or GIF image" in answer
+
+
+@pytest.mark.parametrize("role", ["weights", "int8_weights", "example"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_file_refuses_the_model_whether_or_not_its_engine_reads_it(
+    int8_artifact: Path, role: Role, cut: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(int8_artifact, tmp_path / "model"))
+    path = open_artifact(copy).path(role)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if cut else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=f"{path.name} is damaged: "):
+        model_fn(copy)
+    assert "is passed over: " + str(copy) not in caplog.text  # no other engine takes what is left
+
+
+def test_no_file_is_read_twice(int8_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    really = Path.open
+
+    def counted(path: Path, *given: Any, **named: Any) -> Any:
+        if path.parent == int8_artifact:
+            opened.append(path)
+        return really(path, *given, **named)
+
+    artifact = open_artifact(int8_artifact)
+    artifact.look()
+    artifact.weights()
+    artifact.self_check()
+    monkeypatch.setattr(Path, "open", counted)
+    artifact.verify_rest()
+    rest: list[Role] = ["example", "int8_graph", "int8_weights"]
+    assert sorted(opened) == sorted(artifact.path(role) for role in rest)
+    artifact.verify()
+    assert len(opened) == 3 + len(artifact.manifest.files)

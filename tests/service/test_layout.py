@@ -46,7 +46,7 @@ def test_workers_follow_from_the_side_the_cores_the_gpus_and_the_memory(
     if side_px is not None:
         written(tmp_path / "model", side_px)
     monkeypatch.setattr(layout, "cores", lambda: cores)
-    monkeypatch.setattr(layout, "gpus", lambda: gpus)
+    monkeypatch.setattr(layout, "count_gpus", lambda: gpus)
     monkeypatch.setattr(layout, "memory_bytes", lambda: int(gib * 2**30))
     assert layout.choose_count(tmp_path / "model", engine) == expected
 

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from service.logs import JsonFormatter, UnblockedHandler, shown
@@ -69,12 +68,7 @@ def test_every_line_of_two_workers_from_start_to_stop_is_an_object_with_typed_fi
         assert server.ask("POST", "/invocations", b"bad", no_form).status == 400
         # Each by a worker of its own, maybe, which has written its line when it has.
         until(lambda: all(name in server.log.read_text() for name in ('"good"', '"bad"', '"form"')))
-        (pid, *_) = [
-            each.pid
-            for each in psutil.Process(server.process.pid).children()
-            if "--worker" in each.as_dict(["cmdline"])["cmdline"]
-        ]
-        os.kill(pid, signal.SIGKILL)
+        os.kill(server.workers()[0], signal.SIGKILL)
         until(lambda: server.log.read_text().count("ready: http://") == 3)
     lines = objects(server.log.read_text())
     said = " | ".join(line["message"] for line in lines)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
@@ -60,11 +59,6 @@ def until(condition: Callable[[], Any], limit_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-def workers_of(server: Any) -> dict[int, int]:
-    lines = {each.pid: each.as_dict(["cmdline"])["cmdline"] for each in psutil.Process(server.process.pid).children()}
-    return {int(line[-1].split(":")[0]): pid for pid, line in lines.items() if line and "--worker" in line}
-
-
 @pytest.fixture
 def pair(artifact: Path, start_server: Any) -> Iterator[Any]:
     with start_server(artifact, CLASSIFIER_WORKERS="2") as running:
@@ -104,7 +98,7 @@ def test_counts_are_those_of_all_workers_whichever_is_asked_and_outlive_a_worker
         assert value(before, "process_open_fds", worker=worker) > 3
         assert value(before, "process_cpu_seconds_total", worker=worker) > 0
 
-    killed = workers_of(pair)[1]
+    killed = pair.workers()[1]
     os.kill(killed, signal.SIGKILL)
     # Until the new one accepts, its share of the connections gets 503, whatever they ask.
     until(lambda: pair.log.read_text().count("ready: http://") == 3)

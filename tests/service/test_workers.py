@@ -1,6 +1,7 @@
 """Several workers on one port, as real processes: ready together, replaced when they die, stopped together."""
 
 import asyncio
+import errno
 import os
 import re
 import resource
@@ -29,12 +30,6 @@ from service.workers import States, Worker
 from tests.service.served import jpeg, png
 
 
-def workers_of(server: Any) -> dict[int, int]:
-    """Process ids by the workers' index."""
-    lines = {each.pid: each.as_dict(["cmdline"])["cmdline"] for each in psutil.Process(server.process.pid).children()}
-    return {int(line[-1].split(":")[0]): pid for pid, line in lines.items() if line and "--worker" in line}
-
-
 def user_time(pid: int) -> int:
     """Clock ticks of user time (proc_pid_stat(5), field 14)."""
     return int(Path(f"/proc/{pid}/stat").read_text().split()[13])
@@ -61,7 +56,7 @@ def test_the_start_waits_for_both_workers(pair: Any) -> None:
 
 def test_both_workers_answer(artifact: Path, pair: Any) -> None:
     body = open_artifact(artifact).read("example")
-    before = {pid: user_time(pid) for pid in workers_of(pair).values()}
+    before = {pid: user_time(pid) for pid in pair.workers().values()}
     for _ in range(60):  # each on a connection of its own, spread by the kernel
         assert pair.ask("POST", "/invocations", body).status == 200
     assert len(before) == 2
@@ -79,34 +74,34 @@ def test_two_workers_and_their_decoders_take_less_memory_than_is_reckoned_for_th
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_worker_that_ends_is_replaced_while_the_other_answers(pair: Any, number: signal.Signals) -> None:
     body = jpeg()  # decoded without a process, for which it would be waited, and 503 be answered, on a busy machine
-    before, starts = workers_of(pair), pair.log.read_text().count("ready: http://")
+    before, starts = pair.workers(), pair.log.read_text().count("ready: http://")
     os.kill(before[1], number)  # the latter as an operator may, to one worker alone
-    until(lambda: workers_of(pair).get(1) not in (None, before[1]))
+    until(lambda: pair.workers().get(1) not in (None, before[1]))
     for method, path in (("POST", "/invocations"), ("GET", "/ping")) * 20:  # while the new one loads
         # Its share is answered by it within a second, or else by the supervisor.
         assert (answer := pair.ask(method, path, body)).status == 200 or answer.json["status"] == "loading"
     until(lambda: pair.log.read_text().count("ready: http://") == starts + 1)
-    assert workers_of(pair)[0] == before[0]
+    assert pair.workers()[0] == before[0]
     how = "signal SIGKILL: " if number == signal.SIGKILL else "exit status 0"
     assert f"worker 1 died ({how}" in pair.log.read_text()
 
 
 def test_a_replacement_that_is_killed_before_it_is_ready_is_replaced_too(artifact: Path, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_WORKERS="2") as server:
-        was = workers_of(server)
+        was = server.workers()
         os.kill(was[1], signal.SIGKILL)
-        until(lambda: workers_of(server).get(1) not in (None, was[1]))
-        os.kill(workers_of(server)[1], signal.SIGKILL)
+        until(lambda: server.workers().get(1) not in (None, was[1]))
+        os.kill(server.workers()[1], signal.SIGKILL)
         until(lambda: server.log.read_text().count("ready: http://") == 3)
         assert "worker 1 died (signal SIGKILL: " in server.log.read_text()
         assert ") before it was ready; its requests are answered with 503" in server.log.read_text()
-        assert workers_of(server)[0] == was[0]
+        assert server.workers()[0] == was[0]
         assert server.ask("POST", "/invocations", jpeg()).status == 200
 
 
 def test_sigterm_ends_all_with_status_0(artifact: Path, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_WORKERS="2") as server:
-        pids = workers_of(server).values()
+        pids = server.workers().values()
         assert len(pids) == 2
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
@@ -116,7 +111,7 @@ def test_sigterm_ends_all_with_status_0(artifact: Path, start_server: Any) -> No
 
 def test_workers_end_when_their_supervisor_is_killed(artifact: Path, start_server: Any) -> None:
     with start_server(artifact, CLASSIFIER_WORKERS="2", CLASSIFIER_EXIT_WITH_PARENT="false") as server:
-        pids = workers_of(server).values()
+        pids = server.workers().values()
         assert len(pids) == 2
         server.process.kill()
         until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()])
@@ -190,7 +185,7 @@ def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Pa
     """In 3 s instead of 28: the process runs our code with another constant."""
     program = "from service import workers, __main__ as m; workers.STOP_S = 3; raise SystemExit(m.main())"
     with start_server(artifact, program=program, CLASSIFIER_WORKERS="2") as server:
-        for pid in workers_of(server).values():
+        for pid in server.workers().values():
             os.kill(pid, signal.SIGSTOP)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 1
@@ -206,7 +201,7 @@ def test_a_worker_that_stands_still_is_replaced(artifact: Path, start_server: An
     assert at_most_s + 1 < Settings().deadline_s  # a client reads a sentence before the platform gives it up
     program = "from service import workers, __main__ as m; workers.SILENT_S = 2; workers.SEEN_TWICE_S = 0.5"
     with start_server(artifact, program=f"{program}; raise SystemExit(m.main())") as server:
-        was = workers_of(server)[0]
+        was = server.workers()[0]
         os.kill(was, signal.SIGSTOP)
         answer = server.ask("GET", "/ping")  # never accepted by that one; a worker's own where it begins soon
         assert answer.status == 200 or answer.json["status"] == "loading"
@@ -220,17 +215,20 @@ def test_workers_that_die_again_and_again_end_the_service(artifact: Path, start_
     with start_server(artifact) as server:
         for death in range(workers.MAX_DEATHS):
             until(lambda death=death: server.log.read_text().count("ready: http://") == death + 1)
-            os.kill(workers_of(server)[0], signal.SIGSEGV)
+            os.kill(server.workers()[0], signal.SIGSEGV)
         assert server.process.wait(60) == 1
         assert "5 workers died within " in server.log.read_text()
         assert "giving up" in server.log.read_text()
 
 
 def test_a_start_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    supervisor = workers.Supervisor([socket.create_server(("127.0.0.1", 0))], [], 60)
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    supervisor = workers.Supervisor([socket.create_server(("127.0.0.1", 0))], lambda worker: 0, 60)
     files = psutil.Process().num_fds()
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(OSError, match="nowhere"):
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(BlockingIOError):
         supervisor._start_process(0)
     assert psutil.Process().num_fds() == files
     assert not supervisor._talk.get_map()
@@ -241,15 +239,21 @@ def test_a_start_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch)
 def test_a_worker_that_cannot_be_started_ends_the_service_whose_clients_are_told(
     artifact: Path, tmp_path: Path, start_server: Any
 ) -> None:
-    """As where no process or memory is left: the program that a worker is started by is gone."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    program = f"import sys; sys.executable = {str(python)!r}; import service.__main__ as m; raise SystemExit(m.main())"
+    """Where no process or memory is left, which fork(2) tells: here while a file is there, as root has no limit."""
+    full = tmp_path / "full"
+    program = (
+        "import errno, os, service.__main__ as m\n"
+        "fork = os.fork\n"
+        "def limited():\n"
+        f"    if os.path.exists({str(full)!r}): raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))\n"
+        "    return fork()\n"
+        "os.fork = limited\n"
+        "raise SystemExit(m.main())"
+    )
     with start_server(artifact, program=program) as server:
-        python.unlink()
-        os.kill(workers_of(server)[0], signal.SIGKILL)
-        until(lambda: "worker 0 cannot be started (No such file or directory)" in server.log.read_text())
+        full.touch()
+        os.kill(server.workers()[0], signal.SIGKILL)
+        until(lambda: "worker 0 cannot be started (Resource temporarily unavailable)" in server.log.read_text())
         for method, path in (("GET", "/ping"), ("POST", "/invocations")):
             answer = server.ask(method, path)
             assert (answer.status, answer.json["status"]) == (503, "loading")
@@ -273,7 +277,7 @@ def test_workers_have_no_more_connections_than_the_supervisor_can_hold(artifact:
         counts: list[int] = []
 
         def all_are_held() -> bool:
-            processes = [psutil.Process(pid) for pid in (server.process.pid, *workers_of(server).values())]
+            processes = [psutil.Process(pid) for pid in (server.process.pid, *server.workers().values())]
             counts[:] = [
                 sum(c.laddr.port == server.port and bool(c.raddr) for c in process.net_connections("tcp"))
                 for process in processes
@@ -295,12 +299,12 @@ def test_a_replacement_starts_though_the_supervisor_holds_many_connections(artif
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
             for _ in range(1500):
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
-            was = workers_of(server)
+            was = server.workers()
             until(lambda: psutil.Process(server.process.pid).num_fds() > 1400)
             os.kill(was[0], signal.SIGKILL)
-            until(lambda: workers_of(server).get(0) not in (None, was[0]))
+            until(lambda: server.workers().get(0) not in (None, was[0]))
             until(lambda: server.log.read_text().count("ready: http://") == 3)
             assert server.ask("GET", "/ping").status == 200
-            assert workers_of(server)[1] == was[1]
+            assert server.workers()[1] == was[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
