@@ -38,7 +38,8 @@ def _fits_serverless(subject: Subject, _: str) -> Result:
 
     https://docs.aws.amazon.com/sagemaker/latest/dg/serverless-endpoints.html
     """
-    limits = (*subject.options, "--memory", f"{SERVERLESS_MIB}m")
+    memory = f"{SERVERLESS_MIB}m"
+    limits = (*subject.options, "--memory", memory, "--memory-swap", memory)  # without swap
     with start(replace(subject, options=limits)) as service:
         ready_s = service.wait_until_ready(SERVERLESS_START_S)[0]
         ok, said = works_at_once(service, subject)

@@ -23,7 +23,7 @@ from service.logs import configure_logging, counted, shown
 from service.model.errors import ArtifactError
 from service.model.files import find_home
 from service.model.machine import cores, few_arenas, tasks
-from service.settings import Settings
+from service.settings import Settings, heaps_are_chosen
 from service.workers import Supervisor, Worker
 
 log = logging.getLogger("service")
@@ -43,12 +43,13 @@ int8, 32 clients, two workers on 2 cores with AMX, two runs each in turns: 2,720
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service; returns the exit status."""
     parent = os.getppid()  # now: it may end while we start
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may ignore it; how workers end is then not told
     _keep_standard_files()
     settings = Settings.load(arguments)
     configure_logging(settings.log_level, settings.log_format)
     log.info("settings: %s", shown(settings.model_dump()))
     workers = settings.workers or choose_count(settings.model, settings.engine)
-    openvino = settings.engine.startswith("openvino") or (settings.engine == "auto" and not count_gpus())
+    with_openvino = settings.engine.startswith("openvino") or (settings.engine == "auto" and not count_gpus())
     log.info(
         "layout: %s, %s and %s%s, on %s",
         counted(workers, "worker"), counted(settings.engine_threads, "engine thread"),
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     supervisor = Supervisor(listeners, partial(serve, settings), settings.start_timeout_s)
     _stop_with(supervisor.stop, parent if settings.exit_with_parent and parent > 1 else None)
     log.info("listening on %s port %d, loading the model", settings.host, settings.port)
-    status = supervisor.run(partial(prepare, openvino))
+    status = supervisor.run(partial(prepare, with_openvino))
     log.info("stopped")
     return status
 
@@ -97,19 +98,19 @@ def _keep_standard_files() -> None:
     os.close(descriptor)
 
 
-def prepare(openvino: bool) -> bool:
-    """Import, once for all workers, what one needs; with `openvino`, its engine too. Returns: False when it cannot be,
+def prepare(with_openvino: bool) -> bool:
+    """Import, once for all workers, what one needs; `with_openvino`, its engine too. Returns: False when it cannot be,
     which is told.
 
-    torch is not among it: it takes seconds, which a start with another engine should not wait for.
+    torch is left to those whose engine needs it: nothing of CUDA may begin here.
     """
     if sys.platform != "linux":  # libraries start threads there that no fork survives (python.org, bpo-33725)
         return True
     gc.disable()
     if not _is_complete():
         return False
-    if openvino:
-        with suppress(ImportError):  # the worker tells, or takes another
+    if with_openvino:
+        with suppress(Exception):  # whatever is wrong with it, the worker tells, or takes another
             import service.engines.openvino  # noqa: F401
     gc.freeze()  # to look for garbage among it would write to it, so that the workers share less of it
     gc.enable()
@@ -134,7 +135,8 @@ def serve(settings: Settings, worker: Worker) -> int:
     """Serve in this process until told to stop; returns the exit status."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.disable()  # what a start creates, stays: the runtime enables it when the model is served
-    few_arenas()
+    if not heaps_are_chosen():
+        few_arenas()
     configure_logging(settings.log_level, settings.log_format)  # its lines have this process's id
     if not _is_complete():
         return 1

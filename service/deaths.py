@@ -62,7 +62,7 @@ class MemoryKills:
 
 
 def cause_of(returned: int, memory_kill: bool) -> Death:
-    """What a return code of `subprocess.Popen` means, negative for a signal."""
+    """What `Forked.poll` told of an end means: an exit status, negative for a signal."""
     if returned >= 0:
         return Death("exit_status", f"exit status {returned}; the lines above say why")
     name = signal_name(-returned)

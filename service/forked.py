@@ -4,6 +4,7 @@ Workers are such copies of the supervisor: a Python of its own would import for 
 memory with the others.
 """
 
+import itertools
 import logging
 import os
 import signal
@@ -22,6 +23,9 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 DESCRIPTORS = Path("/dev/fd")
 """A name for each descriptor that is open (proc(5))."""
 
+MOST_DESCRIPTORS = 2**20
+"""So many are tried one by one where they cannot be listed."""
+
 
 class Forked:
     """Runs `main` in a copy of this process, which ends with what that returns. Asked as a `subprocess.Popen` is."""
@@ -39,18 +43,18 @@ class Forked:
 
         Raises: OSError, where no process or memory is left (fork(2)).
         """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # our handler would run in the copy
 
         def begin() -> int:
-            _become_another(before, files, name)
+            _become_another(mask, files, name)
             return main()
 
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # our handler would run in the copy
         try:
             self.pid = os.fork()
             if self.pid == 0:
                 run_and_exit(begin)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -74,10 +78,7 @@ class Forked:
         self._send(signal.SIGKILL)
 
     def _reap(self, options: int) -> None:
-        try:
-            pid, status = os.waitpid(self.pid, options)
-        except ChildProcessError:  # whoever started us ignores SIGCHLD: the kernel forgets how it ended (wait(2))
-            pid, status = self.pid, 0
+        pid, status = os.waitpid(self.pid, options)
         if pid == self.pid:
             self.returncode = os.waitstatus_to_exitcode(status)
 
@@ -100,14 +101,16 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
     except Exception:
         log.exception("the process ends on an error of its own")
     finally:
-        logging.shutdown()
-        if sys.stdout is not None:  # it may have been closed when we were started
-            sys.stdout.flush()
-        os._exit(status)
+        try:  # where the disk of the log is full, a copy of a process must end all the same, not go on as if it was it
+            logging.shutdown()
+            if sys.stdout is not None:  # it may have been closed when we were started
+                sys.stdout.flush()
+        finally:
+            os._exit(status)
 
 
 def _become_another(mask: Collection[int], files: Collection[int], name: str | None) -> None:
-    """What Python does in a process that it starts with a program, and what tells it from its parent.
+    """What `subprocess` does in a process that it starts, and what tells this one from its parent.
 
     Nothing here is closed by its object, which is the copied process's affair: its number may be another's by then.
     """
@@ -115,11 +118,19 @@ def _become_another(mask: Collection[int], files: Collection[int], name: str | N
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, leave)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    kept = {0, 1, 2, *files}
-    for descriptor in [int(entry.name) for entry in DESCRIPTORS.iterdir()]:
-        if descriptor not in kept:
-            with suppress(OSError):  # the folder's own, closed by now
-                os.close(descriptor)
+    _close_all_but({0, 1, 2, *files})
     if name is not None and sys.platform == "linux":
         with suppress(OSError):
             Path("/proc/self/comm").write_text(name)
+
+
+def _close_all_but(kept: Collection[int]) -> None:
+    try:
+        others = {int(entry.name) for entry in DESCRIPTORS.iterdir()}.difference(kept)
+    except OSError:  # no /proc is mounted, or no descriptor is left to read it with
+        for before, after in itertools.pairwise([*sorted(kept), min(MOST_DESCRIPTORS, os.sysconf("SC_OPEN_MAX"))]):
+            os.closerange(before + 1, after)
+        return
+    for descriptor in others:
+        with suppress(OSError):  # the folder's own, closed by now
+            os.close(descriptor)

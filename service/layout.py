@@ -47,6 +47,10 @@ def choose_count(model: Path, engine: Wanted) -> int:
     return max(1, min(MAX_WORKERS, cores(), loops, memory_bytes() // WORKER_BYTES))
 
 
+COUNTED = 100
+"""Added to what is counted in another process, whose status this is: what ends it otherwise is no count."""
+
+
 @cache
 def count_gpus() -> int:
     """As `machine.gpus`, asked once, in a process of its own: no fork of one that has initialised CUDA can use it
@@ -54,7 +58,7 @@ def count_gpus() -> int:
     """
     if not has_driver():
         return 0
-    return max(0, Forked(gpus).wait())
+    return max(0, Forked(lambda: COUNTED + gpus()).wait() - COUNTED)
 
 
 def _share_of_loop(side_px: int) -> float:
@@ -67,8 +71,8 @@ def _share_of_loop(side_px: int) -> float:
 def _side_px(model: Path) -> int:
     """The side of the model's pictures; of an archive, or what a worker will complain of, that of photos.
 
-    Read from the manifest without verifying it, which the workers do: here it would cost the start a third of a second
-    for imports, and decides nothing but how many they are.
+    Read from the manifest without verifying it, which the workers do: here it would hold up the first answers for a
+    third of a second of imports, and decides nothing but how many they are.
     """
     try:
         path = find_home(model) / MANIFEST

@@ -178,7 +178,7 @@ class Metrics:
     @contextmanager
     def watching(self, gauges: Gauges) -> Iterator[None]:
         """Write `gauges` down every second, on the running event loop, for the worker that is asked for them."""
-        import asyncio  # here, because a supervisor needs none
+        import asyncio  # here, because a supervisor begins without
 
         self.gauges = gauges
         loop = asyncio.get_running_loop()

@@ -1,6 +1,6 @@
 """What is known of one request: the log's line, and what metrics and traces are made of.
 
-Apart from `telemetry`, which fills it in, because the supervisor, which imports little, writes such lines too.
+Apart from `telemetry`, which fills it in, because the supervisor, which begins with few imports, writes such lines too.
 """
 
 import json

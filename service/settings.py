@@ -156,6 +156,11 @@ def _problem(error: ErrorDetails, sources: Mapping[str, str]) -> str:
     return f"{sources.get(name, f'{PREFIX}{name.upper()}=')}{shown}: {said[0].lower()}{said[1:]}"
 
 
+def heaps_are_chosen() -> bool:
+    """Whether glibc is told how many heaps to have (mallopt(3))."""
+    return "MALLOC_ARENA_MAX" in os.environ
+
+
 def trace_collector() -> str | None:
     """Where OpenTelemetry's variables send traces; None when they name no collector, or switch traces off."""
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"

@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -257,16 +256,21 @@ class Supervisor:
 
     def _is_prepared(self, prepare: Callable[[], bool]) -> bool:
         """Whether it succeeded, in a thread of its own, while we answer those who wait and may be told to stop."""
-        said: Future[bool] = Future()
+        succeeded = False
 
         def run() -> None:
+            nonlocal succeeded
             try:
-                said.set_result(prepare())
-            except BaseException as exc:  # noqa: BLE001  # raised where it is asked for
-                said.set_exception(exc)
+                succeeded = prepare()
+            except Exception:
+                log.exception("The service cannot start on an error of its own.")
 
         thread = threading.Thread(target=run, name="prepare", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as exc:  # no thread is left
+            log.error("The service cannot start (%s); raise the limit of processes and threads.", exc)
+            return False
         while thread.is_alive() and not self._stopping:
             if time.monotonic() - self._began_s > self._start_timeout_s:
                 log.error(
@@ -276,7 +280,7 @@ class Supervisor:
                 return False
             thread.join(TURN_S)
             self._look_after_clients()
-        return not self._stopping and said.result()
+        return succeeded
 
     def _close_port(self, index: int) -> None:
         take_no_more(self._sockets[index])
@@ -323,8 +327,9 @@ class Supervisor:
             os.close(slots_fd)
         self._held[index] = held
         self._talk.register(ours, selectors.EVENT_READ, held)
-        first = not self._states.all_were_ready()  # what was prepared is part of the first start
-        self._ready_by_s[index] = (self._began_s if first else time.monotonic()) + self._start_timeout_s
+        # Preparing is part of the first start.
+        began_s = time.monotonic() if index in self._ready_by_s else self._began_s
+        self._ready_by_s[index] = began_s + self._start_timeout_s
         if self._stopping:  # the signal came before the process was in the table
             self._processes[index].terminate()
 

@@ -84,8 +84,7 @@ class Artifact:
     def look(self) -> None:
         """Find, at no cost, what `verify` would refuse but for content: a file that is missing, or of another size."""
         for role in self.manifest.files:
-            with self._opened(role):
-                pass
+            self._look(role)
 
     def _verify(self, roles: Iterable[Role]) -> None:
         for role in roles:
@@ -95,23 +94,33 @@ class Artifact:
 
     @contextmanager
     def _opened(self, role: Role) -> Iterator[BufferedReader]:
+        self._look(role)
+        with self._told(role), self.path(role).open("rb") as file:
+            yield file
+
+    def _look(self, role: Role) -> None:
         entry, path = self.manifest.files[role], self.path(role)
-        try:
+        with self._told(role):
             status = path.lstat()
-            if stat.S_ISLNK(status.st_mode):  # it may lead anywhere, and elsewhere tomorrow
-                raise ArtifactError(f"{path} is a link; copy the file itself into the artifact.")
-            if not stat.S_ISREG(status.st_mode):  # a pipe or a device: reading it may never end
-                raise ArtifactError(f"{path} is no plain file; copy the artifact again.")
-            if status.st_size > MAX_FILE_BYTES:
-                raise ArtifactError(
-                    f"{path} has {status.st_size:,} bytes, {MAX_FILE_BYTES:,} are allowed; no ResNet-34 needs more."
-                )
-            if status.st_size != entry.bytes:
-                raise ArtifactError(
-                    f"{path} is damaged: it has {status.st_size:,} bytes not {entry.bytes:,}; copy the artifact again."
-                )
-            with path.open("rb") as file:
-                yield file
+        if stat.S_ISLNK(status.st_mode):  # it may lead anywhere, and elsewhere tomorrow
+            raise ArtifactError(f"{path} is a link; copy the file itself into the artifact.")
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device: reading it may never end
+            raise ArtifactError(f"{path} is no plain file; copy the artifact again.")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ArtifactError(
+                f"{path} has {status.st_size:,} bytes, {MAX_FILE_BYTES:,} are allowed; no ResNet-34 needs more."
+            )
+        if status.st_size != entry.bytes:
+            raise ArtifactDamaged(
+                f"{path} is damaged: it has {status.st_size:,} bytes not {entry.bytes:,}; copy the artifact again."
+            )
+
+    @contextmanager
+    def _told(self, role: Role) -> Iterator[None]:
+        """What the system says of a file, as an ArtifactError."""
+        path = self.path(role)
+        try:
+            yield
         except FileNotFoundError as exc:
             raise ArtifactError(f"{path} is missing, though {MANIFEST} names it; copy the artifact again.") from exc
         except OSError as exc:

@@ -17,8 +17,7 @@ NICE = 10
 capacity of 2 cores with AMX (224 px, int8, 1,240 requests/s, two runs of 6 s) refusals came after 1,200 and 2,100 ms
 (p95), with 5 after 14 and 42, with 10 after 8 and 9; capacity 236 and 252 images/s, 236 and 250, 248 and 261."""
 
-M_ARENA_MAX = -8
-"""malloc.h"""
+_M_ARENA_MAX = -8  # mallopt(3), malloc.h
 
 SAGEMAKER_MODEL = Path("/opt/ml/model")
 """A folder of this name is where SageMaker started us, or someone who starts containers as it does."""
@@ -50,21 +49,13 @@ def tasks(cgroup: Path = CGROUP) -> int | None:
 
 def has_driver() -> bool:
     """Whether there is a driver for NVIDIA GPUs; it is not initialised."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+    return _driver() is not None
 
 
 def gpus() -> int:
     """NVIDIA GPUs the driver shows this process; 0 without a driver (CUDA driver API, cuDeviceGetCount)."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+    driver, count = _driver(), ctypes.c_int(0)
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
 
@@ -80,15 +71,16 @@ def give_way() -> None:
 
 
 def few_arenas() -> None:
-    """Let glibc have two heaps for all threads, unless MALLOC_ARENA_MAX is set: else it gives almost every thread one
-    of its own, and none of it back to the others (mallopt(3)).
+    """Let glibc have two heaps for all threads: else it gives almost every thread one of its own, and none of it back
+    to the others (mallopt(3)). Those that are there stay.
 
-    At 224 px in bfloat16, 32 clients, three starts in turns: 426, 423 and 379 MiB (PSS) against 456, 459 and 393, at 57
-    images/s on average both; at 32 px in int8 the same memory, 2,480 images/s against 2,410 (2 cores of an EPYC).
+    With MALLOC_ARENA_MAX=2, which does the same from the start, at 224 px in bfloat16, 32 clients, three starts in
+    turns: 426, 423 and 379 MiB (PSS) against 456, 459 and 393, at 57 images/s on average both; at 32 px in int8 the
+    same memory, 2,480 images/s against 2,410 (2 cores of an EPYC).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:  # not every C library has it
-        mallopt(M_ARENA_MAX, 2)
+    if mallopt is not None:  # not every C library has it
+        mallopt(_M_ARENA_MAX, 2)
 
 
 def give_back_memory() -> None:
@@ -101,6 +93,13 @@ def give_back_memory() -> None:
 def has_gpu(devices: Path = Path("/dev")) -> bool:
     """Whether there is an NVIDIA GPU, be its driver as it may: its device is there (WSL has another), or it is seen."""
     return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists() or gpus() > 0
+
+
+def _driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 def _read(path: Path) -> str:

@@ -144,9 +144,12 @@ def test_a_model_for_which_there_is_not_enough_memory(words: str, caplog: pytest
 
 
 def test_a_start_that_does_not_end(model: Path) -> None:
-    program = "import time, service.__main__ as m; m.serve = lambda *_: time.sleep(60); raise SystemExit(m.main())"
-    said = refusal(model, program=program, CLASSIFIER_START_TIMEOUT_S="12")
-    assert "worker 0 was not ready within 12 s and is killed; CLASSIFIER_START_TIMEOUT_S allows more." in said
+    program = (
+        "import time, service.__main__ as m; m.prepare = lambda _: True; m.serve = lambda *_: time.sleep(60); "
+        "raise SystemExit(m.main())"
+    )
+    said = refusal(model, program=program, CLASSIFIER_START_TIMEOUT_S="1")
+    assert "worker 0 was not ready within 1 s and is killed; CLASSIFIER_START_TIMEOUT_S allows more." in said
 
 
 def test_too_few_open_files(model: Path) -> None:
