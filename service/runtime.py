@@ -303,7 +303,7 @@ class Runtime:
         return classifier
 
     def _warm_up(self, classifier: Classifier, all_here: Barrier) -> float:
-        """Decode an image, run batches of one, of most and of the engine's sizes: the first clients do not pay for what
+        """Decode an image, run the largest batch and those of the engine's sizes: the first clients do not pay for what
         each needs once.
 
         In every lane: none begins before all have a thread of their own. Returns: seconds an image, of the largest.
@@ -314,7 +314,7 @@ class Runtime:
             image = decode_resized(classifier.example.path.read_bytes(), classifier.side_px)
         largest = self._max_batch(classifier)
         took_s = 0.0
-        for size in sorted({1, largest, *(size for size in classifier.engine.warm_sizes if size < largest)}):
+        for size in sorted({largest, *(size for size in classifier.engine.warm_sizes if size < largest)}):
             began_s = time.perf_counter()
             classifier.classify([image] * size)
             took_s = time.perf_counter() - began_s

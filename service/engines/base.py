@@ -31,8 +31,8 @@ class Engine(Protocol):
     """Batches it computes side by side."""
 
     warm_sizes: tuple[int, ...]
-    """Sizes of batches that cost more the first time, besides one image and the largest batch it will get: the service
-    runs each once before it is ready."""
+    """Sizes of batches that cost much more the first time, besides the largest batch it will get: the service runs each
+    once before it is ready."""
 
     def infer(self, batch: PixelBatch) -> Logits:
         """uint8 `[N, S, S, 3]` -> float32 `[N, K]`: as many rows as given, in the same order. N >= 1."""

@@ -19,7 +19,7 @@ class EagerEngine:
     tolerance = 1e-3
     best_batch = 32
     lanes = 1
-    warm_sizes: tuple[int, ...] = ()
+    warm_sizes: tuple[int, ...] = (1,)
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         """Build the network from the artifact. Raises: ArtifactError when the weights do not fit it."""

@@ -38,7 +38,7 @@ def test_ping_answers_200_with_the_state_when_ready(service: Served, method: str
 
 @pytest.mark.parametrize(
     ("max_batch", "warm_sizes", "expected"),
-    [(8, (), [1, 8]), (32, (4, 16, 32), [1, 4, 16, 32]), (6, (4, 16), [1, 4, 6])],
+    [(8, (), [8]), (8, (1,), [1, 8]), (32, (4, 16, 32), [4, 16, 32]), (6, (4, 16), [4, 6])],
 )
 def test_the_example_has_run_in_batches_of_each_size_when_the_service_is_ready(
     tmp_path: Path, max_batch: int, warm_sizes: tuple[int, ...], expected: list[int]
