@@ -1,9 +1,11 @@
 """`python -m service`: serves a model in the foreground until it is told to stop, in one process or several.
 
 Exit status: 0 after SIGTERM or Ctrl-C (143 and 130 while nothing is begun yet), 1 when the model or the port cannot be
-served, 2 for wrong settings.
+served or a worker does not end as it is told, 2 for wrong settings, 128 and the signal's number when a library crashes
+while it is imported.
 """
 
+import faulthandler
 import gc
 import logging
 import os
@@ -107,11 +109,13 @@ def prepare(with_openvino: bool) -> bool:
     if sys.platform != "linux":  # libraries start threads there that no fork survives (python.org, bpo-33725)
         return True
     gc.disable()
+    faulthandler.enable()  # a library made for another processor ends this process: at least it says where
     if not _is_complete():
         return False
     if with_openvino:
         with suppress(Exception):  # whatever is wrong with it, the worker tells, or takes another
             import service.engines.openvino  # noqa: F401
+    faulthandler.disable()
     gc.freeze()  # to look for garbage among it would write to it, so that the workers share less of it
     gc.enable()
     return True

@@ -222,6 +222,9 @@ class Supervisor:
             if self._stopping:
                 # As the signals end it that come before it can catch them; a terminal sends Ctrl-C to the workers too.
                 status = max(status, int(returned not in (0, -signal.SIGTERM, 128 + signal.SIGINT)))
+                if returned < 0 and returned != -signal.SIGTERM and index not in self._killed:
+                    how = cause_of(returned, self._memory_killed()).how
+                    log.error("worker %d died (%s) while the service stopped; what it had is not answered", index, how)
                 self._close_port(index)
                 continue
             death = STOOD_STILL if index in self._killed else cause_of(returned, self._memory_killed())
@@ -262,7 +265,7 @@ class Supervisor:
             nonlocal succeeded
             try:
                 succeeded = prepare()
-            except Exception:
+            except BaseException:  # a package may raise anything while it is imported
                 log.exception("The service cannot start on an error of its own.")
 
         thread = threading.Thread(target=run, name="prepare", daemon=True)
@@ -353,9 +356,22 @@ class Supervisor:
                 self._talk.unregister(key.fileobj)
         self._look_after_clients()
         self._kill_the_stuck()
+        if os.getpid() == 1:
+            self._reap_adopted()
         if time.monotonic() - self._looked_at_s > OF_LATE_S / 2:  # decoders are killed for memory too
             self._memory_killed()
             self._looked_at_s = time.monotonic()
+
+    def _reap_adopted(self) -> None:
+        """Let the kernel forget the decoders of workers that died, which are the first process's then
+        (pid_namespaces(7)).
+        """
+        ours = {process.pid for process in self._processes.values()}
+        with suppress(ChildProcessError):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid in ours:  # seen by `poll` next
+                    return
+                os.waitpid(ended.si_pid, 0)
 
     def _look_after_clients(self) -> None:
         self._lingering.sweep()
@@ -395,6 +411,7 @@ class Supervisor:
         for index, process in self._processes.items():
             if late:
                 log.error("worker %d did not stop within %.0f s; it is killed", index, STOP_S)
+                self._killed.add(index)
                 process.kill()
             elif index in self._killed:
                 process.kill()

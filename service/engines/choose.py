@@ -1,5 +1,6 @@
 """Which engine runs a model on this machine, and why."""
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from service.model.machine import SAGEMAKER_MODEL, cores, gpus, has_gpu
 from service.model.manifest import Manifest
 
 log = logging.getLogger(__name__)
+
+MODULES: dict[EngineName, str] = {"torch": "eager", "torch-cuda": "cuda"}
+"""Of the engines that are not OpenVINO's."""
 
 
 @dataclass(frozen=True)
@@ -110,23 +114,30 @@ def _made(artifact: Artifact, name: EngineName, layout: Layout) -> Engine:
             "There is no NVIDIA GPU here: CLASSIFIER_ENGINE=auto takes the processor; a container is given a GPU by "
             "'docker run --gpus all'."
         )
+    _import(name)
+    if name == "torch":
+        from service.engines.eager import EagerEngine  # torch takes seconds to import: only where it runs
+
+        return EagerEngine(artifact, layout.threads)
+    if name == "torch-cuda":
+        from service.engines.cuda import CudaEngine
+
+        return CudaEngine(artifact, layout.device, layout.max_batch)
+    from service.engines.openvino import OpenVinoEngine
+
+    precisions: dict[str, Literal["fp32", "bf16", "int8"]]
+    precisions = {"openvino-fp32": "fp32", "openvino-bf16": "bf16", "openvino-int8": "int8"}
+    return OpenVinoEngine(artifact, precisions[name], layout.threads, layout.alone_threads or layout.threads)
+
+
+def _import(name: EngineName) -> None:
+    """What it is made of. Raises: EngineUnavailable, whatever its libraries raise where they are broken."""
     try:
-        if name == "torch":
-            from service.engines.eager import EagerEngine  # torch takes seconds to import: only where it runs
-
-            return EagerEngine(artifact, layout.threads)
-        if name == "torch-cuda":
-            from service.engines.cuda import CudaEngine
-
-            return CudaEngine(artifact, layout.device, layout.max_batch)
-        from service.engines.openvino import OpenVinoEngine
-
-        precisions: dict[str, Literal["fp32", "bf16", "int8"]]
-        precisions = {"openvino-fp32": "fp32", "openvino-bf16": "bf16", "openvino-int8": "int8"}
-        return OpenVinoEngine(artifact, precisions[name], layout.threads, layout.alone_threads or layout.threads)
-    except ImportError as exc:
+        importlib.import_module(f"service.engines.{MODULES.get(name, 'openvino')}")
+    except Exception as exc:
+        said = " ".join(str(exc).split())[:300] or type(exc).__name__
         raise EngineUnavailable(
-            f"The engine {name} needs a package that is not installed ({exc}); choose another of "
+            f"The engine {name} needs a package that cannot be imported ({said}); choose another of "
             f"{', '.join(['auto', *_installed()])}."
         ) from exc
 

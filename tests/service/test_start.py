@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -109,23 +110,49 @@ def test_a_pickle_in_place_of_the_weights_is_not_loaded(model: Path, tmp_path: P
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_native_library_that_is_missing(model: Path, tmp_path: Path) -> None:
-    package = tmp_path / "broken" / "openvino"
-    package.mkdir(parents=True)
+def broken(folder: Path, package: str, text: str) -> str:
+    """A folder for PYTHONPATH in which the package is this module."""
+    (folder / "broken" / package).mkdir(parents=True)
+    (folder / "broken" / package / "__init__.py").write_text(text)
+    return str(folder / "broken")
+
+
+@pytest.mark.parametrize("kind", ["ImportError", "RuntimeError", "OSError"])
+def test_a_native_library_that_is_missing(kind: str, model: Path, tmp_path: Path) -> None:
     missing = "libtbb.so.12: cannot open shared object file: No such file or directory"
-    (package / "__init__.py").write_text(f"raise ImportError({missing!r})")
-    said = refusal(model, PYTHONPATH=str(package.parent), CLASSIFIER_ENGINE="openvino-fp32")
-    assert "libtbb.so.12" in said
+    path = broken(tmp_path, "openvino", f"raise {kind}({missing!r})")
+    said = refusal(model, PYTHONPATH=path, CLASSIFIER_ENGINE="openvino-fp32")
+    assert "The engine openvino-fp32 needs a package that cannot be imported (libtbb.so.12: cannot open" in said
+
+
+def test_a_library_that_crashes_when_it_is_imported_is_named(model: Path, tmp_path: Path) -> None:
+    """Nothing can catch that; where it happened is told on stderr."""
+    path = broken(tmp_path, "openvino", "import os, signal\nos.kill(os.getpid(), signal.SIGILL)")
+    command = [
+        sys.executable,
+        "-m",
+        "service",
+        "--model",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(free_port()),
+    ]
+    died = subprocess.run(
+        command, cwd=ROOT, env=environment(PYTHONPATH=path), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert died.returncode == -signal.SIGILL
+    assert "Fatal Python error: Illegal instruction" in died.stderr
+    assert str(Path("openvino") / "__init__.py") in died.stderr
 
 
 @pytest.mark.parametrize("package", ["PIL", "numpy"])
 def test_a_library_that_is_missing_for_another_package(model: Path, tmp_path: Path, package: str) -> None:
-    folder = tmp_path / "broken" / package
-    folder.mkdir(parents=True)
     missing = "libz.so.1: cannot open shared object file: No such file or directory"
     advice = "raise ImportError('IMPORTANT: how to solve it ...') from exc"  # as numpy does
-    (folder / "__init__.py").write_text(f"try: raise ImportError({missing!r})\nexcept ImportError as exc: {advice}")
-    said = refusal(model, PYTHONPATH=str(folder.parent), CLASSIFIER_WORKERS="2")
+    path = broken(tmp_path, package, f"try: raise ImportError({missing!r})\nexcept ImportError as exc: {advice}")
+    said = refusal(model, PYTHONPATH=path, CLASSIFIER_WORKERS="2")
     assert f"a package that it needs cannot be imported ({missing}); install what uv.lock has" in said
 
 

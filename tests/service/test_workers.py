@@ -27,6 +27,7 @@ from service.model.artifact import open_artifact
 from service.runtime import Runtime
 from service.settings import Settings
 from service.workers import States, Worker
+from tests.conftest import ROOT, environment, free_port, workers_of
 from tests.service.served import jpeg, png
 
 
@@ -209,6 +210,39 @@ def test_a_worker_that_stands_still_is_replaced(artifact: Path, start_server: An
         log = server.log.read_text()
     assert re.search(r"worker 0 has not answered for \d+ s; it is killed", log)
     assert "worker 0 died (signal SIGKILL, from the supervisor: it did not answer any more)" in log
+
+
+def test_a_worker_that_is_killed_while_the_service_stops_is_told(artifact: Path, start_server: Any) -> None:
+    with start_server(artifact, CLASSIFIER_WORKERS="2", CLASSIFIER_DRAIN_S="3") as server:
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.ask("GET", "/ping").status == 503)
+        os.kill(server.workers()[0], signal.SIGKILL)
+        assert server.process.wait(60) == 1
+        assert "worker 0 died (signal SIGKILL" in server.log.read_text()
+        assert "while the service stopped; what it had is not answered" in server.log.read_text()
+
+
+@pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare(1)")
+def test_the_first_process_of_a_container_keeps_no_zombies(artifact: Path, tmp_path: Path) -> None:
+    """What a worker that dies had started, its decoder process, is the first process's then."""
+    port, log = free_port(), tmp_path / "log"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-m", "service"]
+    command += ["--model", str(artifact), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as out, subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out) as process:
+        try:
+            until(lambda: psutil.Process(process.pid).children())
+            (first,) = psutil.Process(process.pid).children()
+            for death in (1, 2):
+                until(lambda death=death: log.read_text().count("ready: http://") == death)
+                (worker,) = workers_of(first.pid).values()
+                until(lambda worker=worker: psutil.Process(worker).children())
+                os.kill(worker, signal.SIGKILL)
+            until(lambda: log.read_text().count("ready: http://") == 3)
+            until(lambda: all(each.status() != psutil.STATUS_ZOMBIE for each in first.children()))
+            first.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_workers_that_die_again_and_again_end_the_service(artifact: Path, start_server: Any) -> None:

@@ -187,6 +187,6 @@ def test_without_openvino_torch_runs_it_and_without_both_a_sentence_says_what_to
 def test_a_named_engine_whose_package_is_missing_is_refused(model: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "service.engines.openvino", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    said = r"openvino-fp32 needs a package that is not installed .*; choose another of auto, torch-cuda, torch\."
+    said = r"openvino-fp32 needs a package that cannot be imported .*; choose another of auto, torch-cuda, torch\."
     with pytest.raises(EngineUnavailable, match=said):
         load(model, "openvino-fp32", Layout(1))
