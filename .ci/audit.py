@@ -69,11 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pypi-url", default=PYPI, help="where to ask if not there (default: %(default)s)")
     advisories = Path(__file__).parent / "advisories.md"
     parser.add_argument("--advisories", type=Path, default=advisories, help="what was read by hand, and when")
+    parser.add_argument(
+        "--today", type=date.fromisoformat, default=datetime.now(UTC).date(), help="(default: %(default)s)"
+    )
     parser.add_argument("--requirements", type=Path, help="audit these instead of what uv.lock has for the service")
     options = parser.parse_args(arguments)
 
-    today = datetime.now(UTC).date()
-    allowed, problems = read_allowed(options.allow, today)
+    allowed, problems = read_allowed(options.allow, options.today)
     with tempfile.TemporaryDirectory() as scratch:
         requirements = options.requirements or exported(Path(scratch) / "requirements.txt")
         if (why := unreachable(options.osv_url)) is None:
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             said += f"packages PyPI answered for {len(answered)}"
             if days:
                 said += f", the others are as read by hand on {' and '.join(map(str, days))}"
-            problems += unread + too_old(options.advisories.name, days, today)
+            problems += unread + too_old(options.advisories.name, days, options.today)
     found, unused, accepted = judged(packages, allowed)
     problems += found
     for entry in unused:

@@ -109,7 +109,7 @@ def prepare(with_openvino: bool) -> bool:
     if sys.platform != "linux":  # libraries start threads there that no fork survives (python.org, bpo-33725)
         return True
     gc.disable()
-    faulthandler.enable()  # a library made for another processor ends this process: at least it says where
+    faulthandler.enable(2, all_threads=False)  # a library made for another processor ends this process: it says where
     if not _is_complete():
         return False
     if with_openvino:

@@ -77,7 +77,7 @@ def audit(
     (tmp_path / "allow.toml").write_text(allow)
     (tmp_path / "requirements.txt").write_text(requirements)
     (tmp_path / "advisories.md").write_text(read or table(TODAY, JINJA_ROW, IDNA_ROW))
-    command = [sys.executable, str(AUDIT), "--osv-url", url, "--pypi-url", pypi_url]
+    command = [sys.executable, str(AUDIT), "--osv-url", url, "--pypi-url", pypi_url, "--today", str(TODAY)]
     command += ["--allow", str(tmp_path / "allow.toml"), "--advisories", str(tmp_path / "advisories.md")]
     return subprocess.run(
         [*command, "--requirements", str(tmp_path / "requirements.txt")], capture_output=True, text=True, timeout=120
@@ -95,7 +95,7 @@ def entry(since: date, until: date, id: str = "CVE-2024-22195") -> str:
     return f"[[allow]]\n{what}\nsince = {since}\nuntil = {until}\n"
 
 
-TODAY = date.today()
+TODAY = date.today()  # and for the audit too, where midnight passes while the tests run
 SOON = TODAY + timedelta(days=30)
 NOWHERE = "http://127.0.0.1:9/v1/query"
 IDNA_ROW = "| idna | 3.10 | 3.20 | PYSEC-2026-215 | no |"

@@ -127,7 +127,7 @@ def test_a_native_library_that_is_missing(kind: str, model: Path, tmp_path: Path
 
 def test_a_library_that_crashes_when_it_is_imported_is_named(model: Path, tmp_path: Path) -> None:
     """Nothing can catch that; where it happened is told on stderr."""
-    path = broken(tmp_path, "openvino", "import os, signal\nos.kill(os.getpid(), signal.SIGILL)")
+    path = broken(tmp_path, "openvino", "import signal\nsignal.raise_signal(signal.SIGILL)")
     command = [
         sys.executable,
         "-m",
