@@ -136,6 +136,25 @@ def test_sigterm_turns_ping_red_answers_what_was_accepted_and_ends_with_0(artifa
         assert "Traceback" not in server.log.read_text()
 
 
+def test_a_machine_that_stands_still_at_the_end_loses_no_request(artifact: Path, start_server: Any) -> None:
+    """As virtual ones do. The time that connections get to send their request is made longer, to stop within it."""
+    program = "from service import server, __main__ as m; server.SETTLE_S = 2; raise SystemExit(m.main())"
+    with start_server(artifact, program=program) as server:
+        with socket.create_connection(("127.0.0.1", server.port), 30) as client:
+            until(lambda: connections_of(worker_of(server)) >= 1)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            worker = worker_of(server)
+            os.kill(worker, signal.SIGSTOP)
+            time.sleep(2.5)
+            os.kill(worker, signal.SIGCONT)
+            time.sleep(0.2)
+            client.sendall(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
+            status, said = read_answer(client)
+            assert (status, said["status"]) == (503, "stopping")
+        assert server.process.wait(60) == 0
+
+
 def test_sigterm_under_load_loses_no_request(artifact: Path, start_server: Any) -> None:
     """Half of the clients keep their connection, as SageMaker does, the others make one for each request."""
     body = jpeg()  # decoded without a process, for which it would be waited, and 503 be answered, on a busy machine
