@@ -106,7 +106,7 @@ def _words(line: str) -> tuple[str, ...]:
 
 OF_OTHER_STARTS: dict[str, Callable[[Subject, str], Result]] = {
     "it also runs with a read-only root and without network (recommended)": _confined,
-    "it starts within the limits of serverless inference: 3 minutes, 6144 MB (recommended)": _fits_serverless,
+    "it starts within what serverless inference gives, 3 minutes and 6144 MB (recommended)": _fits_serverless,
     "it listens on SAGEMAKER_BIND_TO_PORT, and has the label (recommended)": _binds_to_port,
     "a missing model ends the start, and it says why (recommended)": _missing_model,
     "a damaged model ends the start, and it says why (recommended)": _corrupt_model,
