@@ -26,7 +26,8 @@ from service.model.errors import ArtifactError
 from service.model.files import find_home
 from service.model.machine import cores, few_arenas, tasks
 from service.settings import Settings, heaps_are_chosen
-from service.workers import Supervisor, Worker
+from service.supervisor import Supervisor
+from service.workers import Worker
 
 log = logging.getLogger("service")
 
@@ -109,13 +110,15 @@ def prepare(with_openvino: bool) -> bool:
     if sys.platform != "linux":  # libraries start threads there that no fork survives (python.org, bpo-33725)
         return True
     gc.disable()
+    was_enabled = faulthandler.is_enabled()
     faulthandler.enable(2, all_threads=False)  # a library made for another processor ends this process: it says where
     if not _is_complete():
         return False
     if with_openvino:
         with suppress(Exception):  # whatever is wrong with it, the worker tells, or takes another
             import service.engines.openvino  # noqa: F401
-    faulthandler.disable()
+    if not was_enabled:
+        faulthandler.disable()
     gc.freeze()  # to look for garbage among it would write to it, so that the workers share less of it
     gc.enable()
     return True

@@ -1,4 +1,4 @@
-"""Workers whose engine waits or fails while a file tells it to: the artifact's own engine, behind the contract."""
+"""Services that wait or fail while a file tells them to: behind the contract of the artifact's engine, or before."""
 
 import time
 from collections.abc import Iterator
@@ -13,6 +13,18 @@ LOADS, FAILS = "loads", "fails"
 def staged(folder: Path) -> str:
     """A program for `start_server`: the service, with another way to make an engine."""
     return f"from tests.service.staged import main; raise SystemExit(main({str(folder)!r}))"
+
+
+def importing_after(gate: Path) -> str:
+    """A program for `start_server`: the service, whose libraries are found once the file `gate` is there."""
+    return (
+        "import os, sys, time, service.__main__ as m\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        while name == 'fastapi' and not os.path.exists({str(gate)!r}): time.sleep(0.05)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "raise SystemExit(m.main())"
+    )
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from service.engines.fake import FakeEngine
 from service.errors import DeadlineExceeded, NotReady, Overloaded
 from service.model.artifact import open_artifact
 from service.runtime import ENDS_AFTER, FAILING_AFTER
-from service.workers import MAX_DEATHS
+from service.supervisor import MAX_DEATHS
 from tests.service.served import assert_error, jpeg, png, serve
-from tests.service.staged import FAILS, LOADS, held, staged
+from tests.service.staged import FAILS, LOADS, held, importing_after, staged
 
 
 def until(condition: Any, limit_s: float = 60) -> None:
@@ -91,18 +91,6 @@ def refused_in_time(server: Any, method: str, path: str, body: bytes = b"") -> A
     assert "(state: loading)" in answer.json["message"]
     assert answer.json["status"] == "loading"  # as /ping tells it otherwise
     return answer
-
-
-def importing_after(gate: Path) -> str:
-    """A program for `start_server`: the service, whose libraries are found once the file `gate` is there."""
-    return (
-        "import os, sys, time, service.__main__ as m\n"
-        "class Slow:\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        f"        while name == 'fastapi' and not os.path.exists({str(gate)!r}): time.sleep(0.05)\n"
-        "sys.meta_path.insert(0, Slow())\n"
-        "raise SystemExit(m.main())"
-    )
 
 
 def test_a_service_whose_worker_takes_long_to_begin_says_so(artifact: Path, tmp_path: Path, start_server: Any) -> None:

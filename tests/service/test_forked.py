@@ -19,7 +19,8 @@ from service import layout
 from service.forked import Forked
 from service.record import new_request_id
 from tests.conftest import ROOT
-from tests.service.test_faults import importing_after, until
+from tests.service.staged import importing_after
+from tests.service.test_faults import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 """Of Python from 3.12 on: this process has threads of the libraries that tests use; none of ours waits for them."""

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from service import workers
+from service import supervisor
 from service.engines.base import EngineUnavailable
 from service.layout import WORKER_BYTES
 from service.lifeline import FILES_BESIDES, shared
@@ -184,7 +184,7 @@ def test_each_worker_runs_on_a_gpu_of_its_own(
 
 def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Path, start_server: Any) -> None:
     """In 3 s instead of 28: the process runs our code with another constant."""
-    program = "from service import workers, __main__ as m; workers.STOP_S = 3; raise SystemExit(m.main())"
+    program = "from service import supervisor, __main__ as m; supervisor.STOP_S = 3; raise SystemExit(m.main())"
     with start_server(artifact, program=program, CLASSIFIER_WORKERS="2") as server:
         for pid in server.workers().values():
             os.kill(pid, signal.SIGSTOP)
@@ -198,9 +198,9 @@ def test_a_worker_that_stands_still_is_killed_when_it_does_not_stop(artifact: Pa
 
 def test_a_worker_that_stands_still_is_replaced(artifact: Path, start_server: Any) -> None:
     """With the limits made short: the process runs our code with other constants."""
-    at_most_s = workers.SILENT_S + workers.SEEN_TWICE_S + workers.PATIENCE_S  # and a second, of the last beat
+    at_most_s = supervisor.SILENT_S + supervisor.SEEN_TWICE_S + supervisor.PATIENCE_S  # and a second, of the last beat
     assert at_most_s + 1 < Settings().deadline_s  # a client reads a sentence before the platform gives it up
-    program = "from service import workers, __main__ as m; workers.SILENT_S = 2; workers.SEEN_TWICE_S = 0.5"
+    program = "from service import supervisor, __main__ as m; supervisor.SILENT_S = 2; supervisor.SEEN_TWICE_S = 0.5"
     with start_server(artifact, program=f"{program}; raise SystemExit(m.main())") as server:
         was = server.workers()[0]
         os.kill(was, signal.SIGSTOP)
@@ -247,7 +247,7 @@ def test_the_first_process_of_a_container_keeps_no_zombies(artifact: Path, tmp_p
 
 def test_workers_that_die_again_and_again_end_the_service(artifact: Path, start_server: Any) -> None:
     with start_server(artifact) as server:
-        for death in range(workers.MAX_DEATHS):
+        for death in range(supervisor.MAX_DEATHS):
             until(lambda death=death: server.log.read_text().count("ready: http://") == death + 1)
             os.kill(server.workers()[0], signal.SIGSEGV)
         assert server.process.wait(60) == 1
@@ -259,15 +259,15 @@ def test_a_start_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch)
     def fork() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    supervisor = workers.Supervisor([socket.create_server(("127.0.0.1", 0))], lambda worker: 0, 60)
+    supervising = supervisor.Supervisor([socket.create_server(("127.0.0.1", 0))], lambda worker: 0, 60)
     files = psutil.Process().num_fds()
     monkeypatch.setattr(os, "fork", fork)
     with pytest.raises(BlockingIOError):
-        supervisor._start_process(0)
+        supervising._start_process(0)
     assert psutil.Process().num_fds() == files
-    assert not supervisor._talk.get_map()
-    supervisor._sockets[0].close()
-    supervisor._talk.close()
+    assert not supervising._talk.get_map()
+    supervising._sockets[0].close()
+    supervising._talk.close()
 
 
 def test_a_worker_that_cannot_be_started_ends_the_service_whose_clients_are_told(
